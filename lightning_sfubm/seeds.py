@@ -1,0 +1,44 @@
+"""Named random streams: every draw in the product comes from a generator with a seed and a name.
+
+A stream depends on its names alone, never on how many draws another stream has made, on dict order, on worker
+count or on the order in which clients run.
+"""
+
+import hashlib
+from contextlib import contextmanager
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """Derive a 63-bit seed from a root seed and the names of a stream.
+
+    Args:
+        seed: root seed of the run.
+        names: what the stream is for, for instance ``("client", "beauty", "round", 3)``.
+
+    Returns:
+        An integer in ``[0, 2**63)``.
+    """
+    text = "\x1f".join([str(int(seed)), *map(str, names)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def torch_generator(seed: int, *names: object) -> torch.Generator:
+    """A CPU :class:`torch.Generator` for the named stream."""
+    return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+def numpy_generator(seed: int, *names: object) -> np.random.Generator:
+    """A NumPy generator (PCG64) for the named stream."""
+    return np.random.Generator(np.random.PCG64(derive_seed(seed, *names)))
+
+
+@contextmanager
+def seeded(seed: int, *names: object) -> Iterator[None]:
+    """Run a block with torch's global CPU stream set to the named one and restore the former state afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, *names))
+        yield
