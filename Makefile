@@ -1,0 +1,43 @@
+# Two commands matter: `make demo` and `make test`. Both set everything up on a fresh machine (Python 3.10+) and can be
+# run again at once: the environment, the models and the prepared data are cached.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN_DIR ?= runs/demo
+
+.PHONY: help demo test lint setup bench clean
+
+help:
+	@echo "make demo   set up and run the main job end to end on real data; prints the path of the report"
+	@echo "make test   set up and run the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  the benchmarks behind docs/performance.md"
+	@echo "make clean  remove the environment and the build products (not the caches of models and data)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): about 1.6 GB to download and unpack, 1 to 5 minutes; done once."
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, this is %d.%d: set PYTHON=python3.x" % sys.version_info[:2]'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@echo "The demo fetches two small models and MovieLens-100K once (about 180 MB), then works for about 15 minutes on 2 cores."
+	@$(BIN)/lightning-sfubm fit --config configs/experiment/demo.yaml --run_dir $(RUN_DIR)
+
+test: $(STAMP)
+	@echo "Running the tests: about 15 minutes on 2 cores; small models are fetched once."
+	@$(BIN)/python -m pytest tests
+
+lint: $(STAMP)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(STAMP)
+	@for f in benchmarks/*.py; do echo "== $$f"; OMP_NUM_THREADS=1 $(BIN)/python $$f || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
