@@ -1,7 +1,8 @@
 """Ranks and ranking metrics, the one definition that validation, test and report share.
 
-Ranks are 1-based. With one relevant item per user, NDCG@k is ``1 / log2(1 + rank)`` where ``rank <= k`` and 0 elsewhere
-(the ideal DCG is 1). All metrics keep a sum and a count, so results over batches, processes and uneven shards are exact.
+Ranks are 1-based. With one relevant item per user the ideal DCG is 1, so NDCG@k is ``1 / log2(1 + rank)`` where
+``rank <= k`` and 0 elsewhere. All metrics keep a sum and a count, so results over batches, processes and uneven shards
+are exact.
 """
 
 from collections.abc import Sequence
@@ -44,8 +45,8 @@ def candidate_ranks(scores: Tensor, target_index: Tensor, ties: Ties = "conserva
 def catalogue_ranks(scores: Tensor, target: Tensor, seen: Tensor | None = None, ties: Ties = "conservative") -> Tensor:
     """Rank of the target in the whole catalogue, without the padding column and the items already seen.
 
-    Seen items are taken out by subtracting their own comparisons, so ``scores`` is neither changed nor copied: beside it
-    only one boolean (B, N + 1) comparison lives at a time.
+    Seen items are taken out by subtracting their own comparisons, so ``scores`` is neither changed nor copied: beside
+    it only one boolean (B, N + 1) comparison lives at a time.
 
     Args:
         scores: (B, N + 1) real scores, higher is better; column 0 is ignored.
@@ -93,7 +94,7 @@ def _nan_error(kind: str, bad: Tensor) -> SFUBMError:
 
 
 def _counts(scores: Tensor, target: Tensor, ties: Ties, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Row-wise counts of scores above and equal to ``target`` (B, 1); under a one-sided policy only the sum is needed."""
+    """Row-wise counts of scores above and equal to ``target`` (B, 1), as far as the policy needs them apart."""
 
     def count(flags: Tensor) -> Tensor:
         return (flags if where is None else flags & where).sum(dim=1, dtype=torch.int32)
