@@ -1,0 +1,79 @@
+"""Losses on a few sampled negatives, for catalogues too large for the full softmax."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def proposal(train_counts: Tensor, power: float) -> Tensor:
+    """Distribution from which negatives are drawn: training counts + 1, flattened by ``power``.
+
+    Args:
+        train_counts: (N + 1,) training interactions per item.
+        power: 0 = uniform, 1 = by popularity; values between are common for large catalogues.
+
+    Returns:
+        (N + 1,) float32 probabilities, 0 at the padding row.
+    """
+    weights = (train_counts.float() + 1.0).pow(power)
+    weights[0] = 0.0
+    return weights / weights.sum()
+
+
+def sampled_cross_entropy(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
+    """Softmax over the target and M shared negatives, corrected for how they were drawn (log-Q correction).
+
+    Subtracting the log of the expected count from each negative's logit makes the partition function unbiased (Bengio and
+    Senecal, 2008). Negatives equal to a row's target are masked in that row.
+
+    Args:
+        states: (V, H).
+        table: (N + 1, H).
+        targets: (V,) item ids.
+        negatives: (M,) item ids drawn with replacement, shared by all rows.
+        log_q: (N + 1,) log-probabilities of the proposal.
+
+    Returns:
+        Scalar mean loss; 0 if V is 0.
+    """
+    if len(states) == 0:
+        return states.sum() + 0.0 * table.sum()
+    positive = (states * F.embedding(targets, table)).sum(-1, keepdim=True)
+    expected = log_q[negatives] + torch.log(torch.tensor(float(len(negatives))))
+    logits = states @ F.embedding(negatives, table).T - expected
+    logits = logits.masked_fill(negatives == targets[:, None], -torch.inf)
+    return (torch.cat([positive, logits], 1).logsumexp(1) - positive.squeeze(1)).mean()
+
+
+def binary_cross_entropy(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+    """One observed and one sampled item per position, each classified alone (the loss of the original SASRec).
+
+    Args:
+        states: (V, H).
+        table: (N + 1, H).
+        targets: (V,) item ids.
+        negatives: (V,) item ids.
+
+    Returns:
+        Scalar mean loss; 0 if V is 0.
+    """
+    if len(states) == 0:
+        return states.sum() + 0.0 * table.sum()
+    positive = (states * F.embedding(targets, table)).sum(-1)
+    negative = (states * F.embedding(negatives, table)).sum(-1)
+    return (F.softplus(-positive) + F.softplus(negative)).mean()
+
+
+def other_items(targets: Tensor, num_items: int, generator: torch.Generator) -> Tensor:
+    """One uniform item per target that is not the target.
+
+    Args:
+        targets: (V,) item ids in ``1..N``.
+        num_items: N, at least 2.
+        generator: CPU generator of the named stream.
+
+    Returns:
+        (V,) item ids.
+    """
+    draw = torch.randint(1, num_items, targets.shape, generator=generator).to(targets.device)
+    return draw + (draw >= targets)
