@@ -53,7 +53,9 @@ class KNNMix:
 
     def __init__(self, k: int = 5, tau: float = 0.07) -> None:
         if k < 5:
-            raise ConfigError(f"KNNMix: k = {k}, but at least 5 neighbours must be mixed so that none is disclosed alone")
+            raise ConfigError(
+                f"KNNMix: k = {k}, but at least 5 neighbours must be mixed so that none is disclosed alone"
+            )
         if tau <= 0:
             raise ConfigError(f"KNNMix: tau = {tau} must be positive")
         self.k, self.tau = k, tau

@@ -160,7 +160,12 @@ def unpack(schema: MessageSchema, payload: bytes) -> Message:
         raise MessageError(f"message body is not valid safetensors: {str(error)[:120]}") from None
     _check_tensors(schema, tensors)
     return Message(
-        schema.kind, header["client"], int(header["round"]), header["nonce"], dict(sorted(tensors.items())), bytes(payload)
+        schema.kind,
+        header["client"],
+        int(header["round"]),
+        header["nonce"],
+        dict(sorted(tensors.items())),
+        bytes(payload),
     )
 
 

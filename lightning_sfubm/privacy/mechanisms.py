@@ -46,9 +46,8 @@ class GaussianPerturbation:
         return normalize(vectors + self.sigma * self._noise(vectors), dim=1)
 
     def _noise(self, vectors: Tensor) -> Tensor:
-        # The low mantissa bits of a float may differ between machines and batch sizes; keying the draw on coarse values
-        # keeps one item's noise the same wherever its vector was computed.
-        keys = np.round(vectors.detach().cpu().double().numpy() * 1024).astype(np.int16)
+        # Keyed by the exact bytes: text vectors are computed once and cached by content, so an item keeps its bytes.
+        keys = vectors.detach().to("cpu", torch.float32).contiguous().numpy()
         noise = np.empty(vectors.shape, dtype=np.float32)
         for row, key in enumerate(keys):
             digest = hashlib.blake2b(key.tobytes(), key=self._secret[:64], digest_size=16).digest()

@@ -1,0 +1,64 @@
+"""The privacy noise as a callback of the federated loop."""
+
+import secrets
+from pathlib import Path
+
+from torch import Tensor
+
+from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.federated.hooks import FederatedCallback
+from lightning_sfubm.federated.loop import FederatedLoop
+from lightning_sfubm.privacy.mechanisms import GaussianPerturbation
+from lightning_sfubm.seeds import derive_seed
+
+
+class PrivacyNoise(FederatedCallback):
+    """Perturb item vectors before they leave a client (:class:`~lightning_sfubm.privacy.mechanisms.GaussianPerturbation`).
+
+    Args:
+        sigma: noise per coordinate; [paper: 0 to 0.2]. 0 sends the vectors as they are, which must be asked for.
+        secret_dir: folder with one secret a client (``<client>.key``), made at first use with mode 600. Where it is
+            ``None`` the secrets are derived from the run's seed: reproducible, and right for simulation only, since
+            whoever knows the seed can subtract the noise. The ledger says which.
+
+    Raises:
+        ConfigError: sigma is negative or not finite.
+    """
+
+    protects = frozenset({"semantics"})
+
+    def __init__(self, sigma: float = 0.05, secret_dir: str | None = None) -> None:
+        GaussianPerturbation(sigma, b"")  # checks sigma now, not after minutes of encoding
+        self.sigma, self.secret_dir = sigma, secret_dir
+
+    def on_upload(self, loop: FederatedLoop, client: str, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Perturb ``vectors`` of a semantics message; other kinds pass unchanged."""
+        if kind != "semantics":
+            return tensors
+        return {**tensors, "vectors": self.mechanism(loop.seed, client)(tensors["vectors"])}
+
+    def describe_upload(self, kind: str) -> dict[str, object]:
+        """The mechanism, and where its secret comes from."""
+        if kind != "semantics":
+            return {}
+        secret = "kept by the client" if self.secret_dir else "derived from the run's seed (simulation only)"
+        return {**GaussianPerturbation(self.sigma, b"").describe(), "secret": secret}
+
+    def mechanism(self, seed: int, client: str, sigma: float | None = None) -> GaussianPerturbation:
+        """The perturbation of one client, at this callback's sigma or another (for sweeps)."""
+        return GaussianPerturbation(self.sigma if sigma is None else sigma, self._secret(seed, client))
+
+    def _secret(self, seed: int, client: str) -> bytes:
+        if self.secret_dir is None:
+            return derive_seed(seed, "noise secret", client).to_bytes(8, "big")
+        if Path(client).name != client:
+            raise ConfigError(f"client name '{client}' cannot be a file name: choose another to use secret_dir")
+        path = Path(self.secret_dir) / f"{client}.key"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            path.write_bytes(secrets.token_bytes(32))
+        secret = path.read_bytes()
+        if len(secret) < 16:
+            raise PrivacyError(f"{path}: the noise secret has {len(secret)} bytes, at least 16 are needed: delete it")
+        return secret

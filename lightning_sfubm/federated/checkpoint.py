@@ -1,0 +1,113 @@
+"""Checkpoints of a federated run: one folder a state, written whole or not at all.
+
+``checkpoints/state-0007/`` holds ``loop.json`` (counters, server state, sha256 of every other file), ``server.safetensors``
+(the shared teacher) and ``clients/<name>.ckpt`` (a Lightning checkpoint each). A folder is filled under another name and
+renamed when complete; a torn one, by crash or by hand, is recognised by its hashes and the one before is used.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.federated.client import Client
+from lightning_sfubm.federated.server import Server
+
+_FORMAT = 1
+
+
+def save_state(
+    root: Path, step: int, counters: dict[str, Any], server: Server, clients: dict[str, Client], keep: int = 2
+) -> Path:
+    """Write state ``step`` under ``root`` and remove all but the last ``keep``."""
+    final, temporary = root / f"state-{step:04d}", root / f".state-{step:04d}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "clients").mkdir(parents=True)
+    for name, client in sorted(clients.items()):
+        client.save(temporary / "clients" / f"{name}.ckpt")
+    state = server.state_dict()
+    save_file(state["global_teacher"], temporary / "server.safetensors")  # type: ignore[arg-type]
+    files = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+    loop = {"format": _FORMAT, "step": step, "counters": counters, "guard": state["guard"], "files": files}
+    (temporary / "loop.json").write_text(json.dumps(loop, indent=1, sort_keys=True))
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for name, client in clients.items():
+        client.saved = final / "clients" / f"{name}.ckpt"
+    for old in sorted(root.glob("state-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def find_state(path: Path) -> Path:
+    """The newest whole state under ``path`` (a ``checkpoints`` folder), or ``path`` itself if it is a state.
+
+    Raises:
+        CheckpointError: there is none, or none is whole.
+    """
+    states = [path] if (path / "loop.json").exists() else sorted(path.glob("state-*"), reverse=True)
+    problems = []
+    for state in states:
+        try:
+            read_loop(state)
+            return state
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError("; ".join(problems) or f"{path}: no federated checkpoint there; start without --ckpt_path")
+
+
+def read_loop(state: Path) -> dict[str, Any]:
+    """Read ``loop.json`` of a state and check every file against its hash.
+
+    Raises:
+        CheckpointError: a file is missing or changed, or the format is another one.
+    """
+    try:
+        loop: dict[str, Any] = json.loads((state / "loop.json").read_text())
+        files = dict(loop["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{state / 'loop.json'}: missing or unreadable") from None
+    if loop.get("format") != _FORMAT:
+        raise CheckpointError(f"{state / 'loop.json'}: format {loop.get('format')}, this version reads {_FORMAT}")
+    for name, digest in files.items():
+        file = state / name
+        if not file.is_file() or _sha256(file) != digest:
+            raise CheckpointError(f"{file}: missing or changed since the checkpoint was written")
+    return loop
+
+
+def load_state(state: Path, server: Server, clients: dict[str, Client]) -> dict[str, Any]:
+    """Restore server and clients from a state folder and return its counters.
+
+    Raises:
+        CheckpointError: torn, of other clients, or of another model.
+    """
+    loop = read_loop(state)
+    stored = sorted(f.stem for f in (state / "clients").glob("*.ckpt"))
+    if stored != sorted(clients):
+        raise CheckpointError(f"{state}: holds the clients {stored}, this run has {sorted(clients)}")
+    server.load_state_dict({"global_teacher": load_file(state / "server.safetensors"), "guard": loop["guard"]})
+    for name, client in clients.items():
+        client.load(state / "clients" / f"{name}.ckpt")
+    return dict(loop["counters"])
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+
+
+def _digest(handle: Any) -> str:
+    digest = hashlib.sha256()
+    for block in iter(lambda: handle.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,41 @@
+"""Hooks of the federated loop. A :class:`FederatedCallback` is a Lightning callback with four more hooks.
+
+Give them to the trainer like any callback (``trainer.callbacks``). Inside a client's local training only Lightning's own
+hooks run, on callbacks that are not federated ones.
+"""
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_sfubm.federated.loop import FederatedLoop
+
+
+class FederatedCallback(Callback):
+    """Base class; override what is needed.
+
+    Attributes:
+        protects: kinds of messages this callback perturbs before they leave. The loop refuses to upload item semantics
+            unless some callback protects them.
+    """
+
+    protects: frozenset[str] = frozenset()
+
+    def on_round_start(self, loop: "FederatedLoop", round: int) -> None:
+        """Before the clients of a round start; rounds count from 1."""
+
+    def on_upload(self, loop: "FederatedLoop", client: str, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Transform what a client is about to send. Called before packing; the result is what leaves."""
+        return tensors
+
+    def on_aggregate(self, loop: "FederatedLoop", round: int) -> None:
+        """After the server has aggregated and every client has received its answer."""
+
+    def on_round_end(self, loop: "FederatedLoop", round: int, metrics: dict[str, dict[str, float]]) -> None:
+        """After a round; ``metrics`` holds the validation metrics of each client."""
+
+    def describe_upload(self, kind: str) -> dict[str, object]:
+        """Mechanism applied to messages of this kind, for the ledger; empty where there is none."""
+        return {}

@@ -1,0 +1,95 @@
+"""The server: a state, and a function from messages to answers. It sees messages and nothing else."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lightning_sfubm.errors import CheckpointError, MessageError
+from lightning_sfubm.federated.aggregation import SemanticAggregator, federated_average
+from lightning_sfubm.federated.messages import (
+    Message,
+    MessageSchema,
+    ReplayGuard,
+    pack,
+    semantics_schema,
+    teacher_schema,
+    unpack,
+)
+
+SERVER = "server"
+
+
+class Server:
+    """Aggregates item semantics and teacher weights.
+
+    Args:
+        aggregator: of item semantics.
+        dim: D, the text-embedding dimension all clients agreed on.
+        teacher: names and shapes of the shared parameters; ``None`` where the teacher is not exchanged.
+        weighting: ``"uniform"``, or ``"examples"``, which needs every client to disclose its number of examples.
+    """
+
+    def __init__(
+        self, aggregator: SemanticAggregator, dim: int, teacher: Mapping[str, Tensor] | None, weighting: str = "uniform"
+    ) -> None:
+        self.aggregator = aggregator
+        self.semantics = semantics_schema(dim)
+        self.teacher: MessageSchema | None = None
+        self.broadcast_schema: MessageSchema | None = None
+        if teacher is not None:
+            self.teacher = teacher_schema(teacher, with_weight=weighting == "examples")
+            self.broadcast_schema = teacher_schema(teacher, with_weight=False)
+        self.global_teacher: dict[str, Tensor] = {}
+        self.guard = ReplayGuard()
+
+    def aggregate_semantics(self, round: int, payloads: Mapping[str, bytes]) -> dict[str, Message]:
+        """Answers by client; a client without an answer keeps its own vectors. Nothing of the uploads is kept."""
+        uploads = {}
+        for client in sorted(payloads):
+            message = unpack(self.semantics, payloads[client])
+            self.guard.accept(message, round, client)
+            uploads[client] = normalize(message.tensors["vectors"], dim=1)
+        views = self.aggregator.aggregate(uploads)
+        return {name: pack(self.semantics, SERVER, round, {"vectors": view}) for name, view in sorted(views.items())}
+
+    def aggregate_teacher(self, round: int, payloads: Mapping[str, bytes]) -> Message | None:
+        """The averaged teacher as a broadcast; ``None``, with the global state unchanged, if nothing arrived.
+
+        Raises:
+            MessageError: a message is refused; then none of the round's messages changes the global state.
+        """
+        if self.teacher is None or self.broadcast_schema is None:
+            raise MessageError("this server does not exchange teacher weights, and a client sent some")
+        updates, weights = {}, {}
+        for client in sorted(payloads):
+            message = unpack(self.teacher, payloads[client])
+            self.guard.accept(message, round, client)
+            tensors = dict(message.tensors)
+            weight = tensors.pop("__weight__", None)
+            weights[client] = 1.0 if weight is None else float(weight)
+            updates[client] = tensors
+        averaged = federated_average(updates, weights) if updates else {}
+        if not averaged:
+            return None
+        self.global_teacher = averaged
+        return pack(self.broadcast_schema, SERVER, round, averaged)
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything a resumed server needs."""
+        return {"global_teacher": dict(self.global_teacher), "guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore; refuses a teacher of other names or shapes."""
+        teacher: dict[str, Tensor] = dict(state["global_teacher"])  # type: ignore[call-overload]
+        if teacher and (
+            self.broadcast_schema is None
+            or {k: tuple(v.shape) for k, v in teacher.items()}
+            != {k: v.shape for k, v in self.broadcast_schema.tensors.items()}
+        ):
+            raise CheckpointError(
+                "the checkpoint's shared teacher does not fit this model: resume with the same config"
+            )
+        self.global_teacher = {k: torch.as_tensor(v) for k, v in teacher.items()}
+        self.guard.load_state_dict(state["guard"])  # type: ignore[arg-type]

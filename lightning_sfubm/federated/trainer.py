@@ -1,0 +1,238 @@
+"""A Lightning trainer whose ``fit`` runs federated rounds when it is given a federation."""
+
+import copy
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from lightning_sfubm.callbacks.progress import LabelledProgressBar
+from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.federated.checkpoint import find_state, load_state
+from lightning_sfubm.federated.client import Client
+from lightning_sfubm.federated.hooks import FederatedCallback
+from lightning_sfubm.federated.loggers import PrefixedLogger
+from lightning_sfubm.federated.loop import FederatedLoop, Federation
+
+_OWN = {"max_epochs", "min_epochs", "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "max_steps"}
+
+
+class FederatedTrainer(L.Trainer):
+    """:class:`lightning.Trainer` plus ``federation``.
+
+    Without a federation it is Lightning's trainer. With one, the data module must be a
+    :class:`~lightning_sfubm.datamodules.federated_datamodule.FederatedDataModule` and the model a module of the federated
+    contract: each domain gets a copy of the model and trainers with the same flags (devices, strategy, precision,
+    clipping, limits ...), callbacks (copied) and loggers (keys prefixed by the domain), and ``fit`` runs
+    :class:`~lightning_sfubm.federated.loop.FederatedLoop`. ``fit(ckpt_path="last")`` goes on from the newest whole
+    checkpoint below ``default_root_dir``.
+
+    Args:
+        federation: the federated schedule; ``None`` for an ordinary fit.
+        kwargs: those of :class:`lightning.Trainer`.
+    """
+
+    def __init__(self, *args: Any, federation: Federation | None = None, **kwargs: Any) -> None:
+        kwargs.setdefault("use_distributed_sampler", False)
+        self.federation = federation
+        self._flags = dict(kwargs)
+        if federation is not None:
+            kwargs.setdefault("enable_model_summary", False)
+        super().__init__(*args, **kwargs)
+        self._user_callbacks: list[Callback] = _as_list(self._flags.get("callbacks"))
+        self.loop: FederatedLoop | None = None
+        self.client_loggers: dict[str, list[Logger]] = {}
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return Path(self.default_root_dir)
+
+    @property
+    def seed(self) -> int:
+        """Root seed: the one of ``seed_everything``, or 0."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def make_trainer(
+        self,
+        *,
+        label: str,
+        max_epochs: int,
+        callbacks: Iterable[Callback] = (),
+        min_epochs: int | None = None,
+        folder: Path | None = None,
+        client: str | None = None,
+        **overrides: Any,
+    ) -> L.Trainer:
+        """A plain trainer with this one's flags, for one local round, phase or single-domain method."""
+        flags = {k: v for k, v in self._flags.items() if k not in _OWN} | overrides
+        own = [copy.deepcopy(c) for c in self._user_callbacks if _is_local(c)]
+        if flags.get("enable_progress_bar") in (None, True):
+            own.append(LabelledProgressBar(label))
+        if not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            flags["enable_checkpointing"] = False
+        flags.setdefault("enable_model_summary", False)
+        return L.Trainer(
+            max_epochs=max_epochs,
+            min_epochs=min_epochs,
+            callbacks=[*own, *callbacks],
+            logger=self._client_loggers(client) if client else False,
+            default_root_dir=folder or self.run_dir,
+            num_sanity_val_steps=0,
+            **flags,
+        )
+
+    def build_loop(
+        self, model: L.LightningModule, datamodule: Any, federation: Federation | None = None
+    ) -> FederatedLoop:
+        """Clients and loop for a model template and the data of all domains."""
+        federation = federation if federation is not None else self.federation
+        domains = getattr(datamodule, "domains", None)
+        if federation is None or not domains:
+            raise ConfigError(
+                "a federated run needs trainer.federation and a FederatedDataModule with at least one entry in data.domains"
+            )
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        clients = {}
+        for name, domain in sorted(domains.items()):
+
+            def make_trainer(*, name: str = name, **kwargs: Any) -> L.Trainer:
+                return self.make_trainer(client=name, **kwargs)
+
+            client = Client(name, copy.deepcopy(model), domain, make_trainer, self.seed)
+            client.prepare()
+            clients[name] = client
+        return FederatedLoop(federation, clients, self._user_callbacks, self.run_dir, self.seed)
+
+    def fit(  # type: ignore[override]
+        self,
+        model: L.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """As :meth:`lightning.Trainer.fit`; runs the federated loop where there is a federation.
+
+        Raises:
+            ConfigError: federation without a FederatedDataModule or a federated model.
+            CheckpointError: ``ckpt_path`` has no whole state, or one of another run.
+        """
+        if self.federation is None:
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+            return
+        _quiet_lightning()
+        self.loop = self.build_loop(model, datamodule)
+        if ckpt_path is not None:
+            self.loop.resume(self._states(ckpt_path))
+        self.loop.run()
+
+    def validate(
+        self,
+        model: Any = None,
+        dataloaders: Any = None,
+        ckpt_path: Any = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """As :meth:`lightning.Trainer.validate`, for every client of a federation."""
+        if self.federation is None:
+            return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return self._evaluate("validate", model, datamodule, ckpt_path, verbose)
+
+    def test(
+        self,
+        model: Any = None,
+        dataloaders: Any = None,
+        ckpt_path: Any = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """As :meth:`lightning.Trainer.test`, for every client of a federation."""
+        if self.federation is None:
+            return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return self._evaluate("test", model, datamodule, ckpt_path, verbose)
+
+    def predict(
+        self,
+        model: Any = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        return_predictions: bool | None = None,
+        ckpt_path: Any = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """As :meth:`lightning.Trainer.predict`; with a federation, a dict of predictions by client."""
+        if self.federation is None:
+            return super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
+        loop = self._restored(model, datamodule, ckpt_path)
+        return {
+            name: self.make_trainer(label=name, max_epochs=1).predict(client.module, datamodule=client.datamodule)
+            for name, client in loop.clients.items()
+        }
+
+    def _evaluate(
+        self, stage: str, model: Any, datamodule: Any, ckpt_path: Any, verbose: bool
+    ) -> list[dict[str, float]]:
+        loop, results = self._restored(model, datamodule, ckpt_path), []
+        for name, client in loop.clients.items():
+            trainer = self.make_trainer(label=f"{stage}, {name}", max_epochs=1)
+            values = getattr(trainer, stage)(client.module, datamodule=client.datamodule, verbose=False)[0]
+            results.append({f"{name}/{key}": float(value) for key, value in values.items()})
+        if verbose and self.is_global_zero:
+            from lightning_sfubm.evaluation.console import print_metrics
+
+            print_metrics(stage, results)
+        return results
+
+    def _restored(self, model: Any, datamodule: Any, ckpt_path: Any) -> FederatedLoop:
+        _quiet_lightning()
+        if ckpt_path is None and self.loop is not None:
+            return self.loop
+        if ckpt_path is None:
+            raise CheckpointError(
+                f"give --ckpt_path: 'last' for the newest state below {self.run_dir}, or a state folder"
+            )
+        if self.loop is None:
+            self.loop = self.build_loop(model, datamodule)
+        load_state(find_state(self._states(ckpt_path)), self.loop.server, self.loop.clients)
+        for client in self.loop.clients.values():
+            client.module.set_phase(client.module.local_phases[-1])
+        return self.loop
+
+    def _states(self, ckpt_path: str | Path) -> Path:
+        return self.run_dir / "checkpoints" if str(ckpt_path) == "last" else Path(ckpt_path)
+
+    def _client_loggers(self, client: str) -> list[Logger]:
+        if client not in self.client_loggers:
+            shared = [x for x in self.loggers if not isinstance(x, CSVLogger)] if "logger" in self._flags else []
+            csv = CSVLogger(self.run_dir / "csv", name=client)
+            self.client_loggers[client] = [csv, *(PrefixedLogger(x, client) for x in shared)]
+        return self.client_loggers[client]
+
+
+def _is_local(callback: Callback) -> bool:
+    # Progress bars get a label of their own; saving the config is the command line's, once per run.
+    return not isinstance(callback, (FederatedCallback, ProgressBar, SaveConfigCallback))
+
+
+def _as_list(callbacks: Any) -> list[Callback]:
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+
+
+def _quiet_lightning() -> None:
+    # A federated run makes a trainer per client and round: Lightning's notices (devices, tips) would come each time.
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,0 +1,110 @@
+"""Training with early stopping on validation, the same for clients of a federation and for single-domain methods."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+
+TrainerFactory = Callable[..., Trainer]
+EpochHook = Callable[[int, dict[str, float]], None]
+
+
+class EpochRecorder(Callback):
+    """Hand the metrics of every epoch to a function, as plain floats.
+
+    Args:
+        record: called with the epoch (from 1) and the metrics logged in it.
+    """
+
+    def __init__(self, record: EpochHook) -> None:
+        self._record = record
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs after validation of the epoch."""
+        if trainer.is_global_zero:
+            metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+            self._record(trainer.current_epoch + 1, metrics)
+
+
+def fit_to_early_stopping(
+    make_trainer: TrainerFactory,
+    module: LightningModule,
+    datamodule: LightningDataModule,
+    *,
+    label: str,
+    folder: Path,
+    max_epochs: int,
+    patience: int,
+    min_epochs: int = 1,
+    monitor: str = "val/ndcg@10",
+    record: EpochHook | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> tuple[float, Trainer]:
+    """Fit until ``monitor`` has not risen for ``patience`` epochs, then put the best epoch's weights into ``module``.
+
+    Args:
+        make_trainer: builds a trainer; called with ``label``, ``max_epochs``, ``min_epochs``, ``callbacks``, ``folder``.
+        module: trained in place.
+        datamodule: with validation data; test data is never touched.
+        label: shown in the progress bar.
+        folder: where the best epoch's weights are kept while training.
+        max_epochs: upper bound.
+        patience: epochs without improvement that end the training.
+        min_epochs: epochs before which it does not end (an ID encoder starts on a plateau).
+        monitor: validation metric, higher is better.
+        record: receives each epoch's metrics.
+        callbacks: further ones.
+
+    Returns:
+        The best value of ``monitor`` and the trainer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename=f"best-{time.time_ns()}",
+        monitor=monitor,
+        mode="max",
+        save_top_k=1,
+        save_weights_only=True,
+        enable_version_counter=False,
+    )
+    stopping = EarlyStopping(monitor=monitor, mode="max", patience=patience, check_on_train_epoch_end=False)
+    extra = [EpochRecorder(record)] if record is not None else []
+    trainer = make_trainer(
+        label=label,
+        max_epochs=max_epochs,
+        min_epochs=min_epochs,
+        callbacks=[best, stopping, *extra, *callbacks],
+        folder=folder,
+    )
+    trainer.fit(module, datamodule=datamodule)
+    if best.best_model_path:
+        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["state_dict"], strict=False)
+        if trainer.is_global_zero:
+            Path(best.best_model_path).unlink()
+        trainer.strategy.barrier()
+    score = float(best.best_model_score) if best.best_model_score is not None else float("nan")
+    return score, trainer
+
+
+class Stopwatch:
+    """Wall and CPU seconds by name; the same name adds up."""
+
+    def __init__(self) -> None:
+        self.timings: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time a block."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            entry = self.timings.setdefault(name, {"wall_s": 0.0, "cpu_s": 0.0})
+            entry["wall_s"] += time.perf_counter() - wall
+            entry["cpu_s"] += time.process_time() - cpu
