@@ -82,10 +82,7 @@ DATA = {
     "ml-100k": IndexPackage(
         "recbole==1.2.1",
         "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
-        {
-            f"recbole/dataset_example/ml-100k/ml-100k.{kind}": f"ml-100k.{kind}"
-            for kind in ("inter", "item", "user")
-        },
+        {f"recbole/dataset_example/ml-100k/ml-100k.{kind}": f"ml-100k.{kind}" for kind in ("inter", "item", "user")},
         megabytes=2,
     ),
 }
@@ -119,7 +116,9 @@ def resolve_model(name: str) -> Path:
         return folder
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _from_hub(name)
-    raise AssetError(f"model '{name}' is neither a folder, a hub id (org/model) nor one of {sorted(MODELS)}; {WAYS_OUT}")
+    raise AssetError(
+        f"model '{name}' is neither a folder, a hub id (org/model) nor one of {sorted(MODELS)}; {WAYS_OUT}"
+    )
 
 
 def resolve_data(name: str) -> Path:
@@ -143,7 +142,9 @@ def _from_hub(name: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a dozen unrelated classes
-        raise AssetError(f"model '{name}' could not be had from the hub ({type(error).__name__}); {WAYS_OUT}") from error
+        raise AssetError(
+            f"model '{name}' could not be had from the hub ({type(error).__name__}); {WAYS_OUT}"
+        ) from error
 
 
 def _from_index(kind: str, name: str, package: IndexPackage) -> Path:

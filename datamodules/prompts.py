@@ -1,0 +1,261 @@
+"""Prompts as token arrays: titles are tokenised once per catalogue, prompts are assembled by array operations.
+
+A prompt is a sequence of *segments*: fixed texts, and for every item its history entry, its candidate entry and its
+answer. All segments lie in one flat array; assembling a batch gathers slices of it, without a Python loop over rows.
+Soft tokens are negative codes (:data:`USER`, :data:`ITEM`, :data:`CANDIDATE`) that the LLM head replaces by vectors.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_sfubm.datamodules.prompt_templates import FIELD, PromptTemplate
+from lightning_sfubm.errors import ConfigError
+
+USER, ITEM, CANDIDATE = -1, -2, -3
+
+
+@dataclass
+class PromptBatch:
+    """B prompts, left-padded to S tokens: a prefix and, after it, the branches that share it.
+
+    Attributes:
+        tokens: (B, S) int64 token ids; negative codes are places of soft tokens; padding holds the pad id.
+        branch: (B, S) int64: -1 padding, 0 prefix, 1..C' the token's branch.
+        positions: (B, S) int64: position in the token's own sequence (prefix + its branch); 0 at padding.
+        items: (B, S) int64: the item a token speaks of, 0 for none.
+        slots: (B, S) int64: index of the candidate a token speaks of, -1 for none.
+        prefix_end: (B,) int64 column of the last prefix token.
+        branch_end: (B, C') int64 column of the last token of each branch.
+    """
+
+    tokens: Tensor
+    branch: Tensor
+    positions: Tensor
+    items: Tensor
+    slots: Tensor
+    prefix_end: Tensor
+    branch_end: Tensor
+
+    def to(self, device: torch.device) -> "PromptBatch":
+        """The same batch on another device."""
+        return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+class PromptBuilder:
+    """Builds the prompts of one domain for one tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: texts of the form.
+        titles: N + 1 titles, index 0 unused.
+        history_length: the newest items that are mentioned.
+        title_tokens: longer titles are cut to this many tokens and counted in :attr:`cut_titles`.
+        user_token: keep the place of the user's soft token.
+        history_tokens: keep the places of the history items' soft tokens.
+        candidate_tokens: keep the places of the candidates' soft tokens.
+
+    Attributes:
+        cut_titles: number of titles cut.
+        unnamed: number of blank titles; they are spoken of as "unnamed <noun>".
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: PromptTemplate,
+        titles: list[str],
+        history_length: int = 10,
+        title_tokens: int = 12,
+        user_token: bool = True,
+        history_tokens: bool = True,
+        candidate_tokens: bool = True,
+    ) -> None:
+        if history_length < 1 or title_tokens < 1:
+            raise ConfigError(f"need history_length, title_tokens >= 1, got {history_length} and {title_tokens}")
+        self.tokenizer = tokenizer
+        self.template = template
+        self.history_length = history_length
+        self.title_tokens = title_tokens
+        self.num_items = len(titles) - 1
+        self.pad_id = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
+        self.cut_titles = 0
+        self.unnamed = sum(not title.strip() for title in titles[1:])
+        self._titles = [" ".join(title.split()) or f"unnamed {template.noun}" for title in titles]
+        self._codes = {
+            "user": [USER] if user_token else [],
+            "history": [ITEM] if history_tokens else [],
+            "candidate": [CANDIDATE] if candidate_tokens else [],
+        }
+        self._tokenised: dict[str, list[list[int]]] = {}
+        self._build_segments()
+
+    # ------------------------------------------------------------------------------------------------ segments
+
+    def _build_segments(self) -> None:
+        texts = self.template.texts
+        head, tail = self._wrapping()
+        segments = {name: [self._fixed(texts[name])] for name in ("opening", "question", "no_history")}
+        segments["opening"][0] = head + segments["opening"][0]
+        segments["no_history"][0] = head + segments["no_history"][0] + tail
+        segments["question"][0] = segments["question"][0] + tail
+        segments["history"] = self._per_item(texts["history"], self._codes["history"])
+        if self.template.form == "branch":
+            segments["branch"] = self._per_item(texts["candidate"], self._codes["candidate"])
+        else:
+            if self.tokenizer.eos_token_id is None:
+                raise ConfigError("the list prompt form needs a tokenizer with an end-of-sequence token")
+            segments["choices"] = [self._fixed(texts["choices"])]
+            segments["choice"] = self._per_item(texts["choice"], self._codes["candidate"])
+            answers = self._per_item(texts["answer"], [])
+            segments["branch"] = [answer + [self.tokenizer.eos_token_id] for answer in answers]
+        self._first: dict[str, int] = {}
+        flat: list[list[int]] = []
+        for name, rows in segments.items():
+            self._first[name] = len(flat)
+            flat.extend(rows)
+        self._lengths = np.array([len(row) for row in flat], dtype=np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]])
+        self._flat = np.array([token for row in flat for token in row], dtype=np.int64)
+        self._answers = segments["branch"]
+
+    def _wrapping(self) -> tuple[list[int], list[int]]:
+        """Token ids before and after the prompt: the chat format, or whatever the tokenizer puts in front of a text."""
+        if self.template.chat:
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise ConfigError("the template asks for a chat format, but the tokenizer has none; set 'chat: false'")
+            mark = "PLACE-OF-THE-PROMPT"
+            messages = [{"role": "system", "content": self.template.system}] if self.template.system else []
+            messages.append({"role": "user", "content": mark})
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            before, after = text.split(mark)
+            return self._ids([before], special=True)[0], self._ids([after], special=True)[0]
+        probe = "a"
+        full = self.tokenizer(probe)["input_ids"]
+        plain = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
+        start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+        return full[:start], []
+
+    def _ids(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        """Token ids. Titles come from users' data: a special token's name inside one is read as plain text."""
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+
+    def _fixed(self, text: str) -> list[int]:
+        """A text without a title; soft token fields become codes."""
+        ids: list[int] = []
+        for index, piece in enumerate(FIELD.split(text)):
+            if index % 2:
+                ids += self._codes.get(piece, [])
+            elif piece:
+                ids += self._ids([piece])[0]
+        return ids
+
+    def _per_item(self, text: str, item_code: list[int]) -> list[list[int]]:
+        """The text for each of the N + 1 items. Spaces right before {title} are tokenised together with the title."""
+        before, after = re.split(r"\{title\}", text)
+        lead = before[len(before.rstrip(" ")) :]
+        opening = before[: len(before) - len(lead)]
+        pieces = [p for p in re.split(r"(\{item\})", opening) if p]
+        front = [t for p in pieces for t in (item_code if p == "{item}" else self._ids([p])[0])]
+        pieces = [p for p in re.split(r"(\{item\})", after) if p]
+        back = [t for p in pieces for t in (item_code if p == "{item}" else self._ids([p])[0])]
+        return [front + title + back for title in self._title_ids(lead)]
+
+    def _title_ids(self, lead: str) -> list[list[int]]:
+        if lead not in self._tokenised:
+            full = self._ids([lead + title for title in self._titles])
+            self.cut_titles = sum(len(ids) > self.title_tokens for ids in full[1:])
+            self._tokenised[lead] = [ids[: self.title_tokens] for ids in full]
+        return self._tokenised[lead]
+
+    @property
+    def title_token_ids(self) -> list[list[int]]:
+        """N + 1 cut token id lists, as the titles stand in the history."""
+        return self._title_ids(" ")
+
+    # ------------------------------------------------------------------------------------------------ batches
+
+    def answers(self, candidates: np.ndarray) -> list[list[list[int]]]:
+        """Token ids of each candidate's answer, (B, C) nested lists; in the ``list`` form they end in EOS."""
+        return [[self._answers[item] for item in row] for row in candidates]
+
+    def build(
+        self, history: Tensor, candidates: Tensor, branches: Tensor | None = None, with_history: bool = True
+    ) -> PromptBatch:
+        """Prompts for a batch.
+
+        Args:
+            history: (B, L) left-padded with 0; the newest ``history_length`` items are mentioned.
+            candidates: (B, C); they stand in the prompt in the ``list`` form.
+            branches: (B, C') items whose branch follows the prefix: the candidates by default; C' may be 0.
+            with_history: False for the same question about nobody: the prior of the candidates.
+        """
+        past = history.cpu().numpy()[:, -self.history_length :]
+        choices = candidates.cpu().numpy()
+        ends = choices if branches is None else branches.cpu().numpy()
+        rows = len(past)
+        segments: list[np.ndarray] = []
+        items: list[np.ndarray] = []
+        slots: list[np.ndarray] = []
+
+        def fixed(name: str) -> None:
+            add(np.full((rows, 1), self._first[name]), np.zeros((rows, 1), np.int64), -np.ones((rows, 1), np.int64))
+
+        def add(segment: np.ndarray, item: np.ndarray, slot: np.ndarray) -> None:
+            segments.append(segment)
+            items.append(item)
+            slots.append(slot)
+
+        def per_item(name: str, of: np.ndarray, numbered: bool) -> None:
+            numbers = np.arange(of.shape[1]) if numbered else np.full(of.shape[1], -1)
+            add(np.where(of > 0, self._first[name] + of, -1), of, np.broadcast_to(numbers, of.shape))
+
+        if with_history:
+            fixed("opening")
+            per_item("history", past, numbered=False)
+            if self.template.form == "list":
+                fixed("choices")
+                per_item("choice", choices, numbered=True)
+            fixed("question")
+        else:
+            fixed("no_history")
+        prefix_segments = sum(block.shape[1] for block in segments)
+        per_item("branch", ends, numbered=True)
+        return self._gather(np.hstack(segments), np.hstack(items), np.hstack(slots), prefix_segments)
+
+    def _gather(self, segments: np.ndarray, items: np.ndarray, slots: np.ndarray, prefix: int) -> PromptBatch:
+        """Lay the segments (B, M) of each row out, left-padded; the first ``prefix`` segments form the shared prefix."""
+        rows, columns = segments.shape
+        lengths = np.where(segments >= 0, self._lengths[segments], 0)
+        ends = np.cumsum(lengths, axis=1)
+        totals = ends[:, -1]
+        width = int(totals.max())
+        pad = (width - totals)[:, None]
+        flat_lengths = lengths.ravel()
+        which = np.repeat(np.arange(rows * columns), flat_lengths)  # the segment of each token
+        inside = np.arange(len(which)) - np.repeat(np.cumsum(flat_lengths) - flat_lengths, flat_lengths)
+        column = (pad + ends - lengths).ravel()[which] + inside
+        row = which // columns
+        branch_of_segment = np.concatenate([np.zeros(prefix, np.int64), np.arange(1, columns - prefix + 1)])
+        branch = branch_of_segment[which % columns]
+        prefix_length = ends[:, prefix - 1]
+        base = np.where(np.arange(columns) < prefix, ends - lengths, prefix_length[:, None])
+
+        def place(values: np.ndarray, fill: int) -> Tensor:
+            out = np.full((rows, width), fill, dtype=np.int64)
+            out[row, column] = values
+            return torch.from_numpy(out)
+
+        return PromptBatch(
+            tokens=place(self._flat[self._starts[segments.ravel()[which]] + inside], self.pad_id),
+            branch=place(branch, -1),
+            positions=place(base.ravel()[which] + inside, 0),
+            items=place(items.ravel()[which], 0),
+            slots=place(slots.ravel()[which], -1),
+            prefix_end=torch.from_numpy(pad[:, 0] + prefix_length - 1),
+            branch_end=torch.from_numpy(pad + ends[:, prefix:] - 1),
+        )

@@ -1,0 +1,214 @@
+"""Frozen text encoder: item texts to unit vectors, computed once and cached by content."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_sfubm.assets import cache_dir, resolve_model
+from lightning_sfubm.contracts import TextEncoder
+from lightning_sfubm.errors import ConfigError, DataError
+from lightning_sfubm.precision import has_fast_bf16
+
+
+class HFTextEncoder:
+    """Mean-pooled, normalised last hidden states of a transformers encoder (sentence-transformers' recipe).
+
+    Nothing is loaded before the first call that needs weights. Texts are sorted by length and encoded in batches of
+    a token budget, so that little is spent on padding. An empty (or blank) text has no meaning to compare: it gets
+    the zero vector, which has cosine 0 with everything, rather than the vector of "nothing" [choice].
+
+    Args:
+        model: an embedded default (``minilm``), a local folder or a hub id.
+        max_tokens: longer texts are cut there and counted in :attr:`truncated`.
+        batch_tokens: tokens of a batch, padding included.
+        precision: ``"32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 on CUDA and on CPUs with bf16 instructions
+            (2.8 times the speed there at a largest difference of 1.4e-3 on unit vectors), else 32.
+
+    Attributes:
+        truncated: number of texts cut so far.
+
+    Example:
+        >>> vectors = HFTextEncoder("minilm").encode(["Toy Story (1995)", "GoldenEye"])   # (2, 384), unit rows
+    """
+
+    def __init__(
+        self, model: str = "minilm", max_tokens: int = 128, batch_tokens: int = 4096, precision: str = "auto"
+    ) -> None:
+        if precision not in ("auto", "bf16", "32"):
+            raise ConfigError(f"text encoder precision '{precision}' is not one of auto, bf16, 32")
+        if max_tokens < 3 or batch_tokens < max_tokens:
+            raise ConfigError(f"need 3 <= max_tokens <= batch_tokens, got {max_tokens} and {batch_tokens}")
+        self.model = model
+        self.max_tokens = max_tokens
+        self.batch_tokens = batch_tokens
+        self.precision = precision
+        self.truncated = 0
+        self._network: Any = None
+        self._tokenizer: Any = None
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _load(self) -> None:
+        if self._network is None:
+            from transformers import AutoModel, AutoTokenizer
+
+            folder = resolve_model(self.model)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            self._network = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self._device).eval()
+            if self.max_tokens > self._network.config.max_position_embeddings:
+                raise ConfigError(
+                    f"max_tokens {self.max_tokens} exceeds the {self._network.config.max_position_embeddings} positions "
+                    f"of '{self.model}'"
+                )
+
+    @property
+    def bf16(self) -> bool:
+        """Whether encoding runs under bf16 autocast."""
+        return self.precision == "bf16" or (self.precision == "auto" and has_fast_bf16(self._device))
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        self._load()
+        return int(self._network.config.hidden_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the vectors would: model weights, length limit, precision."""
+        folder = resolve_model(self.model)
+        digest = hashlib.sha256(f"mean-pool-1 {self.max_tokens} {self.bf16}".encode())
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".safetensors", ".json", ".txt", ".bin"):
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
+                digest.update(_sample(path))
+        return digest.hexdigest()[:24]
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> Tensor:
+        """(len(texts), D) float32, unit rows; a blank text gives a zero row."""
+        self._load()
+        vectors = torch.zeros(len(texts), self.dim)
+        rows = [row for row, text in enumerate(texts) if text.strip()]
+        if not rows:
+            return vectors
+        encoded = self._tokenizer([texts[row] for row in rows], truncation=False, verbose=False)["input_ids"]
+        lengths = np.minimum([len(ids) for ids in encoded], self.max_tokens)
+        self.truncated += sum(len(ids) > self.max_tokens for ids in encoded)
+        order = np.argsort(lengths, kind="stable")
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and int(lengths[order[stop]]) * (stop + 1 - start) <= self.batch_tokens:
+                stop += 1
+            chosen = order[start:stop]
+            cut = [self._cut(encoded[index]) for index in chosen]
+            vectors[[rows[index] for index in chosen]] = self._pool(cut)
+            start = stop
+        return vectors
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """Cut the text but keep the closing special token."""
+        return ids if len(ids) <= self.max_tokens else ids[: self.max_tokens - 1] + ids[-1:]
+
+    def _pool(self, ids: list[list[int]]) -> Tensor:
+        width = max(map(len, ids))
+        tokens = torch.zeros(len(ids), width, dtype=torch.long)
+        mask = torch.zeros(len(ids), width, dtype=torch.long)
+        for row, values in enumerate(ids):
+            tokens[row, : len(values)] = torch.tensor(values)
+            mask[row, : len(values)] = 1
+        tokens, mask = tokens.to(self._device), mask.to(self._device)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            states = self._network(input_ids=tokens, attention_mask=mask).last_hidden_state
+        weights = mask.unsqueeze(-1).float()
+        return F.normalize((states.float() * weights).sum(1) / weights.sum(1), dim=-1).cpu()
+
+
+def _sample(path: Path, block: int = 1 << 16) -> bytes:
+    """The head, middle and tail of a file: enough to tell two models apart without reading gigabytes."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        pieces = []
+        for offset in (0, size // 2, max(size - block, 0)):
+            file.seek(offset)
+            pieces.append(file.read(block))
+    return b"".join(pieces)
+
+
+def encode_cached(
+    encoder: TextEncoder, texts: list[str], folder: str | Path | None = None, chunk: int = 2048, progress: bool = True
+) -> Tensor:
+    """Encode texts, each distinct text at most once per encoder on this machine.
+
+    Vectors are stored in pieces of ``chunk`` texts under names derived from the encoder's fingerprint and the texts
+    themselves, each piece written to a temporary file and renamed; an interrupted run continues after the last
+    complete piece. A text keeps its vector when other texts come or go, because the cache is keyed by text.
+
+    Args:
+        encoder: any :class:`~lightning_sfubm.contracts.TextEncoder`.
+        texts: n texts, duplicates allowed.
+        folder: the cache folder; by default ``text/<fingerprint>`` in the product's cache.
+        chunk: texts of a piece.
+        progress: show a progress bar when more than one piece has to be computed.
+
+    Returns:
+        (n, D) float32, unit rows; blank texts give zero rows.
+
+    Raises:
+        DataError: if the encoder returns a wrong shape or non-finite values.
+    """
+    store = Path(folder) if folder is not None else cache_dir() / "text" / encoder.fingerprint
+    store.mkdir(parents=True, exist_ok=True)
+    known = _read_store(store)
+    distinct = {_key(text): text for text in texts}
+    missing = [key for key in distinct if key not in known]
+    for start in _bar(range(0, len(missing), chunk), progress and len(missing) > chunk):
+        keys = missing[start : start + chunk]
+        vectors = encoder.encode([distinct[key] for key in keys])
+        if vectors.shape != (len(keys), encoder.dim) or not torch.isfinite(vectors).all():
+            raise DataError(
+                f"the text encoder returned shape {tuple(vectors.shape)} or non-finite values for {len(keys)} texts; "
+                f"expected finite ({len(keys)}, {encoder.dim})"
+            )
+        _write_piece(store, keys, vectors.float().numpy())
+        known.update(zip(keys, vectors.float().numpy(), strict=True))
+    if not texts:
+        return torch.zeros(0, encoder.dim)
+    return torch.from_numpy(np.stack([known[_key(text)] for text in texts]))
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _read_store(store: Path) -> dict[str, np.ndarray]:
+    """All cached vectors by key. A piece that cannot be read is deleted and computed again."""
+    known: dict[str, np.ndarray] = {}
+    for path in sorted(store.glob("*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as piece:
+                known.update(zip(piece["keys"].tolist(), piece["vectors"], strict=True))
+        except (OSError, ValueError, KeyError, EOFError):
+            path.unlink(missing_ok=True)
+    return known
+
+
+def _write_piece(store: Path, keys: list[str], vectors: np.ndarray) -> None:
+    name = hashlib.sha256("".join(keys).encode()).hexdigest()[:32]
+    partial = store / f".{name}.{os.getpid()}.partial"
+    with open(partial, "wb") as file:
+        np.savez(file, keys=np.array(keys), vectors=vectors)
+    os.replace(partial, store / f"{name}.npz")
+
+
+def _bar(steps: range, show: bool) -> Any:
+    if not show:
+        return steps
+    from tqdm import tqdm
+
+    return tqdm(steps, desc="Encoding texts", unit="piece")

@@ -1,0 +1,208 @@
+"""A causal language model as the LLM stage sees it: embeddings in, last hidden states and logits out."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sfubm.assets import resolve_model
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.precision import has_fast_bf16
+
+#: dropouts of the frozen base: it is a fixed function; only adapters have dropout
+DROPOUTS = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "layerdrop",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+)
+
+
+class Backbone(nn.Module):
+    """A frozen causal LM, cut to its first layers if asked, with or without low-rank adapters.
+
+    Args:
+        llm: an embedded default, a local folder or a hub id.
+        num_layers: keep the first n decoder layers; ``None`` keeps all.
+        precision: ``"32"``, ``"bf16"`` (base weights in bf16, computation under bf16 autocast, residual stream and
+            adapters in fp32) or ``"auto"``: bf16 where the hardware has it.
+        adapter_rank: rank of the LoRA adapters (Hu et al., arXiv 2106.09685); 0 leaves the model frozen.
+        adapter_alpha: LoRA scale is ``adapter_alpha / adapter_rank``.
+        adapter_dropout: dropout in front of the adapters.
+        adapter_targets: ``all-linear`` or a regular expression over module names.
+
+    Attributes:
+        tokenizer: the model's tokenizer.
+        embedding_dim: d, width of the token embeddings.
+        hidden_dim: width of the last hidden states (differs from d in some models).
+        token_norm: mean norm of the token embeddings.
+    """
+
+    def __init__(
+        self,
+        llm: str,
+        num_layers: int | None = None,
+        precision: str = "auto",
+        adapter_rank: int = 0,
+        adapter_alpha: int = 32,
+        adapter_dropout: float = 0.1,
+        adapter_targets: str = "all-linear",
+    ) -> None:
+        super().__init__()
+        if precision not in ("auto", "bf16", "32"):
+            raise ConfigError(f"LLM precision '{precision}' is not one of auto, bf16, 32")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+        model, self.tokenizer = _load(llm, num_layers, torch.bfloat16 if self.bf16 else torch.float32)
+        model.requires_grad_(False)
+        self.config = model.config
+        self.llm = llm
+        self.hidden_dim = int(model.get_output_embeddings().weight.shape[1])
+        with torch.no_grad():
+            rows = torch.arange(0, model.get_input_embeddings().num_embeddings, 7)
+            embedded = model.get_input_embeddings()(rows).float()
+        self.embedding_dim = int(embedded.shape[1])
+        self.token_norm = float(embedded.norm(dim=-1).mean())
+        self.model: Any = model
+        if adapter_rank > 0:
+            self.model = _with_adapters(model, adapter_rank, adapter_alpha, adapter_dropout, adapter_targets)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model itself, adapters (if any) in place."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """bf16 autocast where the backbone computes in bf16, whatever the Trainer's precision."""
+        with torch.autocast(next(self.parameters()).device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            yield
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings (B, S, d) in fp32; soft-token codes (negative) get the embedding of id 0."""
+        return self.causal_lm.get_input_embeddings()(tokens.clamp_min(0)).float()
+
+    def states(self, embeddings: Tensor, mask: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
+        """Last hidden states.
+
+        Args:
+            embeddings: (B, S, d).
+            mask: (B, 1, S, S) bool, True = may be attended, or (B, S') bool over cached and new tokens.
+            positions: (B, S) position of each token in its own sequence.
+            cache: a transformers cache; it is extended in place.
+
+        Returns:
+            (B, S, hidden_dim) float32.
+        """
+        decoder = self.causal_lm.base_model
+        attention = self._full_mask(mask, positions) if mask.ndim == 4 else mask.long()
+        with self.autocast():
+            output = decoder(
+                inputs_embeds=embeddings,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return output.last_hidden_state.float()
+
+    def _full_mask(self, mask: Tensor, positions: Tensor) -> Any:
+        """The mask in the form the model wants: additive where attention is not SDPA, one per kind of layer, windowed."""
+        window = getattr(self.config, "sliding_window", None)
+        near = None
+        if window is not None:
+            near = mask & ((positions.unsqueeze(-1) - positions.unsqueeze(1)) < window).unsqueeze(1)
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds and "sliding_attention" in kinds:
+            return {"full_attention": self._native(mask), "sliding_attention": self._native(near)}
+        uses_window = near is not None and kinds is None and getattr(self.config, "use_sliding_window", True)
+        return self._native(near if uses_window else mask)
+
+    def _native(self, mask: Any) -> Tensor:
+        if self.config._attn_implementation == "sdpa":
+            return mask
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Vocabulary logits (..., V) in fp32 for chosen states (..., hidden_dim); call it on few positions only."""
+        with self.autocast():
+            logits = self.causal_lm.get_output_embeddings()(states.to(self._head_dtype))
+        logits = logits.float()
+        if (scale := getattr(self.config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (scaling := getattr(self.config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / scaling
+        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # Gemma 2 and later
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @property
+    def _head_dtype(self) -> torch.dtype:
+        return self.causal_lm.get_output_embeddings().weight.dtype
+
+    def fingerprint(self) -> str:
+        """Tells base models apart: shape of the architecture and a sample of the embedding weights."""
+        shape = {key: getattr(self.config, key, None) for key in ("model_type", "hidden_size", "num_hidden_layers")}
+        sample = self.causal_lm.get_input_embeddings().weight[:64].detach().to("cpu", torch.bfloat16).view(torch.int16)
+        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+        digest.update(sample.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:24]
+
+
+def _load(llm: str, num_layers: int | None, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve_model(llm)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"'{llm}' holds no usable model config or tokenizer: {' '.join(str(error).split())}"
+        ) from error
+    if num_layers is not None:
+        if not 1 <= num_layers <= config.num_hidden_layers:
+            raise ConfigError(f"num_layers must lie in 1..{config.num_hidden_layers} for '{llm}', got {num_layers}")
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+        config.num_hidden_layers = num_layers
+    for name in DROPOUTS:
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the load report would list every weight of the layers left out
+    try:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+        except ValueError:  # architectures without SDPA
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, attn_implementation="eager"
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"'{llm}' cannot be loaded as a causal LM: {' '.join(str(error).split())}") from error
+    finally:
+        logger.setLevel(level)
+    return model.eval(), tokenizer
+
+
+def _with_adapters(model: Any, rank: int, alpha: int, dropout: float, targets: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"adapter_targets '{targets}': {' '.join(str(error).split())}") from error

@@ -1,0 +1,129 @@
+"""Ranking by the words of the LLM: likelihood of titles, greedy generation, generation among the candidates only."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_sfubm.datamodules.prompts import PromptBatch
+from lightning_sfubm.modules.llm.backbone import Backbone
+
+
+def branch_log_likelihood(
+    backbone: Backbone, states: Tensor, prompts: PromptBatch, chunk: int = 512
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihood of each branch's tokens given the prefix.
+
+    The vocabulary head is applied once to each state that predicts a branch token, in chunks, and to no other: the
+    last prefix state predicts the first token of all branches of its row.
+
+    Args:
+        backbone: supplies the head.
+        states: (B, S, hidden_dim) from :func:`~lightning_sfubm.modules.llm.tree.tree_states`.
+        prompts: the prompts with C branches; soft tokens in a branch are not scored.
+        chunk: states per application of the head; bounds memory.
+
+    Returns:
+        Sums of log-probabilities (B, C) and numbers of tokens (B, C).
+    """
+    rows, columns = ((prompts.branch > 0) & (prompts.tokens >= 0)).nonzero(as_tuple=True)
+    branches = prompts.branch[rows, columns] - 1
+    first = prompts.branch[rows, columns - 1] != branches + 1
+    before = torch.where(first, prompts.prefix_end[rows], columns - 1)
+    sources, source_of = torch.unique(rows * states.shape[1] + before, return_inverse=True)
+    order = torch.argsort(source_of)
+    bounds = torch.searchsorted(source_of[order], torch.arange(0, len(sources) + chunk, chunk, device=states.device))
+    predicting = states.flatten(0, 1)[sources]
+    pieces = []
+    for index in range(len(bounds) - 1):
+        start = index * chunk
+        mine = order[bounds[index] : bounds[index + 1]]
+        logits = backbone.logits(predicting[start : start + chunk])
+        tokens = prompts.tokens[rows[mine], columns[mine]]
+        # the log-normaliser once per state, not once per token: V is large
+        normaliser = torch.logsumexp(logits, dim=-1)
+        local = source_of[mine] - start
+        pieces.append(logits[local, tokens] - normaliser[local])
+    scores = torch.cat(pieces)
+    target = rows[order] * prompts.branch_end.shape[1] + branches[order]
+    shape = prompts.branch_end.shape
+    sums = torch.zeros(shape.numel(), device=states.device).index_add(0, target, scores)
+    counts = torch.zeros(shape.numel(), device=states.device).index_add(0, target, torch.ones_like(scores))
+    return sums.view(shape), counts.view(shape)
+
+
+@torch.no_grad()
+def greedy(
+    backbone: Backbone,
+    embeddings: Tensor,
+    prompts: PromptBatch,
+    max_tokens: int,
+    eos_id: int,
+    tries: list["TitleTrie"] | None = None,
+) -> list[list[int]]:
+    """Greedy continuation of B left-padded prompts, all rows at once, keys and values cached.
+
+    Args:
+        backbone: the model.
+        embeddings: (B, S, d), soft tokens spliced in; no branches.
+        prompts: the prompts the embeddings belong to.
+        max_tokens: longest answer.
+        eos_id: ends an answer; it is not part of the result.
+        tries: one per row: only its continuations are allowed. ``None``: anything.
+
+    Returns:
+        B lists of token ids.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=backbone.causal_lm.base_model.config)
+    mask = prompts.branch >= 0
+    positions = prompts.positions
+    answers: list[list[int]] = [[] for _ in range(len(embeddings))]
+    running = [True] * len(answers)
+    for _ in range(max_tokens):
+        logits = backbone.logits(backbone.states(embeddings, mask, positions, cache)[:, -1])
+        if tries is not None:
+            allowed = torch.zeros_like(logits, dtype=torch.bool)
+            for row, trie in enumerate(tries):
+                allowed[row, trie.next_tokens(answers[row]) if running[row] else [eos_id]] = True
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        chosen = logits.argmax(-1)
+        for row, token in enumerate(chosen.tolist()):
+            if running[row]:
+                running[row] = token != eos_id
+                if running[row]:
+                    answers[row].append(token)
+        if not any(running):
+            break
+        embeddings = backbone.embed(chosen.unsqueeze(1))
+        mask = F.pad(mask, (0, 1), value=True)
+        positions = positions[:, -1:] + 1
+    return answers
+
+
+class TitleTrie:
+    """Prefix tree over the answers of one row's candidates.
+
+    Args:
+        answers: token ids of each candidate's answer, EOS at the end.
+    """
+
+    def __init__(self, answers: list[list[int]]) -> None:
+        self._root: dict[int, dict] = {}
+        self._index: dict[tuple[int, ...], int] = {}
+        for index, answer in enumerate(answers):
+            node = self._root
+            for token in answer:
+                node = node.setdefault(token, {})
+            self._index.setdefault(tuple(answer[:-1]), index)  # answers cut to the same tokens: the first stands
+
+    def next_tokens(self, prefix: list[int]) -> list[int]:
+        """Tokens that may follow; EOS among them where an answer is complete."""
+        node = self._root
+        for token in prefix:
+            node = node[token]
+        return list(node)
+
+    def candidate(self, answer: list[int]) -> int:
+        """Index of the candidate whose answer (without EOS) this is."""
+        return self._index[tuple(answer)]
