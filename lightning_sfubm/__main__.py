@@ -1,0 +1,85 @@
+"""Entry points: ``lightning-sfubm``, ``python -m lightning_sfubm`` and ``lightning``. Imports stay lazy for a quick ``--help``."""
+
+import sys
+
+_HELP = """usage: lightning-sfubm COMMAND [options]
+
+Federated, semantics-enhanced next-item recommendation across data silos.
+
+commands
+  fit       train; with an experiment config: federated rounds, LLM stage, evaluation and report
+  validate  evaluate a checkpoint on validation data
+  test      evaluate a checkpoint on test data
+  predict   top items for each user, from a checkpoint
+  report    build report.html and report.json again from a finished run folder
+
+examples
+  lightning-sfubm fit --config configs/experiment/demo.yaml
+  lightning-sfubm fit --config configs/experiment/health_beauty.yaml --data.root DIR
+  lightning-sfubm fit --config configs/experiment/demo.yaml --ckpt_path last     (go on where it stopped)
+  lightning-sfubm report runs/demo
+
+'lightning-sfubm COMMAND --help' lists every option; any LightningModule and LightningDataModule can be named by
+class path. Settings of the environment: SFUBM_CACHE moves the cache of models and prepared data.
+"""
+
+_LIGHTNING = ("fit", "validate", "test", "predict")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; user errors end with one sentence and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return
+    if argv[0] in ("-V", "--version"):
+        from lightning_sfubm import __version__
+
+        print(f"lightning-sfubm {__version__}")
+        return
+    from lightning_sfubm.errors import SFUBMError
+
+    try:
+        if argv[0] in _LIGHTNING:
+            from lightning_sfubm.cli import run
+
+            run(argv)
+        elif argv[0] == "report":
+            _report(argv[1:])
+        else:
+            raise SFUBMError(f"unknown command '{argv[0]}': use one of {', '.join((*_LIGHTNING, 'report'))}, or --help")
+    except SFUBMError as error:
+        print(f"lightning-sfubm: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def main_lightning(argv: list[str] | None = None) -> None:
+    """The ``lightning`` command: ours, and whatever else goes to lightning-sdk where that is installed."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in (*_LIGHTNING, "report", "-h", "--help", "-V", "--version"):
+        main(argv)
+        return
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="console_scripts", name="lightning"):
+        if entry.dist is not None and entry.dist.name != "lightning-sfubm":
+            entry.load()()
+            return
+    main(argv)
+
+
+def _report(argv: list[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser("lightning-sfubm report", description="Build the report of a finished run again.")
+    parser.add_argument("run_dir", help="folder of the run, for instance runs/demo")
+    arguments = parser.parse_args(argv)
+    from pathlib import Path
+
+    from lightning_sfubm.evaluation.report import build_report
+
+    print(build_report(Path(arguments.run_dir)))
+
+
+if __name__ == "__main__":
+    main()

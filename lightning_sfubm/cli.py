@@ -1,0 +1,70 @@
+"""The command line: Lightning's own, with federated runs and experiments."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_sfubm.experiment import Experiment
+from lightning_sfubm.federated.trainer import FederatedTrainer
+
+
+class SFUBMCLI(LightningCLI):
+    """``LightningCLI`` with ``trainer.federation`` and ``experiment``; explicit flags win over a checkpoint's settings."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        self._argv = list(sys.argv[1:] if args is None else args)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=FederatedTrainer,
+            seed_everything_default=1,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--experiment``: what ``fit`` does after stage 1."""
+        parser.add_argument(
+            "--experiment",
+            type=Experiment | None,
+            default=None,
+            help="After a federated fit: baselines, LLM stage, evaluation on test data, report.",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning lets the hyper-parameters stored in a checkpoint override what was typed. Here what was given, on
+        # the command line or in a config, wins; the checkpoint supplies the model only where none was given.
+        subcommand = self.config.get("subcommand")
+        if subcommand and self.config[subcommand].get("model") is None:
+            super()._parse_ckpt_path()
+
+    def before_fit(self) -> None:
+        """Write the resolved configuration into the run folder of a federated run, and how to run it again."""
+        if self.trainer.federation is None or not self.trainer.is_global_zero:
+            return
+        run_dir: Path = self.trainer.run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        text = self._parser("fit").dump(self.config.fit, skip_none=False)
+        (run_dir / "config.yaml").write_text(f"# lightning-sfubm {' '.join(self._argv)}\n{text}")
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; then the experiment, where one is configured."""
+        experiment = self.config_init["fit"].get("experiment")
+        if experiment is None:
+            self.trainer.fit(**kwargs)
+            return
+        command = "lightning-sfubm " + " ".join(self._argv)
+        experiment.run(self.trainer, self.model, self.datamodule, ckpt_path=kwargs.get("ckpt_path"), command=command)
+
+
+def run(argv: list[str]) -> None:
+    """Parse and run; returns nothing, so that a console script's exit code stays 0."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    SFUBMCLI(args=argv)

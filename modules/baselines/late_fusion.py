@@ -1,0 +1,72 @@
+"""Late fusion: a weighted sum of an encoder's scores and untrained text similarities. The control without an LLM."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sfubm.contracts import RankBatch, Stage1
+from lightning_sfubm.errors import DataError
+from lightning_sfubm.modules.layers.affinity import standardise
+
+
+class LateFusion(nn.Module):
+    """``sum_f w_f z_f``: affinity features standardised within each row, weights by conditional logit [choice].
+
+    Whatever an LLM adds, it must add over this. The weights also initialise the residual of the LLM head, so that tuning
+    starts from here.
+
+    Args:
+        stage1: trained module whose ``affinities`` are fused; not changed.
+        l2: strength of the penalty on the weights.
+    """
+
+    weights: Tensor
+
+    def __init__(self, stage1: Stage1, l2: float = 1e-3) -> None:
+        super().__init__()
+        self._stage1 = [stage1]  # in a list: not a sub-module, its parameters are not this method's
+        self.l2 = l2
+        first = torch.zeros(len(stage1.affinity_names))
+        first[0] = 1.0
+        self.register_buffer("weights", first)
+
+    @torch.no_grad()
+    def _features(self, batches: Iterable[RankBatch]) -> tuple[Tensor, Tensor]:
+        rows = [(self._stage1[0].affinities(b), b["target_index"]) for b in batches]
+        if not rows:
+            raise DataError("late fusion has no samples to choose its weights from: hold out stage-2 positions")
+        width = max(a.shape[1] for a, _ in rows)
+        if any(a.shape[1] != width for a, _ in rows):
+            raise DataError("late fusion needs the same number of candidates in every sample")
+        return torch.cat([standardise(a) for a, _ in rows]), torch.cat([t for _, t in rows])
+
+    def fit(self, batches: Iterable[RankBatch]) -> Tensor:
+        """Choose the weights (F,) by maximum likelihood of the target among its candidates, with L-BFGS.
+
+        Args:
+            batches: samples that neither trained the stage-1 module nor are tested: the held-out stage-2 samples.
+
+        Returns:
+            The weights.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        features, target = self._features(batches)
+        weights = self.weights.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(features @ weights, target) + self.l2 * weights.square().sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        self.weights.copy_(weights.detach())
+        return self.weights
+
+    def rank(self, batch: RankBatch) -> Tensor:
+        """Scores (B, C)."""
+        return standardise(self._stage1[0].affinities(batch)) @ self.weights
