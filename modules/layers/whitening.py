@@ -1,0 +1,82 @@
+"""Adaptor from frozen text vectors to the encoder's space: a mixture of parametric-whitening experts (UniSRec)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype
+from lightning_sfubm.seeds import torch_generator
+
+
+class WhiteningExperts(nn.Module):
+    """Mixture of affine whitening maps D -> H with a noisy softmax gate (Hou et al., UniSRec, KDD 2022, eq. 1 to 3).
+
+    An expert is ``(x - b) W``; the equivalent ``x W + c`` is stored, so that all experts are one matrix product. While
+    training, the gate's logits carry Gaussian noise of a learned scale; in evaluation mode they carry none.
+
+    Args:
+        text_dim: D.
+        hidden_dim: H.
+        num_experts: experts; 1 is a plain whitening map without a gate.
+        dropout: dropout probability of the input vectors while training.
+        seed: root of the named noise stream.
+        precision: number format of the large product.
+
+    Raises:
+        ConfigError: if ``num_experts`` is below 1.
+    """
+
+    noise_draws: Tensor
+
+    def __init__(
+        self,
+        text_dim: int,
+        hidden_dim: int,
+        num_experts: int = 8,
+        dropout: float = 0.2,
+        seed: int = 0,
+        precision: Precision = "auto",
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ConfigError(f"num_experts={num_experts}: the adaptor needs at least one expert.")
+        self.hidden_dim = hidden_dim
+        self.num_experts = num_experts
+        self.seed = seed
+        self.precision: Precision = precision
+        self.drop = nn.Dropout(dropout)
+        self.experts = nn.Linear(text_dim, num_experts * hidden_dim)
+        # Unit inputs: entries of 1/sqrt(D) a side, so this keeps the output's entries at about 1/sqrt(H).
+        generator = torch_generator(seed, "whitening", text_dim, hidden_dim, num_experts)
+        with torch.no_grad():
+            self.experts.weight.normal_(std=1.0 / math.sqrt(hidden_dim), generator=generator)
+        nn.init.zeros_(self.experts.bias)
+        if num_experts > 1:
+            self.gate = nn.Linear(text_dim, 2 * num_experts, bias=False)
+            nn.init.zeros_(self.gate.weight)
+            # Counts the draws, so that a resumed run continues the stream where it was left.
+            self.register_buffer("noise_draws", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Map text vectors (M, D) to (M, H)."""
+        dtype = matmul_dtype(self.precision, vectors.device)
+        inputs = self.drop(vectors).to(dtype)
+        outputs = F.linear(inputs, self.experts.weight.to(dtype), self.experts.bias.to(dtype))
+        if self.num_experts == 1:
+            return outputs.to(vectors.dtype)
+        shares = self._gate(vectors).to(dtype).unsqueeze(1)
+        mixed = torch.bmm(shares, outputs.view(len(vectors), self.num_experts, self.hidden_dim))
+        return mixed.squeeze(1).to(vectors.dtype)
+
+    def _gate(self, vectors: Tensor) -> Tensor:
+        """Share of each expert (M, experts); rows sum to 1."""
+        logits, scale = self.gate(vectors).chunk(2, dim=1)
+        if self.training:
+            generator = torch_generator(self.seed, "gate_noise", int(self.noise_draws))
+            noise = torch.randn(logits.shape, generator=generator).to(logits)
+            logits = logits + noise * (F.softplus(scale) + 1e-2)
+            self.noise_draws += 1
+        return torch.softmax(logits, 1)

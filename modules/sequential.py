@@ -1,0 +1,180 @@
+"""Next-item recommendation in one domain: an encoder over item vectors, trained alone."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.layers.items import ItemTable
+from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_affinities
+from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs, full_cross_entropy
+from lightning_sfubm.modules.losses.precision import Precision
+from lightning_sfubm.modules.losses.sampled import (
+    binary_cross_entropy,
+    other_items,
+    proposal,
+    sampled_cross_entropy,
+)
+from lightning_sfubm.modules.stage1 import CatalogueModule, encoder_width
+from lightning_sfubm.seeds import torch_generator
+
+FEATURES = ("id", "text", "id+text")
+LOSSES = ("full", "sampled", "bce")
+
+
+class SequentialRecommender(CatalogueModule):
+    """SASRec, GRU4Rec or any plug-in encoder over ids, text or both, as a LightningModule.
+
+    Implements the contracts ``CatalogueRanker`` and ``Stage1``.
+
+    Args:
+        encoder: a module that keeps :class:`lightning_sfubm.contracts.Encoder`.
+        features: item vectors from ``"id"``, ``"text"`` (an adaptor over frozen text vectors) or ``"id+text"`` (the sum).
+        logits: ``"dot"`` or ``"cosine"`` between state and item vector.
+        tau: temperature of cosine logits.
+        loss: ``"full"`` cross-entropy over all items, ``"sampled"`` softmax, or ``"bce"`` with one negative.
+        num_negatives: negatives of the sampled softmax, shared by a batch.
+        negative_power: 0 draws them uniformly, 1 by popularity.
+        lr: peak learning rate of AdamW.
+        weight_decay: decoupled weight decay.
+        warmup_steps: optimiser steps of linear warm-up.
+        num_experts: whitening experts of the text adaptor.
+        text_dropout: dropout of text vectors while training.
+        logits_precision: number format of products against the whole catalogue.
+        seed: root of the named streams (initial table, negatives, gate noise).
+
+    Raises:
+        ConfigError: if a setting is unknown or out of range.
+
+    Example:
+        >>> from lightning_sfubm.modules.encoders.sasrec import SASRec
+        >>> model = SequentialRecommender(SASRec(hidden_dim=64), logits="dot")
+    """
+
+    negative_proposal: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        features: Literal["id", "text", "id+text"] = "id",
+        logits: Literal["dot", "cosine"] = "dot",
+        tau: float = 0.07,
+        loss: Literal["full", "sampled", "bce"] = "full",
+        num_negatives: int = 512,
+        negative_power: float = 0.5,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        num_experts: int = 1,
+        text_dropout: float = 0.0,
+        logits_precision: Precision = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(encoder_width(encoder), lr, weight_decay, warmup_steps)
+        if features not in FEATURES or logits not in ("dot", "cosine") or loss not in LOSSES:
+            raise ConfigError(
+                f"features={features!r}, logits={logits!r}, loss={loss!r}: choose features from {FEATURES}, "
+                f"logits from ('dot', 'cosine'), loss from {LOSSES}."
+            )
+        if tau <= 0 or num_negatives < 1:
+            raise ConfigError(f"tau={tau} must be positive and num_negatives={num_negatives} at least 1.")
+        self.save_hyperparameters()
+        self.keep_plain_hyperparameters()
+        self.encoder = encoder
+        self.features = features
+        self.logits = logits
+        self.tau = tau
+        self.loss = loss
+        self.num_negatives = num_negatives
+        self.negative_power = negative_power
+        self.num_experts = num_experts
+        self.text_dropout = text_dropout
+        self.logits_precision: Precision = logits_precision
+        self.seed = seed
+
+    @property
+    def affinity_names(self) -> tuple[str, ...]:
+        """Columns of :meth:`affinities`: the score, and text similarities where text is used."""
+        return ("score", *TEXT_AFFINITIES) if "text" in self.features else ("score",)
+
+    def build(self, num_items: int, text_dim: int) -> None:
+        """Create the item table.
+
+        Raises:
+            ConfigError: if text is to be used and the catalogue has none.
+        """
+        if "text" in self.features and not text_dim:
+            raise ConfigError(f"features={self.features!r} needs text vectors, but the datamodule has no text encoder.")
+        self.items = ItemTable(
+            num_items,
+            self.hidden_dim,
+            self.features,
+            text_dim,
+            self.num_experts,
+            self.text_dropout,
+            self.seed,
+            self.logits_precision,
+        )
+        self.register_buffer("negative_proposal", proposal(torch.zeros(num_items + 1), 0.0))
+
+    def load_catalogue(self, catalogue: Catalogue) -> None:
+        """Take text vectors and the proposal of negatives from the catalogue."""
+        self.negative_proposal.copy_(proposal(catalogue.train_counts, self.negative_power))
+        if "text" in self.features and catalogue.text_embeddings is not None:
+            self.items.text.copy_(catalogue.text_embeddings)
+
+    # ------------------------------------------------------------------ training
+
+    def _encode(self, history: Tensor, table: Tensor) -> Tensor:
+        """States (B, L, H) of histories (B, L)."""
+        return self.encoder(F.embedding(history, table, padding_idx=0), history != 0)
+
+    def _logit_inputs(self, states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        return cosine_inputs(states, table, self.tau) if self.logits == "cosine" else (states, table)
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """Loss of the next item at every position that has one."""
+        table = self.items()
+        predicting = batch["targets"] != 0
+        targets = batch["targets"][predicting]
+        states, items = self._logit_inputs(self._encode(batch["history"], table)[predicting], table)
+        if self.loss == "full":
+            loss = full_cross_entropy(states, items, targets, self.logits_precision)
+        else:
+            generator = torch_generator(self.seed, "negatives", self.global_step)
+            if self.loss == "bce":
+                loss = binary_cross_entropy(states, items, targets, other_items(targets, self.num_items, generator))
+            else:
+                weights = self.negative_proposal.cpu()
+                drawn = torch.multinomial(weights, self.num_negatives, replacement=True, generator=generator)
+                log_q = self.negative_proposal.log()
+                loss = sampled_cross_entropy(states, items, targets, drawn.to(targets.device), log_q)
+        self.log_losses(batch, loss=loss)
+        return loss
+
+    # ------------------------------------------------------------------ contracts
+
+    def branch_scores(self, batch: RankBatch) -> dict[str, Tensor]:
+        """The one branch: scores (B, N + 1)."""
+        table = self.items.frozen()
+        states, items = self._logit_inputs(self._encode(batch["history"], table)[:, -1], table)
+        return {"": states @ items.T}
+
+    def user_states(self, batch: RankBatch) -> Tensor:
+        """(B, H) state after the newest item."""
+        return self._encode(batch["history"], self.items.frozen())[:, -1]
+
+    def item_tables(self) -> tuple[Tensor, Tensor]:
+        """Item vectors (N + 1, H) and their part computed from text (N + 1, H), zero where text is not used."""
+        table, semantic = self.items.frozen(), self.items.semantic()
+        return table, torch.zeros_like(table) if semantic is None else semantic
+
+    def affinities(self, batch: RankBatch) -> Tensor:
+        """(B, C, F) raw features, columns named by :attr:`affinity_names`."""
+        score = self.rank(batch).unsqueeze(-1)
+        if "text" not in self.features:
+            return score
+        return torch.cat([score, text_affinities(self.items.text, batch["history"], batch["candidates"])], -1)

@@ -1,0 +1,251 @@
+"""What every stage-1 module shares: item tables bound to a catalogue, evaluation, checkpoints, optimiser."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
+from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics
+
+SHAPES_KEY = "stage1_shapes"
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+
+
+class CatalogueModule(L.LightningModule):
+    """Base of the stage-1 LightningModules.
+
+    The item tables depend on the domain, so they are built by :meth:`bind`, from the datamodule's catalogue in
+    :meth:`setup` or from the shapes stored in a checkpoint. Sub-classes implement :meth:`build`,
+    :meth:`branch_scores` and ``training_step``.
+
+    Args:
+        hidden_dim: H.
+        lr: peak learning rate of AdamW.
+        weight_decay: decoupled weight decay.
+        warmup_steps: optimiser steps of linear warm-up from 0; 0 = none.
+    """
+
+    #: Names of branches evaluated beside the main one; their metrics are logged as ``val/<name>_ndcg@10``.
+    side_branches: tuple[str, ...] = ()
+
+    def __init__(self, hidden_dim: int, lr: float, weight_decay: float, warmup_steps: int) -> None:
+        super().__init__()
+        if lr <= 0 or weight_decay < 0 or warmup_steps < 0:
+            raise ConfigError(
+                f"lr={lr}, weight_decay={weight_decay}, warmup_steps={warmup_steps}: the learning rate must be positive "
+                "and the others not negative."
+            )
+        self.hidden_dim = hidden_dim
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.num_items = 0
+        self.text_dim = 0
+        self.candidate_metrics = nn.ModuleDict()
+        self.catalogue_metrics = nn.ModuleDict()
+        for stage in ("val", "test"):
+            self.candidate_metrics[stage] = ranking_metrics(f"{stage}/")
+            self.catalogue_metrics[stage] = ranking_metrics(f"{stage}/full_", hits=(10, 20), ndcgs=(10, 20))
+            for name in self.side_branches:
+                self.candidate_metrics[f"{stage}_{name}"] = ranking_metrics(f"{stage}/{name}_", hits=(1,), ndcgs=(10,))
+
+    # ------------------------------------------------------------------ item tables
+
+    def build(self, num_items: int, text_dim: int) -> None:
+        """Create the tables of a domain of N items with D-dimensional text vectors (D = 0: none)."""
+        raise NotImplementedError
+
+    def load_catalogue(self, catalogue: Catalogue) -> None:
+        """Copy what the module keeps of the catalogue (text vectors, counts) into the tables just built."""
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the item tables exist."""
+        return self.num_items > 0
+
+    def bind(self, catalogue: Catalogue) -> None:
+        """Build the item tables of a domain. Binding to the same shapes again keeps what has been learned.
+
+        Args:
+            catalogue: items of the domain.
+
+        Raises:
+            ConfigError: if the module is bound to a catalogue of other shapes.
+        """
+        text_dim = 0 if catalogue.text_embeddings is None else catalogue.text_embeddings.shape[1]
+        if not self.is_bound:
+            self._build_tables(catalogue.num_items, text_dim)
+        elif (self.num_items, self.text_dim) != (catalogue.num_items, text_dim):
+            raise ConfigError(
+                f"{type(self).__name__} is bound to {self.num_items} items with text dimension {self.text_dim}, but domain "
+                f"{catalogue.name!r} has {catalogue.num_items} and {text_dim}; use a module of its own for each domain."
+            )
+        self.load_catalogue(catalogue)
+
+    def _build_tables(self, num_items: int, text_dim: int) -> None:
+        self.build(num_items, text_dim)
+        self.num_items, self.text_dim = num_items, text_dim
+
+    def setup(self, stage: str) -> None:
+        """Bind to the datamodule's catalogue if that has not happened yet."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            self.bind(datamodule.catalogue)
+        elif not self.is_bound:
+            raise ConfigError(
+                f"{type(self).__name__} has no items: pass a datamodule with a catalogue or call bind(catalogue) first."
+            )
+
+    # ------------------------------------------------------------------ scores
+
+    def branch_scores(self, batch: RankBatch) -> dict[str, Tensor]:
+        """Scores (B, N + 1) by branch: ``""`` is the main one, the others are named in ``side_branches``."""
+        raise NotImplementedError
+
+    def score_all(self, batch: RankBatch) -> Tensor:
+        """Scores (B, N + 1) of the main branch; column 0 (padding) is meaningless."""
+        return self.branch_scores(batch)[""]
+
+    def rank(self, batch: RankBatch) -> Tensor:
+        """Scores (B, C) of the candidates."""
+        return self.score_all(batch).gather(1, batch["candidates"])
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _evaluate(self, stage: str, batch: RankBatch) -> None:
+        size = len(batch["user"])
+        for name, scores in self.branch_scores(batch).items():
+            metrics = cast(MetricCollection, self.candidate_metrics[f"{stage}_{name}" if name else stage])
+            metrics.update(candidate_ranks(scores.gather(1, batch["candidates"]), batch["target_index"]))
+            self.log_dict(cast(Any, metrics), on_step=False, on_epoch=True, batch_size=size)
+            if not name:
+                full = cast(MetricCollection, self.catalogue_metrics[stage])
+                full.update(catalogue_ranks(scores, batch["target"], batch.get("seen")))
+                self.log_dict(cast(Any, full), on_step=False, on_epoch=True, batch_size=size)
+
+    def validation_step(self, batch: RankBatch, batch_idx: int) -> None:
+        """Log ``val/hit@1``, ``val/ndcg@10``, ``val/mrr`` over candidates and ``val/full_*`` over the catalogue."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: RankBatch, batch_idx: int) -> None:
+        """As :meth:`validation_step`, under ``test/``."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: RankBatch, batch_idx: int) -> Tensor:
+        """Scores (B, C)."""
+        return self.rank(batch)
+
+    def log_losses(self, batch: TrainBatch, **terms: Tensor) -> None:
+        """Log training terms under ``train/``, averaged over the epoch."""
+        values = {f"train/{name}": value.detach() for name, value in terms.items()}
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["user"]))
+
+    # ------------------------------------------------------------------ optimiser
+
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """What the optimiser moves."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW (fused), with linear warm-up per step where asked for."""
+        optimizer = torch.optim.AdamW(
+            list(self.trained_parameters()), lr=self.lr, weight_decay=self.weight_decay, fused=True
+        )
+        if not self.warmup_steps:
+            return optimizer
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.warmup_steps))
+        return cast(
+            OptimizerLRScheduler,
+            {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}},
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def keep_plain_hyperparameters(self) -> None:
+        """Replace modules among the saved hyper-parameters by ``class_path`` and ``init_args``.
+
+        The command line stores them so already; this gives a module built in Python the same checkpoint, which loads with
+        ``weights_only=True`` and rebuilds its parts. Arguments are read from attributes of the same name.
+        """
+        modules = {name: value for name, value in self.hparams.items() if isinstance(value, nn.Module)}
+        for name, value in modules.items():
+            arguments = inspect.signature(type(value).__init__).parameters
+            init_args = {key: getattr(value, key) for key in arguments if key != "self" and hasattr(value, key)}
+            cls = type(value)
+            self.hparams[name] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
+        if modules:
+            self.hparams["_instantiator"] = INSTANTIATOR
+            self._set_hparams(dict(self.hparams))
+
+    def checkpoint_shapes(self) -> dict[str, Any]:
+        """What :meth:`build` needs to rebuild the tables, and whatever else has to exist before weights are loaded."""
+        return {"module": type(self).__name__, "num_items": self.num_items, "text_dim": self.text_dim}
+
+    def restore_shapes(self, shapes: Mapping[str, Any]) -> None:
+        """Prepare for the weights of a checkpoint whose :meth:`checkpoint_shapes` are given."""
+        if not self.is_bound:
+            self._build_tables(int(shapes["num_items"]), int(shapes["text_dim"]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the shapes of the item tables."""
+        checkpoint[SHAPES_KEY] = self.checkpoint_shapes()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the item tables and refuse weights of another model.
+
+        Raises:
+            CheckpointError: if the checkpoint is of another module, catalogue or encoder.
+        """
+        shapes, name = checkpoint.get(SHAPES_KEY), type(self).__name__
+        if shapes is None or shapes["module"] != name:
+            other = "no stage-1 module" if shapes is None else shapes["module"]
+            raise CheckpointError(
+                f"The checkpoint is of {other}, not of {name}; load it with the module that wrote it."
+            )
+        for key in ("num_items", "text_dim"):
+            if self.is_bound and shapes[key] != getattr(self, key):
+                raise CheckpointError(
+                    f"The checkpoint has {key}={shapes[key]}, this {name} has {getattr(self, key)}; "
+                    "it belongs to another domain or text encoder."
+                )
+        self.restore_shapes(shapes)
+        check_state(self.state_dict(), checkpoint["state_dict"], name)
+
+
+def encoder_width(encoder: nn.Module) -> int:
+    """H of an encoder.
+
+    Raises:
+        ConfigError: if the module is no encoder.
+    """
+    width = getattr(encoder, "hidden_dim", None)
+    if not isinstance(width, int):
+        raise ConfigError(
+            f"{type(encoder).__name__} is no encoder: it has no integer attribute 'hidden_dim' (see the Encoder contract)."
+        )
+    return width
+
+
+def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) -> None:
+    """Compare keys and shapes of two state dicts.
+
+    Raises:
+        CheckpointError: naming the first key that is missing, superfluous or of another shape.
+    """
+    hint = f"it was written by a {name} with other settings"
+    for key in expected.keys() - given.keys():
+        raise CheckpointError(f"The state lacks {key!r}; {hint}.")
+    for key in given.keys() - expected.keys():
+        raise CheckpointError(f"The state holds {key!r}, which this {name} does not have; {hint}.")
+    for key, tensor in expected.items():
+        if tensor.shape != given[key].shape:
+            raise CheckpointError(
+                f"{key!r} has shape {tuple(given[key].shape)}, expected {tuple(tensor.shape)}; {hint}."
+            )
