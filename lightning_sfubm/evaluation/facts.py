@@ -1,0 +1,165 @@
+"""The facts of a run as plain JSON values: what ``report.json`` holds and what the HTML and the terminal show."""
+
+import math
+from collections import Counter
+from typing import Any
+
+from lightning_sfubm.errors import DataError
+from lightning_sfubm.evaluation.results import METRICS, PerUserResults, chance
+from lightning_sfubm.evaluation.run_folder import Json, RunFolder
+from lightning_sfubm.evaluation.significance import Estimate, holm, paired_difference
+
+SLICE_METRICS = ("hit@1", "ndcg@10")
+COMPARED = ("hit@1", "ndcg@10")
+
+
+def run_facts(folder: RunFolder) -> Json:
+    """Everything the report states, in JSON values; numbers that are not defined are ``None``."""
+    return plain(
+        {
+            "run": folder.run,
+            "domains": [domain_facts(domain, rows) for domain, rows in _ordered(folder)],
+            "comparisons": comparison_facts(folder),
+            "privacy": folder.privacy,
+            "communication": ledger_facts(folder.ledger),
+            "history": folder.history,
+            "data_cards": folder.cards,
+            "config": folder.config,
+            "problems": folder.problems,
+        }
+    )
+
+
+def domain_facts(domain: str, rows: list[PerUserResults]) -> Json:
+    """The result table of one domain.
+
+    Args:
+        domain: its name.
+        rows: results in the order of the table.
+    """
+    candidates = max((r.meta.num_candidates for r in rows), default=0)
+    return {
+        "name": domain,
+        "num_candidates": candidates,
+        "num_items": max((r.meta.num_items for r in rows), default=0),
+        "chance": {metric: chance(metric, candidates) for metric in METRICS},
+        "splits": sorted({r.meta.split for r in rows}),
+        "candidate_hashes": sorted({r.meta.candidate_hash for r in rows}),
+        "ties": sorted({r.meta.ties for r in rows}),
+        "rows": [_row(r) for r in rows],
+    }
+
+
+def _row(result: PerUserResults) -> Json:
+    meta = result.meta
+    slices = {}
+    for name, part in result.slices().items():
+        summary = part.summary()
+        slices[name] = {"users": len(part), **{metric: _estimate(summary[metric]) for metric in SLICE_METRICS}}
+    return {
+        "method": meta.method,
+        "label": meta.title,
+        "group": meta.group,
+        "users": len(result),
+        "metrics": {name: _estimate(value) for name, value in result.summary().items()},
+        "slices": slices,
+        "trainable_params": meta.trainable_params,
+        "train_cpu_s": meta.extra.get("train_cpu_s"),
+        "cpu_s": meta.cpu_s,
+        "wall_s": meta.wall_s,
+        "peak_rss_mb": meta.peak_rss_mb,
+        "seed": meta.seed,
+        "extra": meta.extra,
+    }
+
+
+def _estimate(estimate: Estimate) -> Json:
+    return estimate._asdict()
+
+
+def comparison_facts(folder: RunFolder) -> list[Json]:
+    """Paired differences a - b as ``run.json`` asks for, or of every method against its ``reference_method``.
+
+    A comparison that cannot be made states why. Holm's correction runs over all McNemar tests of the run.
+    """
+    wanted = folder.run.get("comparisons")
+    if wanted is None:
+        reference = folder.run.get("reference_method")
+        methods = dict.fromkeys(r.meta.method for rows in folder.results.values() for r in rows)
+        wanted = [{"a": method, "b": reference} for method in methods if reference and method != reference]
+    facts: list[Json] = []
+    for domain, rows in _ordered(folder):
+        by_method = {r.meta.method: r for r in rows}
+        labels = {method: r.meta.title for method, r in by_method.items()}
+        for pair in wanted:
+            if pair.get("domain", domain) != domain:
+                continue
+            a, b = pair["a"], pair["b"]
+            fact: Json = {"domain": domain, "a": a, "b": b, "label_a": labels.get(a, a), "label_b": labels.get(b, b)}
+            missing = [method for method in (a, b) if method not in by_method]
+            if missing:
+                fact["not_compared"] = f"no results of {' and '.join(missing)}"
+            else:
+                try:
+                    fact |= {m: paired_difference(by_method[a], by_method[b], m)._asdict() for m in COMPARED}
+                except DataError as error:
+                    fact["not_compared"] = str(error)
+            facts.append(fact)
+    tested = [fact for fact in facts if "hit@1" in fact]
+    for fact, p in zip(tested, holm([fact["hit@1"]["p_mcnemar"] for fact in tested]), strict=True):
+        fact["p_holm"] = p
+    return facts
+
+
+def ledger_facts(ledger: list[Json]) -> Json:
+    """Messages and bytes per client, direction and kind, with the tensors they held.
+
+    Returns:
+        ``rows`` (one per client, direction and kind) and ``totals`` (bytes up and down).
+    """
+    groups: dict[tuple[str, str, str], list[Json]] = {}
+    for line in ledger:
+        groups.setdefault((line["client"], line["direction"], line.get("kind", "")), []).append(line)
+    rows = []
+    for (client, direction, kind), lines in sorted(groups.items(), key=lambda item: (item[0][1] != "up", item[0])):
+        tensors = Counter(
+            f"{name} {'×'.join(map(str, tensor.get('shape', [])))} {tensor.get('dtype', '')}".strip()
+            for line in lines
+            for name, tensor in line.get("tensors", {}).items()
+        )
+        mechanisms = dict.fromkeys(_words(line["mechanism"]) for line in lines if line.get("mechanism"))
+        rows.append(
+            {
+                "client": client,
+                "direction": direction,
+                "kind": kind,
+                "messages": len(lines),
+                "rounds": sorted({line["round"] for line in lines if line.get("round") is not None}),
+                "bytes": sum(line["bytes"] for line in lines),
+                "tensors": list(tensors),
+                "mechanisms": list(mechanisms),
+            }
+        )
+    totals = {way: sum(row["bytes"] for row in rows if row["direction"] == way) for way in ("up", "down")}
+    return {"rows": rows, "totals": totals, "messages": len(ledger)}
+
+
+def _words(mechanism: Any) -> str:
+    if isinstance(mechanism, dict):
+        return ", ".join(f"{value}" if key == "mechanism" else f"{key} {value}" for key, value in mechanism.items())
+    return str(mechanism)
+
+
+def _ordered(folder: RunFolder) -> list[tuple[str, list[PerUserResults]]]:
+    return [(domain, folder.results[domain]) for domain in folder.domains if domain in folder.results]
+
+
+def plain(value: Any) -> Any:
+    """The value with NaN and infinities as ``None``, which JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value
