@@ -1,0 +1,142 @@
+"""What may travel, and what is refused (T3, T18)."""
+
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from lightning_sfubm.errors import MessageError
+from lightning_sfubm.federated.messages import (
+    ReplayGuard,
+    pack,
+    semantics_schema,
+    teacher_schema,
+    unpack,
+)
+
+
+def unit(n: int = 7, dim: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.nn.functional.normalize(torch.randn(n, dim, generator=generator), dim=1)
+
+
+def header(**changes: str) -> dict[str, str]:
+    fields = {"version": "1", "kind": "semantics", "client": "a", "round": "0", "nonce": "0" * 32}
+    return {**fields, **changes}
+
+
+def test_round_trip_keeps_every_bit() -> None:
+    schema = semantics_schema(4)
+    message = pack(schema, "a", 3, {"vectors": unit()})
+    received = unpack(schema, message.payload)
+    assert torch.equal(received.tensors["vectors"], unit())
+    assert (received.client, received.round, received.nonce) == ("a", 3, message.nonce)
+
+
+def test_a_semantics_message_holds_the_vectors_and_five_fields_and_nothing_else() -> None:
+    payload = pack(semantics_schema(4), "shop", 1, {"vectors": unit()}).payload
+    size = int.from_bytes(payload[:8], "little")
+    parsed = json.loads(payload[8 : 8 + size])
+    assert set(parsed) == {"__metadata__", "vectors"}
+    assert set(parsed["__metadata__"]) == {"version", "kind", "client", "round", "nonce"}
+    assert len(payload) == 8 + size + 7 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("tensors", "word"),
+    [
+        ({"vectors": unit(), "user_ids": unit()}, "user_ids"),
+        ({"vectors": unit(), "counts": torch.ones(7)}, "counts"),
+        ({"vectors": unit(), "id_table.grad": unit()}, "id_table.grad"),
+        ({}, "vectors"),
+        ({"vectors": unit(dim=5)}, "shape"),
+        ({"vectors": unit()[0]}, "shape"),
+        ({"vectors": unit() * 2}, "unit"),
+        ({"vectors": torch.full((3, 4), float("nan"))}, "NaN"),
+        ({"vectors": torch.full((3, 4), float("inf"))}, "NaN or infinite"),
+        ({"vectors": torch.empty(0, 4)}, "empty"),
+    ],
+)
+def test_tensors_outside_the_schema_never_leave_and_are_never_taken(tensors: dict, word: str) -> None:
+    with pytest.raises(MessageError, match=word):
+        pack(semantics_schema(4), "a", 0, tensors)
+    with pytest.raises(MessageError, match=word):
+        unpack(semantics_schema(4), save({k: v.clone() for k, v in tensors.items()}, metadata=header()))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": "0"}, {"kind": "teacher"}, {"round": "-1"}, {"round": "x"}, {"client": ""}, {"nonce": "zz"}, {"extra": "1"}],
+)
+def test_wrong_fields_are_refused(changes: dict[str, str]) -> None:
+    with pytest.raises(MessageError):
+        unpack(semantics_schema(4), save({"vectors": unit()}, metadata=header(**changes)))
+
+
+def test_a_pickle_is_refused_and_never_executed() -> None:
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was executed",))
+
+    buffer = io.BytesIO()
+    torch.save({"vectors": unit()}, buffer)
+    for payload in (pickle.dumps(Bomb()), buffer.getvalue(), b"", b"\x00" * 64, b"{}"):
+        with pytest.raises(MessageError):
+            unpack(semantics_schema(4), payload)
+
+
+def test_an_oversized_message_is_refused_before_it_is_parsed() -> None:
+    schema = teacher_schema({"w": torch.zeros(3)}, with_weight=False)
+    with pytest.raises(MessageError, match="exceeds"):
+        unpack(schema, b"\xff" * (schema.max_bytes + 1))
+
+
+def test_float16_and_wrong_dtypes_are_refused() -> None:
+    with pytest.raises(MessageError, match="float32"):
+        unpack(semantics_schema(4), save({"vectors": unit().half()}, metadata=header()))
+
+
+def test_weight_travels_only_where_it_was_asked_for() -> None:
+    template = {"w": torch.zeros(3)}
+    with pytest.raises(MessageError, match="__weight__"):
+        pack(teacher_schema(template, with_weight=False), "a", 1, {"w": torch.ones(3), "__weight__": torch.ones(1)})
+    sent = pack(teacher_schema(template, with_weight=True), "a", 1, {"w": torch.ones(3), "__weight__": torch.ones(1)})
+    assert float(sent.tensors["__weight__"]) == 1
+
+
+def test_replay_foreign_round_and_foreign_sender_are_refused() -> None:
+    guard, message = ReplayGuard(), pack(semantics_schema(4), "a", 2, {"vectors": unit()})
+    with pytest.raises(MessageError, match="round"):
+        guard.accept(message, 1, "a")
+    with pytest.raises(MessageError, match="channel"):
+        guard.accept(message, 2, "b")
+    guard.accept(message, 2, "a")
+    restored = ReplayGuard()
+    restored.load_state_dict(guard.state_dict())
+    for each in (guard, restored):
+        with pytest.raises(MessageError, match="replay"):
+            each.accept(message, 2, "a")
+
+
+@given(st.integers(0, 10_000), st.integers(0, 255), st.booleans())
+@settings(derandomize=True, deadline=None, max_examples=300)
+def test_mutated_messages_are_refused_or_still_fit_the_schema(position: int, value: int, cut: bool) -> None:
+    schema = semantics_schema(4)
+    payload = bytearray(pack(schema, "a", 0, {"vectors": unit()}).payload)
+    position %= len(payload)
+    if cut:
+        payload = payload[:position]
+    else:
+        payload[position] = value
+    try:
+        message = unpack(schema, bytes(payload))
+    except MessageError:
+        return
+    assert not cut
+    assert set(message.tensors) == {"vectors"}
+    schema.tensors["vectors"].check("vectors", message.tensors["vectors"])
