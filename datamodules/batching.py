@@ -1,0 +1,114 @@
+"""Batch samplers: rows of similar length together, the same number of batches on every rank, seeded by epoch."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.seeds import numpy_generator
+
+
+class BatchIndex(NamedTuple):
+    """What a sampler hands a dataset: which rows, and in which epoch (for draws that differ by epoch)."""
+
+    epoch: int
+    rows: np.ndarray
+
+
+class BucketBatchSampler(Sampler[BatchIndex]):
+    """Shuffled batches of rows of similar length; use as ``DataLoader(data, sampler=this, batch_size=None)``.
+
+    An epoch's rows are permuted, cut into buckets of ``bucket_batches`` batches, sorted by length within a bucket and
+    cut into batches, whose order is shuffled. With several ranks a *global* batch of ``batch_size * world_size`` rows
+    is cut this way and every rank takes each ``world_size``-th row of it: two ranks see, step by step, what one process
+    with the double batch size sees. Only the last global batch may be short; it repeats rows up to a multiple of the
+    world size.
+
+    Lightning calls :meth:`set_epoch` before each epoch. The trainer must run with ``use_distributed_sampler=False``.
+
+    Args:
+        lengths: (n,) length of each row.
+        batch_size: rows per rank.
+        seed: root seed.
+        name: names the random stream.
+        rank: of this process.
+        world_size: number of processes.
+        bucket_batches: batches a bucket; more = less padding, less mixing.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        *,
+        seed: int,
+        name: str = "train",
+        rank: int = 0,
+        world_size: int = 1,
+        bucket_batches: int = 50,
+    ) -> None:
+        _check(batch_size, rank, world_size)
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.name = name
+        self.rank = rank
+        self.world_size = world_size
+        self.bucket_batches = bucket_batches
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[BatchIndex]:
+        generator = numpy_generator(self.seed, "batches", self.name, self.epoch)
+        total = len(self.lengths)
+        rows = generator.permutation(total)
+        step = self.batch_size * self.world_size
+        bucket = np.arange(total) // (step * self.bucket_batches)
+        rows = rows[np.lexsort((self.lengths[rows], bucket))]
+        for number in generator.permutation(len(self)):
+            batch = rows[number * step : (number + 1) * step]
+            short = -len(batch) % self.world_size
+            if short:
+                batch = np.concatenate([batch, np.resize(batch, short)])
+            yield BatchIndex(self.epoch, batch[self.rank :: self.world_size])
+
+
+class SortedBatchSampler(Sampler[BatchIndex]):
+    """Every row exactly once over all ranks, sorted by length, in equally many batches on every rank.
+
+    Batches are evenly sized (they differ by one row at most), so that no rank runs out of batches and no row is
+    repeated: sums over ranks are exact.
+
+    Args:
+        lengths: (n,) length of each row.
+        batch_size: largest number of rows per rank and batch.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        _check(batch_size, rank, world_size)
+        order = np.argsort(lengths, kind="stable")
+        parts = -(-len(order) // (batch_size * world_size))
+        self.batches = [part[rank::world_size] for part in np.array_split(order, parts)] if parts else []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[BatchIndex]:
+        return (BatchIndex(0, rows) for rows in self.batches)
+
+
+def _check(batch_size: int, rank: int, world_size: int) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} does not lie in a world of {world_size}")

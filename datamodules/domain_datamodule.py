@@ -1,0 +1,290 @@
+"""The LightningDataModule of one domain: source -> rules -> splits -> candidate lists -> loaders."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_sfubm.assets import cache_dir
+from lightning_sfubm.contracts import Catalogue, RankBatch, TextEncoder, TrainBatch
+from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler
+from lightning_sfubm.datamodules.card import DataCard
+from lightning_sfubm.datamodules.domain import Domain
+from lightning_sfubm.datamodules.preprocess import PreprocessSettings
+from lightning_sfubm.datamodules.ranking import FixedCandidates, RankRows, RedrawnCandidates
+from lightning_sfubm.datamodules.readers.base import Reader
+from lightning_sfubm.datamodules.sequences import TrainSequences, Windows
+from lightning_sfubm.datamodules.splits import Splits, leave_one_out, train_counts
+from lightning_sfubm.datamodules.storage import prepared_domain
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.evaluation.candidates import CandidateLists, CandidateSampler, stored_candidates, title_groups
+from lightning_sfubm.seeds import numpy_generator
+
+Split = Literal["train2", "val", "test"]
+
+
+class DomainDataModule(L.LightningDataModule):
+    """One silo's data. Nothing here reads another domain.
+
+    Run it under ``Trainer(use_distributed_sampler=False)``: the batch samplers shard by rank themselves.
+
+    Args:
+        name: domain name.
+        reader: where the data comes from.
+        root: folder that the reader's relative paths start from.
+        text_encoder: frozen encoder of the item texts; ``None`` leaves ``catalogue.text_embeddings`` empty.
+        k_core: every user and item keeps at least this many interactions; 0 = off.
+        max_users: seeded subset of users, drawn after the k-core.
+        user_range: keep users whose source id, an integer, lies in ``[low, high)``; applied before the k-core.
+        max_length: L, longest history.
+        windows: ``"last"`` trains on the latest L + 1 items of a user, ``"all"`` on consecutive windows over all.
+        batch_size: training sequences a batch.
+        eval_batch_size: users a validation or test batch.
+        num_candidates: C of validation and test.
+        stage2_users: users whose last train positions are kept for stage 2; ``None`` = all with enough items.
+        stage2_positions: positions held out per such user, 0 to 3; 0 = no hold-out.
+        max_eval_users: seeded subset of users for validation; test always takes all.
+        num_workers: worker processes of each loader; batches do not depend on it.
+        seed: of subset, split, order and candidates.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reader: Reader,
+        root: str | None = None,
+        text_encoder: TextEncoder | None = None,
+        k_core: int = 5,
+        max_users: int | None = None,
+        user_range: tuple[int, int] | None = None,
+        max_length: int = 50,
+        windows: Windows = "last",
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        num_candidates: int = 20,
+        stage2_users: int | None = None,
+        stage2_positions: int = 0,
+        max_eval_users: int | None = None,
+        num_workers: int = 0,
+        seed: int = 1,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.reader = reader
+        self.root = root
+        self.text_encoder = text_encoder
+        self.max_length = max_length
+        self.windows: Windows = windows
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_candidates = num_candidates
+        self.stage2_users = stage2_users
+        self.stage2_positions = stage2_positions
+        self.max_eval_users = max_eval_users
+        self.num_workers = num_workers
+        self.seed = seed
+        # Without a subset the seed does not touch the prepared domain: all seeds share one cache entry.
+        subset_seed = seed if max_users is not None else 0
+        self.settings = PreprocessSettings(k_core, tuple(user_range) if user_range else None, max_users, subset_seed)
+        self._domain: Domain | None = None
+        self._candidates: dict[tuple[str, int], CandidateLists] = {}
+
+    def prepare_data(self) -> None:
+        """Fill the caches (prepared domain, text vectors) in one process, before the others start."""
+        domain = prepared_domain(self.reader, self._root(), self.name, self.settings)
+        self._text_embeddings(domain)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the prepared domain, split it, and draw or read the candidate lists. A second call does nothing."""
+        if self._domain is not None:
+            return
+        domain = prepared_domain(self.reader, self._root(), self.name, self.settings)
+        self._splits = leave_one_out(
+            domain.offsets, self.stage2_positions, self.stage2_users, self.seed, domain.fingerprint
+        )
+        self._groups = title_groups(domain.titles)
+        self._catalogue = Catalogue(
+            name=self.name,
+            num_items=domain.num_items,
+            titles=domain.titles,
+            text_embeddings=self._text_embeddings(domain),
+            train_counts=torch.from_numpy(train_counts(domain, self._splits)),
+        )
+        self._domain = domain
+        for split in ("val", "test"):
+            self._stored(split, self.num_candidates)
+
+    @property
+    def domain(self) -> Domain:
+        """The prepared domain."""
+        if self._domain is None:
+            raise ConfigError(f"domain '{self.name}' is not loaded yet: call setup() first")
+        return self._domain
+
+    @property
+    def splits(self) -> Splits:
+        """Bounds of train, stage 2, validation and test."""
+        _ = self.domain
+        return self._splits
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """What a model may know of the items."""
+        _ = self.domain
+        return self._catalogue
+
+    @property
+    def data_card(self) -> DataCard:
+        """Counts and statistics."""
+        return self.domain.card
+
+    @property
+    def num_items(self) -> int:
+        """N."""
+        return self.domain.num_items
+
+    @property
+    def candidate_hash(self) -> dict[str, str]:
+        """sha256 of the candidate lists of ``val`` and ``test``."""
+        return {split: self._stored(split, self.num_candidates).sha256 for split in ("val", "test")}
+
+    def train_dataloader(self) -> DataLoader[TrainBatch]:
+        """Batches of training sequences, bucketed by length, order seeded by epoch."""
+        rows = TrainSequences(self.domain, self.splits, self.max_length, self.windows)
+        rank, world_size = shard_of(self)
+        sampler = BucketBatchSampler(
+            rows.lengths, self.batch_size, seed=self.seed, name=self.name, rank=rank, world_size=world_size
+        )
+        return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[RankBatch]:
+        """Validation targets of (a seeded subset of) the users."""
+        return self._evaluation("val", self.max_eval_users)
+
+    def test_dataloader(self) -> DataLoader[RankBatch]:
+        """Test targets of all users."""
+        return self._evaluation("test", None)
+
+    def predict_dataloader(self) -> DataLoader[RankBatch]:
+        """The same as :meth:`test_dataloader`."""
+        return self.test_dataloader()
+
+    def rank_rows(
+        self,
+        split: Split,
+        num_candidates: int | None = None,
+        max_users: int | None = None,
+        seed: int | None = None,
+        with_seen: bool = False,
+    ) -> RankRows:
+        """Rows of a split as a data set.
+
+        Args:
+            split: ``train2`` (held-out train positions, negatives outside the train history, drawn anew each epoch),
+                ``val`` or ``test`` (stored lists).
+            num_candidates: C; ``None`` = the data module's.
+            max_users: seeded subset of users; a larger one contains a smaller one. The candidates of a user do not
+                depend on it.
+            seed: of the subset and, for ``train2``, of the candidates; ``None`` = the data module's.
+            with_seen: whether batches carry the complete known history.
+        """
+        domain, splits = self.domain, self.splits
+        count = self.num_candidates if num_candidates is None else num_candidates
+        seed = self.seed if seed is None else seed
+        if split == "train2":
+            positions, users = splits.stage2, splits.stage2_users
+        elif split in ("val", "test"):
+            positions, users = getattr(splits, split), splits.eval_users
+        else:
+            raise ConfigError(f"split must be 'train2', 'val' or 'test', not {split!r}")
+        rows = np.arange(len(users))
+        if max_users is not None:
+            distinct = np.unique(users)
+            chosen = numpy_generator(seed, "rank users", domain.fingerprint).permutation(distinct)[:max_users]
+            rows = np.flatnonzero(np.isin(users, chosen))
+        positions, users = positions[rows], users[rows]
+
+        candidates: FixedCandidates | RedrawnCandidates
+        if split == "train2":
+            sampler = self._sampler(positions, domain.offsets[users], splits.stage2_end[users])
+            candidates = RedrawnCandidates(sampler, count, seed, domain.fingerprint)
+        else:
+            lists = self._stored(split, count)
+            candidates = FixedCandidates(CandidateLists(lists.candidates[rows], lists.target_index[rows]))
+        starts = domain.offsets[users]
+        return RankRows(domain.items, starts, positions, users, candidates, self.max_length, with_seen)
+
+    def rank_dataloader(
+        self,
+        split: Split,
+        batch_size: int,
+        num_candidates: int | None = None,
+        max_users: int | None = None,
+        seed: int | None = None,
+        shuffle: bool = False,
+        with_seen: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> DataLoader[RankBatch]:
+        """Batches of :meth:`rank_rows`: sorted by history length, or shuffled in length buckets."""
+        rows = self.rank_rows(split, num_candidates, max_users, seed, with_seen)
+        sampler: BucketBatchSampler | SortedBatchSampler
+        if shuffle:
+            seed = self.seed if seed is None else seed
+            bucketed = partial(BucketBatchSampler, seed=seed, name=f"{self.name} {split}", bucket_batches=20)
+            sampler = bucketed(rows.lengths, batch_size, rank=rank, world_size=world_size)
+        else:
+            sampler = SortedBatchSampler(rows.lengths, batch_size, rank=rank, world_size=world_size)
+        return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: the data's fingerprint."""
+        return {"fingerprint": self.domain.fingerprint} if self._domain is not None else {}
+
+    def _evaluation(self, split: Split, max_users: int | None) -> DataLoader[RankBatch]:
+        rank, world_size = shard_of(self)
+        return self.rank_dataloader(
+            split, self.eval_batch_size, max_users=max_users, with_seen=True, rank=rank, world_size=world_size
+        )
+
+    def _sampler(self, positions: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> CandidateSampler:
+        items = self.domain.items
+        return CandidateSampler(self.name, items[positions], items, starts, ends, self._groups)
+
+    def _stored(self, split: str, num_candidates: int) -> CandidateLists:
+        """Lists of all users of a split; negatives lie outside the *complete* history, later items included."""
+        if (split, num_candidates) not in self._candidates:
+            domain, splits = self.domain, self.splits
+            users = splits.eval_users
+            positions = splits.val if split == "val" else splits.test
+            self._candidates[split, num_candidates] = stored_candidates(
+                cache_dir() / "candidates",
+                self._sampler(positions, domain.offsets[users], domain.offsets[users + 1]),
+                fingerprint=domain.fingerprint,
+                split=split,
+                seed=self.seed,
+                num_candidates=num_candidates,
+            )
+        return self._candidates[split, num_candidates]
+
+    def _text_embeddings(self, domain: Domain) -> torch.Tensor | None:
+        """(N + 1, D) unit vectors, row 0 zero."""
+        if self.text_encoder is None:
+            return None
+        from lightning_sfubm.datamodules.text import encode_cached
+
+        vectors = encode_cached(self.text_encoder, domain.texts[1:])
+        return torch.cat([vectors.new_zeros(1, vectors.shape[1]), vectors])
+
+    def _root(self) -> Path | None:
+        return Path(self.root) if self.root is not None else None
+
+
+def shard_of(datamodule: L.LightningDataModule) -> tuple[int, int]:
+    """(rank, world size) of the trainer a data module is attached to; (0, 1) without one."""
+    trainer = datamodule.trainer
+    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)

@@ -1,0 +1,109 @@
+"""Data of stage 2: one prediction per row, among candidates, over a domain prepared for stage 1."""
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from lightning_sfubm.contracts import Catalogue, RankBatch
+from lightning_sfubm.datamodules.domain import Domain
+from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule, shard_of
+from lightning_sfubm.errors import ConfigError
+
+
+class RankingDataModule(L.LightningDataModule):
+    """Training on the positions that stage 1 never saw; validation and test on stored candidate lists.
+
+    Args:
+        source: the domain, with ``stage2_positions`` of at least 1.
+        batch_size: samples a training batch.
+        eval_batch_size: users a validation or test batch.
+        train_candidates: C in training; lists are drawn anew each epoch.
+        max_train_users: seeded subset of the stage-2 users; ``None`` = all.
+        max_val_users: seeded subset of users for validation.
+        max_test_users: seeded subset of users for test; method comparisons must share it.
+        seed: of the subsets, of order and of the training candidates.
+    """
+
+    def __init__(
+        self,
+        source: DomainDataModule,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        train_candidates: int = 8,
+        max_train_users: int | None = None,
+        max_val_users: int | None = None,
+        max_test_users: int | None = None,
+        seed: int = 1,
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.train_candidates = train_candidates
+        self.max_train_users = max_train_users
+        self.max_val_users = max_val_users
+        self.max_test_users = max_test_users
+        self.seed = seed
+
+    def prepare_data(self) -> None:
+        """Prepare the source."""
+        self.source.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Set up the source.
+
+        Raises:
+            ConfigError: the source holds no positions out for stage 2, yet training is asked for.
+        """
+        self.source.setup(stage)
+        if stage == "fit" and len(self.source.splits.stage2) == 0:
+            raise ConfigError(
+                f"domain '{self.source.name}' holds no positions out for stage 2: set stage2_positions to 1, 2 or 3 "
+                "before stage 1 is trained"
+            )
+
+    @property
+    def domain(self) -> Domain:
+        """The prepared domain."""
+        return self.source.domain
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """What a model may know of the items."""
+        return self.source.catalogue
+
+    def train_dataloader(self) -> DataLoader[RankBatch]:
+        """Held-out train positions, shuffled in buckets of history length."""
+        rank, world_size = shard_of(self)
+        return self.source.rank_dataloader(
+            "train2",
+            self.batch_size,
+            self.train_candidates,
+            self.max_train_users,
+            self.seed,
+            shuffle=True,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def val_dataloader(self) -> DataLoader[RankBatch]:
+        """Validation targets of the seeded subset."""
+        return self._evaluation("val", self.max_val_users)
+
+    def test_dataloader(self) -> DataLoader[RankBatch]:
+        """Test targets of the seeded subset."""
+        return self._evaluation("test", self.max_test_users)
+
+    def predict_dataloader(self) -> DataLoader[RankBatch]:
+        """The same as :meth:`test_dataloader`."""
+        return self.test_dataloader()
+
+    def _evaluation(self, split: str, max_users: int | None) -> DataLoader[RankBatch]:
+        rank, world_size = shard_of(self)
+        return self.source.rank_dataloader(
+            "val" if split == "val" else "test",
+            self.eval_batch_size,
+            max_users=max_users,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )

@@ -1,0 +1,165 @@
+"""Amazon reviews (UCSD releases of 2014, 2018 and 2023): JSON lines, streamed, plain or gzipped."""
+
+import ast
+import gzip
+import html
+import json
+import re
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from lightning_sfubm.datamodules.readers.base import RawDomain, existing, fingerprint_files, resolve
+from lightning_sfubm.errors import ConfigError, DataError
+
+Version = Literal["2014", "2018", "2023"]
+_TAG = re.compile(r"<[^>]{0,200}>")
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Names of the fields of one release; ``scale`` divides its time into seconds."""
+
+    user: str
+    item: str
+    time: str
+    texts: tuple[str, ...]
+    scale: int = 1
+
+
+_FIELDS = {
+    "2014": _Fields("reviewerID", "asin", "unixReviewTime", ("brand", "categories")),
+    "2018": _Fields("reviewerID", "asin", "unixReviewTime", ("brand", "category")),
+    "2023": _Fields("user_id", "parent_asin", "timestamp", ("store", "categories"), scale=1000),
+}
+
+
+class AmazonReader:
+    """Reads a category's reviews and metadata; every review counts as an interaction, whatever its rating.
+
+    Metadata of items nobody reviewed is skipped while streaming. Titles are HTML-unescaped and stripped of tags. The
+    2014 metadata comes as Python literals, one a line; these are read with :func:`ast.literal_eval`, never ``eval``.
+
+    Args:
+        version: release, which decides the field names.
+        reviews: reviews file, relative to the data root.
+        metadata: metadata file, relative to the data root.
+    """
+
+    def __init__(self, version: Version, reviews: str, metadata: str) -> None:
+        if version not in _FIELDS:
+            raise ConfigError(f"version must be one of {', '.join(_FIELDS)}, not {version!r}")
+        self.version = version
+        self.reviews = reviews
+        self.metadata = metadata
+
+    def read(self, root: Path | None) -> RawDomain:
+        """Stream both files.
+
+        Raises:
+            DataError: a file is missing or no readable gzip; a line is no JSON object, or lacks a field.
+        """
+        fields = _FIELDS[self.version]
+        users: dict[str, int] = {}
+        items: dict[str, int] = {}
+        user_codes, item_codes, times = array("i"), array("i"), array("q")
+        path = resolve(root, self.reviews)
+        for number, record in _records(path):
+            user = _field(record, fields.user, str, path, number)
+            item = _field(record, fields.item, str, path, number)
+            times.append(int(_field(record, fields.time, (int, float), path, number)) // fields.scale)
+            user_codes.append(users.setdefault(user, len(users)))
+            item_codes.append(items.setdefault(item, len(items)))
+        interactions = pa.table(
+            {
+                "user": _dictionary(user_codes, users),
+                "item": _dictionary(item_codes, items),
+                "order": pa.array(np.frombuffer(times, dtype=np.int64)) if times else pa.array([], pa.int64()),
+            }
+        )
+
+        columns: dict[str, list[str | None]] = {name: [] for name in ("item", "title", *fields.texts)}
+        skipped = 0
+        path = resolve(root, self.metadata)
+        for number, record in _records(path):
+            item = _field(record, fields.item, str, path, number)
+            if item not in items:
+                skipped += 1
+                continue
+            columns["item"].append(item)
+            columns["title"].append(clean(record.get("title")))
+            for name in fields.texts:
+                columns[name].append(clean(record.get(name)))
+        table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+        return RawDomain(interactions, table, "timestamp", {"metadata_of_items_without_reviews": skipped})
+
+    def fingerprint(self, root: Path | None) -> str:
+        """sha256 of both files and the release."""
+        paths = [existing(resolve(root, name), "file") for name in (self.reviews, self.metadata)]
+        return fingerprint_files(paths, {"reader": "amazon", "version": self.version})
+
+
+def clean(value: Any) -> str | None:
+    """Plain text of a metadata value: HTML unescaped, tags removed, (nested) lists joined with commas."""
+    if isinstance(value, (list, tuple)):
+        flat: dict[str, None] = {}
+        stack = list(reversed(value))
+        while stack:
+            head = stack.pop()
+            if isinstance(head, (list, tuple)):
+                stack.extend(reversed(head))
+            elif text := clean(head):
+                flat[text] = None
+        return ", ".join(flat) or None
+    if not isinstance(value, str):
+        return None
+    return " ".join(_TAG.sub(" ", html.unescape(value)).split()) or None
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each non-empty line."""
+    existing(path, "file")
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line := line.strip():
+                    yield number, _parse(line, path, number)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}, after line {number}: broken or truncated gzip file ({error}); fetch it again"
+        ) from error
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        try:
+            record = ast.literal_eval(line.decode())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise DataError(f"{path}, line {number}: no complete JSON object (is the file truncated?)") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{path}, line {number}: a {type(record).__name__} where a JSON object is expected")
+    return record
+
+
+def _field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], path: Path, number: int) -> Any:
+    value = record.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = (
+            f"holds {value!r:.60}" if name in record else f"is missing (fields: {', '.join(map(str, record))[:200]})"
+        )
+        raise DataError(f"{path}, line {number}: field '{name}' {found}; is this the right release of the data?")
+    return value
+
+
+def _dictionary(codes: "array[int]", keys: dict[str, int]) -> pa.DictionaryArray:
+    indices = np.frombuffer(codes, dtype=np.int32) if codes else np.empty(0, np.int32)
+    return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(list(keys), pa.string()))

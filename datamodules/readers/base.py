@@ -1,0 +1,120 @@
+"""What a reader gives: two Arrow tables, checked once, whatever the files looked like."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import pyarrow as pa
+
+from lightning_sfubm.errors import DataError
+
+
+@dataclass(frozen=True)
+class RawDomain:
+    """One domain as its source has it, before any rule is applied.
+
+    Attributes:
+        interactions: columns ``user`` and ``item`` (integer, string or dictionary-encoded string) and, optionally,
+            ``order`` (integer, float or timestamp). Rows with equal order keep the order they have here.
+        items: columns ``item``, ``title`` and any further text columns, in the order in which they are to be read.
+        order_kind: ``"timestamp"`` (seconds since 1970), ``"position"`` or ``"none"`` (row order is the order).
+        notes: what the reader itself left out, by rule name; shown in the data card.
+    """
+
+    interactions: pa.Table
+    items: pa.Table
+    order_kind: str
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Reads one domain. Any object with these two methods can be named by ``class_path`` in a config.
+
+    Example:
+        >>> raw = TableReader("beauty").read(Path("data"))
+        >>> raw.interactions.column_names
+        ['user', 'item', 'order']
+    """
+
+    def read(self, root: Path | None) -> RawDomain:
+        """Read the domain; ``root`` is the folder that relative paths of the reader start from."""
+        ...
+
+    def fingerprint(self, root: Path | None) -> str:
+        """Hash of the source content and of every setting that changes what :meth:`read` returns."""
+        ...
+
+
+def resolve(root: Path | None, *parts: str) -> Path:
+    """Join ``root`` (or the working directory) and relative parts; an absolute part wins."""
+    return Path(root or ".").expanduser().joinpath(*(Path(part).expanduser() for part in parts))
+
+
+def existing(path: Path, what: str) -> Path:
+    """Return ``path`` if it is a file.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such {what}; check the data root and the reader's file settings")
+    return path
+
+
+def fingerprint_files(paths: list[Path], settings: dict[str, Any]) -> str:
+    """sha256 over the bytes of ``paths`` and the JSON form of ``settings``."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digest.update(b"\x00")
+    return digest.hexdigest()
+
+
+def dictionary_ids(column: pa.ChunkedArray, name: str) -> pa.DictionaryArray:
+    """Turn an id column into one dictionary array of strings, so that every source is keyed in the same way.
+
+    Args:
+        column: integers, strings, or dictionary-encoded strings.
+        name: how the column is called in the error.
+
+    Returns:
+        ``dictionary<int32, string>``, nulls kept as null indices.
+
+    Raises:
+        DataError: the column has another type.
+    """
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DataError(f"column '{name}' holds {kind}, but ids must be integers or strings; convert the column")
+    if column.num_chunks == 0:
+        column = pa.chunked_array([pa.array([], type=kind)])
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    single = column.unify_dictionaries().combine_chunks() if column.num_chunks > 1 else column.chunk(0)
+    if isinstance(single, pa.ChunkedArray):
+        single = single.chunk(0)
+    return pa.DictionaryArray.from_arrays(single.indices.cast(pa.int32()), single.dictionary.cast(pa.string()))
+
+
+def check_schema(raw: RawDomain) -> None:
+    """Refuse a raw domain whose tables do not have the columns every later step relies on.
+
+    Raises:
+        DataError: a column is missing, the order column is no number, or a table is empty.
+    """
+    for table, columns, what in (
+        (raw.interactions, ("user", "item"), "interactions"),
+        (raw.items, ("item", "title"), "items"),
+    ):
+        for column in columns:
+            if column not in table.column_names:
+                raise DataError(f"the {what} table has no column '{column}'; it has {', '.join(table.column_names)}")
+        if table.num_rows == 0:
+            raise DataError(f"the {what} table holds no rows; check the source file")
+    if (raw.order_kind != "none") != ("order" in raw.interactions.column_names):
+        raise DataError(f"order kind '{raw.order_kind}' does not fit the columns of the interactions table")

@@ -1,0 +1,181 @@
+"""Delimited text (CSV, TSV, ``::``), plain or gzipped, into Arrow: fast path in Arrow, slow path to name the bad line."""
+
+import csv
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+
+from lightning_sfubm.datamodules.readers.base import existing
+from lightning_sfubm.errors import DataError
+
+ID = pa.dictionary(pa.int32(), pa.string())
+TEXT = pa.string()
+T = TypeVar("T")
+#: Types tried for an order column, in this order; the first that fits the whole column is taken.
+ORDER_TYPES = (pa.int64(), pa.float64(), pa.timestamp("s"))
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a delimited file is written.
+
+    Attributes:
+        delimiter: column separator; two characters (``::``) are allowed.
+        names: column names of a file without a header line.
+        encoding: text encoding.
+        quoted: whether cells may be quoted with ``"``.
+        multiline: whether a quoted cell may hold line breaks.
+    """
+
+    delimiter: str = ","
+    names: tuple[str, ...] | None = None
+    encoding: str = "utf-8"
+    quoted: bool = True
+    multiline: bool = False
+
+
+def read_delimited(
+    path: Path,
+    *,
+    ids: Sequence[str],
+    texts: Sequence[str] = (),
+    order: str | None = None,
+    dialect: Dialect = Dialect(),
+) -> pa.Table:
+    """Read some columns of a delimited file.
+
+    Args:
+        path: ``.gz`` is decompressed.
+        ids: columns of keys, read as dictionary-encoded strings.
+        texts: columns of free text; empty cells become null.
+        order: column of integers, floats or ISO times.
+        dialect: how the file is written.
+
+    Returns:
+        Table with the named columns.
+
+    Raises:
+        DataError: the file is missing, no readable gzip, lacks a column, or has a bad line (which is named).
+    """
+    existing(path, "file")
+    columns = [*ids, *texts, *([order] if order else [])]
+    header = read_header(path, dialect)
+    for column in columns:
+        if column not in header:
+            raise DataError(f"{path}: no column '{column}'; the file has {', '.join(header) or 'no columns'}")
+    types: dict[str, pa.DataType] = {**dict.fromkeys(ids, ID), **dict.fromkeys(texts, TEXT)}
+    failure: Exception | None = None
+    for order_type in ORDER_TYPES if order else (None,):
+        try:
+            return _guard(path, lambda: _read(path, dialect, types | ({order: order_type} if order else {}), columns))
+        except pa.ArrowInvalid as error:
+            failure = error
+    _guard(path, lambda: _name_bad_line(path, dialect, header, order))
+    raise DataError(f"{path}: cannot be read as delimited text ({str(failure).splitlines()[0]})") from failure
+
+
+def read_header(path: Path, dialect: Dialect) -> list[str]:
+    """Column names of a delimited file.
+
+    Raises:
+        DataError: the file cannot be decompressed.
+    """
+    if dialect.names:
+        return list(dialect.names)
+
+    def first_row() -> list[str]:
+        with _open(path, dialect) as file:
+            return next(_rows(file, path, dialect), (0, []))[1]
+
+    return _guard(path, first_row)
+
+
+def _guard(path: Path, action: Callable[[], T]) -> T:
+    """Run an action on a file and turn decompression failures into one sentence."""
+    try:
+        return action()
+    except (EOFError, zlib.error, OSError) as error:
+        raise DataError(f"{path}: broken or truncated gzip file ({error}); fetch it again") from error
+
+
+def _open(path: Path, dialect: Dialect) -> TextIO:
+    """Open for the slow path; bytes that are not valid in the encoding survive as surrogates and are found later."""
+    binary = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115 - closed by callers
+    encoding = "utf-8-sig" if dialect.encoding == "utf-8" else dialect.encoding
+    return io.TextIOWrapper(binary, encoding=encoding, errors="surrogateescape", newline="")
+
+
+def _rows(file: TextIO, path: Path, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
+    """Line number (of the row's last line) and cells."""
+    delimiter = dialect.delimiter
+    lines = (line.replace(delimiter, "\t") for line in file) if len(delimiter) > 1 else file
+    quoting = csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE
+    rows = csv.reader(
+        lines, delimiter="\t" if len(delimiter) > 1 else delimiter, quoting=quoting, strict=dialect.quoted
+    )
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num}: {error}") from error
+
+
+def _read(path: Path, dialect: Dialect, types: dict[str, pa.DataType], columns: list[str]) -> pa.Table:
+    delimiter = dialect.delimiter
+    if len(delimiter) > 1:
+        with _open(path, dialect) as file:
+            source: pa.NativeFile = pa.BufferReader(
+                file.read().replace(delimiter, "\t").encode("utf-8", errors="surrogateescape")
+            )
+        delimiter, encoding = "\t", "utf-8"
+    else:
+        source = pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None)
+        encoding = dialect.encoding
+    with source:
+        return pacsv.read_csv(
+            source,
+            read_options=pacsv.ReadOptions(
+                column_names=list(dialect.names) if dialect.names else None, encoding=encoding, block_size=8 << 20
+            ),
+            parse_options=pacsv.ParseOptions(
+                delimiter=delimiter,
+                quote_char='"' if dialect.quoted else False,
+                newlines_in_values=dialect.multiline,
+            ),
+            convert_options=pacsv.ConvertOptions(
+                column_types=types, include_columns=columns, null_values=[""], strings_can_be_null=True
+            ),
+        )
+
+
+def _name_bad_line(path: Path, dialect: Dialect, header: list[str], order: str | None) -> None:
+    """Walk the file row by row and raise for the first line that Arrow could not have taken."""
+    with _open(path, dialect) as file:
+        for number, row in islice(_rows(file, path, dialect), 0 if dialect.names else 1, None):
+            where = f"{path}, line {number}"
+            if row and len(row) != len(header):
+                raise DataError(f"{where}: {len(row)} columns where the header has {len(header)}")
+            if any("\udc80" <= character <= "\udcff" for cell in row for character in cell):
+                raise DataError(f"{where}: text is not valid {dialect.encoding}")
+            if row and order and (cell := row[header.index(order)]) and not _is_order(cell):
+                raise DataError(f"{where}: column '{order}' holds {cell!r}, which is no number and no ISO time")
+
+
+def _is_order(cell: str) -> bool:
+    return any(_fits(cell, kind) for kind in ORDER_TYPES)
+
+
+def _fits(cell: str, kind: pa.DataType) -> bool:
+    try:
+        pa.array([cell]).cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True

@@ -1,0 +1,99 @@
+"""Leave-one-out by position, and the positions stage 2 learns from, held out from stage 1.
+
+Everything is an index into the domain's flat item array: a split copies no data, and what a part may see is a pair of
+bounds that a test can check.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_sfubm.datamodules.domain import Domain
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.seeds import numpy_generator
+
+MAX_STAGE2_POSITIONS = 3
+#: Stage-1 items a user keeps at least: one to read and one to predict.
+MIN_TRAIN_ITEMS = 2
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Bounds of the parts of every user's sequence ``[offsets[u], offsets[u + 1])``.
+
+    Attributes:
+        train_start: (U,) int64, first position.
+        train_end: (U,) int64, one past the last stage-1 training position.
+        stage2_end: (U,) int64, one past the last training position of either stage.
+        val: (E,) int64 positions of validation targets, one for each user with at least 3 interactions.
+        test: (E,) int64 positions of test targets, of the same users in the same order.
+        eval_users: (E,) int64 their rows.
+        stage2: (T,) int64 positions of stage-2 training targets.
+        stage2_users: (T,) int64 their users' rows.
+    """
+
+    train_start: np.ndarray
+    train_end: np.ndarray
+    stage2_end: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+    eval_users: np.ndarray
+    stage2: np.ndarray
+    stage2_users: np.ndarray
+
+
+def leave_one_out(
+    offsets: np.ndarray, stage2_positions: int = 0, stage2_users: int | None = None, seed: int = 1, name: str = ""
+) -> Splits:
+    """Split every user's sequence: last item = test, the one before = validation, the rest = train.
+
+    Users with fewer than 3 interactions train only. The last ``stage2_positions`` train positions of the chosen users
+    are stage-2 targets; stage 1 sees them neither as target nor as history. At least 2 train items stay in stage 1.
+
+    Args:
+        offsets: (U + 1,) bounds of the users' sequences.
+        stage2_positions: positions held out per chosen user, 0 to 3.
+        stage2_users: number of chosen users; ``None`` = all that have enough train items.
+        seed: of the choice.
+        name: names the random stream, usually the domain's fingerprint.
+
+    Raises:
+        ConfigError: ``stage2_positions`` is out of range.
+    """
+    if not 0 <= stage2_positions <= MAX_STAGE2_POSITIONS:
+        raise ConfigError(f"stage2_positions must lie in 0..{MAX_STAGE2_POSITIONS}, not {stage2_positions}")
+    starts, ends = offsets[:-1], offsets[1:]
+    evaluated = ends - starts >= 3
+    eval_users = np.flatnonzero(evaluated)
+    stage2_end = ends - 2 * evaluated
+
+    held = np.zeros(len(starts), dtype=np.int64)
+    if stage2_positions:
+        room = np.clip(stage2_end - starts - MIN_TRAIN_ITEMS, 0, stage2_positions)
+        # Users without validation and test items stay whole: nothing of theirs is evaluated.
+        eligible = np.flatnonzero((room > 0) & evaluated)
+        if stage2_users is not None:
+            eligible = numpy_generator(seed, "stage2 users", name).permutation(eligible)[:stage2_users]
+        held[eligible] = room[eligible]
+    stage2_rows = np.repeat(np.arange(len(starts)), held)
+    within = np.arange(held.sum()) - np.repeat(np.cumsum(held) - held, held)
+    train_end = stage2_end - held
+    return Splits(
+        train_start=starts,
+        train_end=train_end,
+        stage2_end=stage2_end,
+        val=ends[eval_users] - 2,
+        test=ends[eval_users] - 1,
+        eval_users=eval_users,
+        stage2=train_end[stage2_rows] + within,
+        stage2_users=stage2_rows,
+    )
+
+
+def train_counts(domain: Domain, splits: Splits) -> np.ndarray:
+    """(N + 1,) int64 stage-1 training interactions per item: held-out positions of any kind are not counted."""
+    bounds = np.zeros(domain.num_interactions + 1, dtype=np.int64)
+    np.add.at(bounds, splits.train_start, 1)
+    np.add.at(bounds, splits.train_end, -1)
+    in_train = np.cumsum(bounds[:-1]) > 0
+    return np.bincount(domain.items[in_train], minlength=domain.num_items + 1).astype(np.int64)
