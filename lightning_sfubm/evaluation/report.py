@@ -72,6 +72,7 @@ def render_html(facts: Json, figures: dict[str, str]) -> str:
         domains=facts["domains"],
         comparisons=facts["comparisons"],
         privacy=facts["privacy"],
+        averaging=_averaging(facts["privacy"]),
         communication=facts["communication"],
         problems=facts["problems"],
         protocol=protocol_words(facts),
@@ -101,6 +102,19 @@ def protocol_words(facts: Json) -> list[str]:
                 "candidate lists; rows with different lists are not comparable."
             )
     return sentences or ["There are no results, so no protocol can be stated."]
+
+
+def _averaging(privacy: dict[str, list[Json]]) -> Json:
+    """The averaging attack as a table: upload counts, and per domain rows of (sigma, share linked at each count)."""
+    entries = [entry for rows in privacy.values() for entry in rows if entry.get("averaging")]
+    uploads = sorted({count for entry in entries for count in entry["averaging"]["uploads"]})
+    domains: dict[str, list[tuple[float, list[float | None]]]] = {}
+    for domain, rows in privacy.items():
+        for entry in rows:
+            if attack := entry.get("averaging"):
+                linked = dict(zip(attack["uploads"], attack["linkage"], strict=True))
+                domains.setdefault(domain, []).append((entry["sigma"], [linked.get(count) for count in uploads]))
+    return {"uploads": uploads, "domains": domains}
 
 
 def _card_rows(cards: list[Json]) -> list[tuple[str, list[Any]]]:

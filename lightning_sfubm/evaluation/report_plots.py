@@ -98,6 +98,7 @@ def hit_plot(domains: list[Json]) -> Figure | None:
         panel.set_xlim(left=0)
         panel.set_ylim(len(methods) - 0.4, -1.0)
         panel.grid(axis="y", visible=False)
+        panel.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(methods)), [rows[method]["label"] for method in methods])
     handles = [matplotlib.lines.Line2D([], [], color=colour[g], marker="o", markersize=5, label=g) for g in groups if g]
     if handles:
@@ -111,13 +112,12 @@ def learning_curves(history: list[Json]) -> Figure | None:
     if not clients:
         return None
     figure = Figure(figsize=(9, 0.4 + 2.5 * len(clients)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr, call-arg]
     panels = figure.subplots(len(clients), 2, squeeze=False)
     for client, (quality, loss) in zip(clients, panels, strict=True):
         lines = [line for line in history if line["client"] == client]
-        _curves(quality, lines, _quality_names(lines))
-        _curves(loss, lines, _loss_names(lines))
-        quality.set_ylabel("validation metric")
-        loss.set_ylabel("training loss")
+        _curves(quality, lines, _quality_names(lines), "validation metric")
+        _curves(loss, lines, _loss_names(lines), "training loss")
         quality.set_title(client, pad=18)
         for panel in (quality, loss):
             _phases(panel, lines)
@@ -126,7 +126,8 @@ def learning_curves(history: list[Json]) -> Figure | None:
     return figure
 
 
-def _curves(panel: Axes, lines: list[Json], names: list[str]) -> None:
+def _curves(panel: Axes, lines: list[Json], names: list[str], ylabel: str) -> None:
+    panel.set_ylabel(ylabel)
     if not names:
         panel.text(0.5, 0.5, "nothing recorded", ha="center", va="center", transform=panel.transAxes, color=GREY)
         return
@@ -141,7 +142,10 @@ def _curves(panel: Axes, lines: list[Json], names: list[str]) -> None:
         drawn.extend(values[np.isfinite(values)])
     if drawn and min(drawn) > 0 and max(drawn) > 100 * min(drawn):
         panel.set_yscale("log")
-    panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if len(panel.lines) == 1:
+        panel.set_ylabel(str(panel.lines[0].get_label()))
+    else:
+        panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _phases(panel: Axes, lines: list[Json]) -> None:

@@ -4,7 +4,7 @@ CSS = """
 :root { --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --tint: #f6f8fa; --accent: #0072b2; }
 * { box-sizing: border-box; }
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  color: var(--ink); background: #fff; max-width: 1120px; margin: 0 auto; padding: 32px 28px 64px; }
+  color: var(--ink); background: #fff; max-width: 1160px; margin: 0 auto; padding: 32px 28px 64px; }
 h1 { font-size: 27px; line-height: 1.25; margin: 0 0 4px; letter-spacing: -.01em; }
 h2 { font-size: 19px; margin: 44px 0 10px; padding-top: 12px; border-top: 2px solid var(--ink); }
 h3 { font-size: 15px; margin: 26px 0 8px; }
@@ -18,14 +18,14 @@ a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: un
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; caption-side: bottom; padding-top: 6px; max-width: 86ch; }
 th, td { padding: 4px 12px 4px 0; text-align: right; white-space: nowrap; vertical-align: baseline; }
-th { font-weight: 600; border-bottom: 1.5px solid var(--ink); }
+th { font-weight: 600; border-bottom: 1.5px solid var(--ink); white-space: normal; vertical-align: bottom; line-height: 1.3; }
 td { border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, .text { text-align: left; }
 .wrap { white-space: normal; min-width: 22ch; }
 tr.group td { font-size: 11.5px; text-transform: uppercase; letter-spacing: .06em; color: var(--soft);
   padding-top: 13px; border-bottom-color: #cbd5e1; }
 tr.chance td { color: var(--soft); }
-.ci { color: var(--soft); font-size: 12px; padding-left: 4px; }
+.ci { color: var(--soft); font-size: 12px; font-weight: 400; padding-left: 4px; }
 .clear { font-weight: 650; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 22px; font-size: 13.5px; margin: 10px 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -35,7 +35,7 @@ pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px
 figure { margin: 14px 0 22px; } figure img { max-width: 100%; height: auto; display: block; }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
   h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; } .scroll { overflow: visible; }
-  table { font-size: 8.5pt; } th, td { padding-right: 7px; } a { color: inherit; } }
+  table { font-size: 8pt; } .ci { font-size: 7.5pt; padding-left: 2px; } th, td { padding-right: 6px; } a { color: inherit; } }
 """
 
 TEMPLATE = """
@@ -92,8 +92,8 @@ TEMPLATE = """
 {% for domain in domains %}
 <h3>{{ domain.name }}</h3>
 <div class="scroll"><table>
-<thead><tr><th>Method</th><th>Hit@1</th><th>NDCG@10</th><th>MRR</th><th>Valid</th><th>Hit@1 | valid</th>
-<th>NDCG@10, catalogue</th><th>Users</th><th>Trained params</th><th>Train CPU s</th><th>Rank CPU s</th></tr></thead>
+<thead><tr><th>Method</th><th>Hit@1</th><th>NDCG@10</th><th>MRR</th><th>Valid</th><th>Hit@1<br>if valid</th>
+<th>NDCG@10,<br>catalogue</th><th>Users</th><th>Trained<br>params</th><th>Train<br>CPU s</th><th>Rank<br>CPU s</th></tr></thead>
 <tbody>
 <tr class="chance"><td>chance</td><td>{{ domain.chance["hit@1"]|num }}</td><td>{{ domain.chance["ndcg@10"]|num }}</td>
 <td>{{ domain.chance["mrr"]|num }}</td><td></td><td></td><td></td><td></td><td></td><td></td><td></td></tr>
@@ -119,10 +119,11 @@ lists: {{ domain.candidate_hashes|join(", ") }}.</caption>
 <section id="differences"><h2>Paired differences</h2>
 {% if comparisons %}
 <div class="scroll"><table>
-<thead><tr><th>Domain</th><th class="text">a − b</th><th>Hit@1</th><th>only a hits</th><th>only b hits</th>
-<th>p, McNemar</th><th>p, Holm</th><th>NDCG@10</th><th>Users</th></tr></thead>
+<thead><tr><th>a − b</th><th>Hit@1</th><th>only a<br>hits</th><th>only b<br>hits</th><th>p,<br>McNemar</th><th>p,<br>Holm</th>
+<th>NDCG@10</th><th>Users</th></tr></thead>
 <tbody>{% for c in comparisons %}
-<tr><td>{{ c.domain }}</td><td class="text">{{ c.label_a }} − {{ c.label_b }}</td>
+{% if loop.first or c.domain != loop.previtem.domain %}<tr class="group"><td colspan="8">{{ c.domain }}</td></tr>{% endif %}
+<tr><td>{{ c.label_a }} − {{ c.label_b }}</td>
 {% if c.not_compared %}<td colspan="7" class="text wrap">not compared: {{ c.not_compared }}</td>
 {% else %}{% set h = c["hit@1"] %}{{ difference(h) }}<td>{{ h.a_wins|count }}</td><td>{{ h.b_wins|count }}</td>
 <td>{{ h.p_mcnemar|p }}</td><td>{{ c.p_holm|p }}</td>{{ difference(c["ndcg@10"]) }}
@@ -168,26 +169,36 @@ clean vector and what the server returned.") }}
 {{ figure("linkage", "Share of items linked by an attacker by noise level", "Linkage attack: share of uploaded vectors
 that an attacker who holds the clean catalogue assigns to the right item.") }}
 <div class="scroll"><table>
-<thead><tr><th>Domain</th><th>σ</th><th>cosine, mean</th><th>min</th><th>max</th><th>expected</th><th>obfuscation</th>
-<th>linked, nearest</th><th>linked, one-to-one</th><th>chance</th><th class="text">averaging fresh uploads</th></tr></thead>
-<tbody>{% for domain, entries in privacy.items() %}{% for e in entries %}
-<tr><td>{{ domain }}</td><td>{{ e.sigma }}{{ " (this run)" if e.used }}</td><td>{{ e.cosine_mean|num }}</td>
+<thead><tr><th>σ</th><th>cosine,<br>mean</th><th>min</th><th>max</th><th>expected</th><th>obfuscation</th>
+<th>linked,<br>nearest</th><th>linked,<br>one-to-one</th><th>chance</th></tr></thead>
+<tbody>{% for domain, entries in privacy.items() %}<tr class="group"><td colspan="9">{{ domain }}</td></tr>
+{% for e in entries %}
+<tr><td>{{ e.sigma }}{{ " (this run)" if e.used }}</td><td>{{ e.cosine_mean|num }}</td>
 <td>{{ e.cosine_min|num }}</td><td>{{ e.cosine_max|num }}</td><td>{{ e.expected_cosine|num }}</td>
 <td>{{ e.obfuscation|num }}</td><td>{{ e.linkage_with_replacement|percent }}</td>
-<td>{{ e.linkage_without_replacement|percent }}</td><td>{{ e.chance|percent }}</td>
-<td class="text">{% if e.averaging %}{% for n in e.averaging.uploads %}{{ n }}: {{ e.averaging.linkage[loop.index0]|percent
-}}{{ ", " if not loop.last }}{% endfor %}{% else %}–{% endif %}</td></tr>
+<td>{{ e.linkage_without_replacement|percent }}</td><td>{{ e.chance|percent }}</td></tr>
 {% endfor %}{% endfor %}</tbody>
 <caption>σ is the standard deviation of the noise on each coordinate of a unit vector; obfuscation is 1 − cosine.
-Averaging: what the attack would reach if the noise were drawn anew for each of so many uploads; the product draws it
-once per item, so that repeated uploads reveal nothing more.</caption></table></div>
+Linked: share of items that the attacker assigns to the right entry of the catalogue.</caption></table></div>
+{% if averaging.uploads %}
+<h3>If the noise were drawn anew for each upload</h3>
+<div class="scroll"><table>
+<thead><tr><th>σ</th>{% for n in averaging.uploads %}<th>{{ n }} upload{{ "s" if n != 1 }}</th>{% endfor %}</tr></thead>
+<tbody>{% for domain, rows in averaging.domains.items() %}
+<tr class="group"><td colspan="{{ averaging.uploads|length + 1 }}">{{ domain }}</td></tr>
+{% for sigma, linked in rows %}<tr><td>{{ sigma }}</td>
+{% for share in linked %}<td>{{ share|percent }}</td>{% endfor %}</tr>
+{% endfor %}{% endfor %}</tbody>
+<caption>Share of items linked after averaging so many fresh uploads. The product draws the noise once per item and
+sends the same vector again, so that its repeated uploads reveal nothing more than the first.</caption></table></div>
+{% endif %}
 {% else %}<p class="note">No privacy figures were computed (privacy.json is missing or empty).</p>{% endif %}
 </section>
 
 <section id="messages"><h2>What left each client</h2>
 {% if communication.rows %}
-<p>{{ communication.messages|count }} messages: {{ communication.totals.up|bytes }} up to the server,
-{{ communication.totals.down|bytes }} down. Nothing else was exchanged.</p>
+<p>The ledger of the run holds {{ communication.messages|count }} messages: {{ communication.totals.up|bytes }} up to the
+server, {{ communication.totals.down|bytes }} down.</p>
 <div class="scroll"><table>
 <thead><tr><th>Client</th><th class="text">direction</th><th class="text">content</th><th>messages</th><th>bytes</th>
 <th class="text">tensors</th><th class="text">protection</th></tr></thead>

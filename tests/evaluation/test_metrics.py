@@ -33,9 +33,7 @@ def scored(draw):
     cells = st.lists(st.integers(-2, 2), min_size=columns, max_size=columns)  # few values: ties are common
     scores = np.array(draw(st.lists(cells, min_size=rows, max_size=rows)), dtype=np.float32)
     target = draw(st.lists(st.integers(1, columns - 1), min_size=rows, max_size=rows))
-    seen = draw(
-        st.lists(st.lists(st.integers(0, columns - 1), min_size=6, max_size=6), min_size=rows, max_size=rows)
-    )
+    seen = draw(st.lists(st.lists(st.integers(0, columns - 1), min_size=6, max_size=6), min_size=rows, max_size=rows))
     return scores, np.array(target), np.array(seen)
 
 
