@@ -1,5 +1,6 @@
 """The LightningDataModule of one domain: source -> rules -> splits -> candidate lists -> loaders."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +74,7 @@ class DomainDataModule(L.LightningDataModule):
         seed: int = 1,
     ) -> None:
         super().__init__()
-        self.name = name
+        self.name: str = name
         self.reader = reader
         self.root = root
         self.text_encoder = text_encoder
@@ -89,7 +90,7 @@ class DomainDataModule(L.LightningDataModule):
         self.seed = seed
         # Without a subset the seed does not touch the prepared domain: all seeds share one cache entry.
         subset_seed = seed if max_users is not None else 0
-        self.settings = PreprocessSettings(k_core, tuple(user_range) if user_range else None, max_users, subset_seed)
+        self.settings = PreprocessSettings(k_core, user_range, max_users, subset_seed)
         self._domain: Domain | None = None
         self._candidates: dict[tuple[str, int], CandidateLists] = {}
 
@@ -117,6 +118,14 @@ class DomainDataModule(L.LightningDataModule):
         self._domain = domain
         for split in ("val", "test"):
             self._stored(split, self.num_candidates)
+
+    def without_holdout(self) -> "DomainDataModule":
+        """The same domain with no positions held out for stage 2, for methods that have no second stage."""
+        twin = copy.copy(self)
+        twin.trainer = None
+        twin.stage2_positions = 0
+        twin._domain = None
+        return twin
 
     @property
     def domain(self) -> Domain:

@@ -1,4 +1,4 @@
-"""Entry points: ``lightning-sfubm``, ``python -m lightning_sfubm`` and ``lightning``. Imports stay lazy for a quick ``--help``."""
+"""Entry points `lightning-sfubm`, `python -m lightning_sfubm`, `lightning`. Imports stay lazy, for a quick `--help`."""
 
 import sys
 

@@ -5,8 +5,8 @@ count or on the order in which clients run.
 """
 
 import hashlib
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch

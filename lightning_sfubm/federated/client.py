@@ -40,7 +40,7 @@ class Client:
                 f"{type(module).__name__} cannot be federated: it lacks methods of lightning_sfubm.contracts.FederatedModule"
             )
         self.name, self.module, self.datamodule, self.seed = name, module, datamodule, seed
-        self._make_trainer = make_trainer
+        self.make_trainer = make_trainer
         self._trainer: Trainer | None = None
         self.saved: Path | None = None
         self.phases_done: list[str] = []
@@ -82,7 +82,7 @@ class Client:
         """
         self.module.set_phase(self.module.round_phase)
         torch.manual_seed(derive_seed(self.seed, "client", self.name, "round", round))
-        trainer = self._make_trainer(
+        trainer = self.make_trainer(
             label=f"round {round}/{rounds}, {self.name}",
             max_epochs=round * epochs,
             min_epochs=None,
@@ -108,7 +108,7 @@ class Client:
         self.module.set_phase(phase)
         torch.manual_seed(derive_seed(self.seed, "client", self.name, "phase", phase))
         _, self._trainer = fit_to_early_stopping(
-            self._make_trainer,
+            self.make_trainer,
             self.module,
             self.datamodule,
             label=f"local {phase}, {self.name}",

@@ -47,6 +47,7 @@ class FederatedTrainer(L.Trainer):
         super().__init__(*args, **kwargs)
         self._user_callbacks: list[Callback] = _as_list(self._flags.get("callbacks"))
         self.loop: FederatedLoop | None = None
+        self._local: FederatedLoop | None = None
         self.client_loggers: dict[str, list[Logger]] = {}
 
     @property
@@ -110,6 +111,26 @@ class FederatedTrainer(L.Trainer):
             client.prepare()
             clients[name] = client
         return FederatedLoop(federation, clients, self._user_callbacks, self.run_dir, self.seed)
+
+    def local_twin(self, model: L.LightningModule, client: str) -> Client:
+        """The client as trained by the same schedule without any message: the "no transfer" control.
+
+        Trained at first use, below ``<run_dir>/local``, with the same seeds, data and numbers of optimiser steps per round.
+        """
+        if self.loop is None or self.federation is None:
+            raise ConfigError("a run without transfer needs the federated run to compare with: call fit first")
+        if self._local is None:
+            federation = copy.copy(self.federation)
+            federation.exchange = "nothing"
+            clients = {}
+            for name, other in self.loop.clients.items():
+                clients[name] = Client(name, copy.deepcopy(model), other.datamodule, other.make_trainer, self.seed)
+                clients[name].prepare()
+            self._local = FederatedLoop(federation, clients, [], self.run_dir / "local", self.seed)
+            if (self.run_dir / "local" / "checkpoints").exists():
+                self._local.resume(self._local.checkpoints)
+            self._local.run()
+        return self._local.clients[client]
 
     def fit(  # type: ignore[override]
         self,

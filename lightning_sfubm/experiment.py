@@ -1,0 +1,219 @@
+"""An experiment: stage 1, baselines and controls, the LLM stage, evaluation on test data, report. One code path for all.
+
+Every method is a row: it is trained (or not), asked to rank the stored test candidates, and its per-user results are
+written to ``results/<domain>/<method>.parquet``. A row that is already there, computed with the same configuration and
+data, is not computed again when a run is resumed.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from rich.console import Console
+
+from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.evaluation.environment import environment
+from lightning_sfubm.evaluation.report import build_report
+from lightning_sfubm.evaluation.results import PerUserResults
+from lightning_sfubm.evaluation.terminal import print_results
+from lightning_sfubm.federated.loop import FederatedLoop
+from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.methods import METHODS, DomainRun
+from lightning_sfubm.modules.llm_head import LLMHead
+from lightning_sfubm.privacy.report import privacy_figures
+from lightning_sfubm.training import Stopwatch
+
+#: paired differences stated in the report, where both rows are there
+COMPARISONS = (
+    ("stage1", "sasrec"),
+    ("stage1", "stage1_local"),
+    ("stage1", "id_text"),
+    ("sfubm", "sasrec"),
+    ("sfubm", "zero_shot"),
+    ("sfubm", "text_lora"),
+    ("sfubm", "stage1"),
+    ("sfubm", "late_fusion"),
+)
+
+
+class Experiment:
+    """What ``fit`` does around a federated stage 1.
+
+    Args:
+        title: heading of the report.
+        methods: rows of the table, in order; see :data:`lightning_sfubm.methods.METHODS`.
+        llm: head of SF-UBM; the other LLM rows are derived from it, so that all share backbone, prompt and budget.
+        templates: prompt template by domain; others use that of ``llm``.
+        llm_epochs: passes over the held-out stage-2 samples.
+        llm_batch_size: samples a step.
+        llm_eval_batch_size: users a ranking batch.
+        train_candidates: candidates of a training sample.
+        align_epochs: title alignment of the projectors before tuning; 0 = none.
+        max_train_users: users whose held-out positions tune the LLM; ``None`` = all.
+        max_val_users: users of the LLM's validation.
+        max_test_users: users on whom *all* rows of the table are compared; ``None`` = all. Methods without an LLM are
+            evaluated on all users besides, in a table of their own.
+        sigmas: noise levels of the privacy figures; the one in use is added.
+
+    Raises:
+        ConfigError: an unknown method, or an LLM row without ``llm``.
+    """
+
+    def __init__(
+        self,
+        title: str = "SF-UBM",
+        methods: list[str] | None = None,
+        llm: LLMHead | None = None,
+        templates: dict[str, str] | None = None,
+        llm_epochs: int = 1,
+        llm_batch_size: int = 8,
+        llm_eval_batch_size: int = 16,
+        train_candidates: int = 8,
+        align_epochs: int = 0,
+        max_train_users: int | None = None,
+        max_val_users: int | None = 200,
+        max_test_users: int | None = None,
+        sigmas: list[float] | None = None,
+    ) -> None:
+        self.methods = list(METHODS) if methods is None else methods
+        unknown = [m for m in self.methods if m not in METHODS]
+        if unknown:
+            raise ConfigError(f"experiment.methods names {unknown}; known methods are {', '.join(METHODS)}")
+        needing = [m for m in self.methods if METHODS[m].needs_llm]
+        if llm is None and needing:
+            raise ConfigError(
+                f"experiment.llm is needed for {', '.join(needing)}: configure it or leave these rows out"
+            )
+        self.title, self.llm, self.templates = title, llm, templates or {}
+        self.llm_epochs, self.llm_batch_size, self.llm_eval_batch_size = llm_epochs, llm_batch_size, llm_eval_batch_size
+        self.train_candidates, self.align_epochs = train_candidates, align_epochs
+        self.max_train_users, self.max_val_users, self.max_test_users = max_train_users, max_val_users, max_test_users
+        self.sigmas = [0.01, 0.05, 0.1, 0.2] if sigmas is None else sigmas
+
+    def run(
+        self,
+        trainer: FederatedTrainer,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        *,
+        ckpt_path: str | Path | None = None,
+        command: str = "",
+        config_hash: str = "",
+    ) -> Path:
+        """Run all of it below ``trainer.run_dir``.
+
+        Args:
+            trainer: with a federation.
+            model: template of the stage-1 module.
+            datamodule: a FederatedDataModule.
+            ckpt_path: ``"last"`` to go on with an interrupted run: finished rounds, phases and rows are kept.
+            command: stated in the report.
+            config_hash: rows computed under another hash are not reused.
+
+        Returns:
+            Path of the HTML report.
+        """
+        console = Console(highlight=False)
+        watch, run_dir = Stopwatch(), trainer.run_dir
+        started = environment()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if ckpt_path is None:
+            for old in ("results", "local", "models", "data"):
+                shutil.rmtree(run_dir / old, ignore_errors=True)
+        with watch("data and text vectors"):
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+        self._write_cards(datamodule, run_dir, console)
+        console.print(f"\n[bold]Stage 1[/bold]: {len(datamodule.domains)} domains, federated rounds, then FKD locally")  # type: ignore[attr-defined]
+        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        assert trainer.loop is not None
+        with watch("privacy figures"):
+            _write_json(run_dir / "privacy.json", self._privacy(trainer.loop))
+        runs = {
+            name: DomainRun(self, trainer, model, name, client, watch, run_dir)
+            for name, client in trainer.loop.clients.items()
+        }
+        for order, key in enumerate(self.methods):
+            for name, domain in runs.items():
+                self._row(domain, key, order, name, config_hash, console)
+        facts = {
+            **started,
+            "title": self.title,
+            "command": command,
+            "seed": trainer.seed,
+            "finished": environment()["started"],
+            "timings": {**trainer.loop.stopwatch.timings, **watch.timings},
+            "domains": list(runs),
+            "comparisons": [{"a": a, "b": b} for a, b in COMPARISONS if a in self.methods and b in self.methods],
+            "reference_method": "sasrec",
+            "protocol": self._protocol(datamodule),
+            "llm": dict(self.llm.hparams) if self.llm is not None else {},
+            "notes": [],
+        }
+        _write_json(run_dir / "run.json", facts)
+        report = build_report(run_dir)
+        print_results(run_dir)
+        console.print(f"\nReport: [bold]{report}[/bold]")
+        return report
+
+    def _row(self, domain: "DomainRun", key: str, order: int, name: str, config_hash: str, console: Console) -> None:
+        path = domain.run_dir / "results" / name / f"{key}.parquet"
+        if path.exists() and config_hash:
+            stored = PerUserResults.load(path)
+            if stored.meta.extra.get("config_hash") == config_hash:
+                return
+        method = METHODS[key]
+        console.print(f"[dim]{name}: {method.label}[/dim]")
+        before = domain.watch.timings.get(f"train {key}", {"cpu_s": 0.0})["cpu_s"]
+        with domain.watch(f"train {key}"):
+            ranker = method.build(domain)
+        cpu = domain.watch.timings[f"train {key}"]["cpu_s"] - before
+        extra = {"config_hash": config_hash, "train_cpu_s": cpu}
+        with domain.watch(f"evaluate {key}"):
+            domain.evaluate(ranker, key, order, extra).save(path)
+            if not method.needs_llm and domain.has_larger_test:
+                domain.evaluate(ranker, key, order, extra, all_users=True).save(
+                    domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet"
+                )
+
+    def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:
+        for name, card in datamodule.data_cards.items():
+            _write_json(run_dir / "data" / f"{name}.json", card.to_dict())
+            console.print(card)
+
+    def _privacy(self, loop: FederatedLoop) -> dict[str, Any]:
+        noise = next((c for c in loop.callbacks if isinstance(c, PrivacyNoise)), None)
+        if noise is None:
+            return {}
+        return privacy_figures(
+            {name: client.module.semantics() for name, client in loop.clients.items()},
+            lambda name, sigma: noise.mechanism(loop.seed, name, sigma),
+            loop.federation.aggregator.aggregate if loop.federation.sends_semantics else lambda uploads: {},
+            sigmas=self.sigmas,
+            used=noise.sigma if loop.counters.semantics_done else None,
+            seed=loop.seed,
+        )
+
+    def _protocol(self, datamodule: Any) -> dict[str, Any]:
+        domain = next(iter(datamodule.domains.values()))
+        return {
+            "split": "leave one out by time: last = test, one before = validation, rest = training",
+            "candidates": f"the target and {domain.num_candidates - 1} uniform negatives outside the user's history",
+            "chance": 1 / domain.num_candidates,
+            "k_core": domain.settings.k_core,
+            "compared on": "all test users"
+            if self.max_test_users is None
+            else f"{self.max_test_users} fixed test users",
+            "stage 2 samples": "the last training positions of the users, held out from stage 1",
+            "ties": "conservative: a tie counts against the method",
+        }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, default=str))
+    temporary.replace(path)
