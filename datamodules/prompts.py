@@ -112,7 +112,7 @@ class PromptBuilder:
             segments["choices"] = [self._fixed(texts["choices"])]
             segments["choice"] = self._per_item(texts["choice"], self._codes["candidate"])
             answers = self._per_item(texts["answer"], [])
-            segments["branch"] = [answer + [self.tokenizer.eos_token_id] for answer in answers]
+            segments["branch"] = [[*answer, self.tokenizer.eos_token_id] for answer in answers]
         self._first: dict[str, int] = {}
         flat: list[list[int]] = []
         for name, rows in segments.items():
@@ -173,6 +173,11 @@ class PromptBuilder:
         return self._tokenised[lead]
 
     @property
+    def spoken_titles(self) -> list[str]:
+        """N + 1 titles as the prompt says them, before cutting."""
+        return self._titles
+
+    @property
     def title_token_ids(self) -> list[list[int]]:
         """N + 1 cut token id lists, as the titles stand in the history."""
         return self._title_ids(" ")
@@ -228,7 +233,7 @@ class PromptBuilder:
         return self._gather(np.hstack(segments), np.hstack(items), np.hstack(slots), prefix_segments)
 
     def _gather(self, segments: np.ndarray, items: np.ndarray, slots: np.ndarray, prefix: int) -> PromptBatch:
-        """Lay the segments (B, M) of each row out, left-padded; the first ``prefix`` segments form the shared prefix."""
+        """Lay out the segments (B, M) of each row, left-padded; the first ``prefix`` ones form the shared prefix."""
         rows, columns = segments.shape
         lengths = np.where(segments >= 0, self._lengths[segments], 0)
         ends = np.cumsum(lengths, axis=1)

@@ -60,11 +60,9 @@ class HFTextEncoder:
             folder = resolve_model(self.model)
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
             self._network = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self._device).eval()
-            if self.max_tokens > self._network.config.max_position_embeddings:
-                raise ConfigError(
-                    f"max_tokens {self.max_tokens} exceeds the {self._network.config.max_position_embeddings} positions "
-                    f"of '{self.model}'"
-                )
+            positions = self._network.config.max_position_embeddings
+            if self.max_tokens > positions:
+                raise ConfigError(f"max_tokens {self.max_tokens} exceeds the {positions} positions of '{self.model}'")
 
     @property
     def bf16(self) -> bool:

@@ -1,0 +1,142 @@
+"""Prompt projector alone: soft tokens of items are aligned with the LLM's own words for them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_sfubm.contracts import Catalogue, Stage1
+from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.modules.llm.optim import adamw_with_warmup
+from lightning_sfubm.modules.llm.projection import TokenProjector
+from lightning_sfubm.modules.llm.stage1 import load_stage1
+from lightning_sfubm.modules.llm.titles import mean_title_embeddings
+from lightning_sfubm.seeds import seeded, torch_generator
+
+
+class _ItemBatches:
+    """Shuffled batches of item ids; a new order each epoch, from a stream of its own."""
+
+    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
+        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-self.num_items // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.num_items, generator=torch_generator(self.seed, "projector", self.epoch)) + 1
+        self.epoch += 1
+        yield from (piece.tolist() for piece in order.split(self.batch_size))
+
+
+class PromptProjector(L.LightningModule):
+    """P_u, P_i and P_t, pre-aligned: an item's soft token against the mean token embedding of its title (InfoNCE).
+
+    The soft token of item i should be nearest to the words of title i among the titles of the batch; both are
+    centred on their mean over the catalogue or batch first, because token embeddings share a large common part that
+    carries no meaning [choice]. P_u shares the user-state space with the ID embeddings (their dot product is stage
+    1's logit), so it learns from ID embeddings in the place of user states [choice].
+
+    Args:
+        llm: the base model whose token space is aimed at.
+        stage1_checkpoint: stage 1, loaded in ``setup`` where nothing was attached.
+        title_tokens: tokens of a title that count.
+        batch_size: items of a batch, all of them negatives of each other.
+        temperature: tau of InfoNCE.
+        learning_rate: of AdamW.
+        warmup: share of steps with rising learning rate.
+        seed: of initial values and item order.
+
+    Example:
+        >>> projector = PromptProjector("smollm2-135m")
+        >>> projector.attach_stage1(stage1, catalogue)
+        >>> L.Trainer(max_epochs=20).fit(projector)
+    """
+
+    def __init__(
+        self,
+        llm: str = "smollm2-135m",
+        stage1_checkpoint: str | None = None,
+        title_tokens: int = 12,
+        batch_size: int = 256,
+        temperature: float = 0.07,
+        learning_rate: float = 1e-3,
+        warmup: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0 or batch_size < 2:
+            raise ConfigError(f"need temperature > 0 and batch_size >= 2, got {temperature} and {batch_size}")
+        self.save_hyperparameters()
+        self.tokens: TokenProjector | None = None
+
+    def attach_stage1(self, stage1: Stage1, catalogue: Catalogue) -> None:
+        """Read the item tables and the titles, and build the projectors."""
+        hp = self.hparams
+        targets, scale = mean_title_embeddings(hp.llm, catalogue.titles, hp.title_tokens)
+        with torch.no_grad():
+            ids, semantics = stage1.item_tables()
+        targets[1:] -= targets[1:].mean(0)
+        self.register_buffer("title_table", targets, persistent=False)
+        self.register_buffer("id_table", ids.detach().float().cpu(), persistent=False)
+        self.register_buffer("semantic_table", semantics.detach().float().cpu(), persistent=False)
+        self._build(int(stage1.hidden_dim), targets.shape[1], scale)
+
+    def _build(self, hidden_dim: int, output_dim: int, scale: float) -> None:
+        if self.tokens is None:
+            with seeded(self.hparams.seed, "projector"):
+                self.tokens = TokenProjector(hidden_dim, output_dim, scale)
+
+    def setup(self, stage: str) -> None:
+        """Take catalogue and stage 1 from the datamodule and ``stage1_checkpoint`` where nothing was attached."""
+        if not hasattr(self, "title_table"):
+            catalogue = getattr(getattr(self.trainer, "datamodule", None), "catalogue", None)
+            if catalogue is None or not self.hparams.stage1_checkpoint:
+                raise ConfigError(
+                    "the projector needs a datamodule and stage1_checkpoint, or attach_stage1() before fit"
+                )
+            self.attach_stage1(load_stage1(self.hparams.stage1_checkpoint, catalogue), catalogue)
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of item ids."""
+        hp = self.hparams
+        batches = _ItemBatches(len(self.title_table) - 1, hp.batch_size, hp.seed)
+        return DataLoader(range(len(self.title_table)), batch_sampler=batches)  # type: ignore[arg-type]
+
+    def training_step(self, items: Tensor, batch_idx: int) -> Tensor:
+        """InfoNCE of the item parts plus InfoNCE of the user part."""
+        assert self.tokens is not None
+        ids, titles = self.id_table[items], self.title_table[items]
+        soft = self.tokens.items(ids, self.semantic_table[items])
+        loss = self._info_nce(soft, titles)
+        user_loss = self._info_nce(self.tokens.users(ids), titles)
+        self.log("train/item_nce", loss, prog_bar=True, batch_size=len(items))
+        self.log("train/user_nce", user_loss, batch_size=len(items))
+        return loss + user_loss
+
+    def _info_nce(self, soft: Tensor, titles: Tensor) -> Tensor:
+        centred = F.normalize(soft - soft.mean(0), dim=-1)
+        logits = centred @ F.normalize(titles, dim=-1).T / self.hparams.temperature
+        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and decay."""
+        hp = self.hparams
+        return adamw_with_warmup(self, {"projectors": (lambda name: True, hp.learning_rate, 0.01)}, hp.warmup)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the shapes."""
+        assert self.tokens is not None
+        shape = {"hidden_dim": self.tokens.input_dim, "output_dim": self.tokens.output_dim, "scale": self.tokens.scale}
+        checkpoint["sfubm_projector"] = shape
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the projectors before their weights are loaded."""
+        if "sfubm_projector" not in checkpoint:
+            raise CheckpointError("this is not a checkpoint of a prompt projector (no entry 'sfubm_projector')")
+        self._build(**checkpoint["sfubm_projector"])
