@@ -81,8 +81,7 @@ class SequentialRecommender(CatalogueModule):
             )
         if tau <= 0 or num_negatives < 1:
             raise ConfigError(f"tau={tau} must be positive and num_negatives={num_negatives} at least 1.")
-        self.save_hyperparameters()
-        self.keep_plain_hyperparameters()
+        self.save_plain_hyperparameters()
         self.encoder = encoder
         self.features = features
         self.logits = logits
@@ -132,7 +131,7 @@ class SequentialRecommender(CatalogueModule):
         """States (B, L, H) of histories (B, L)."""
         return self.encoder(F.embedding(history, table, padding_idx=0), history != 0)
 
-    def _logit_inputs(self, states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    def _scaled(self, states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         return cosine_inputs(states, table, self.tau) if self.logits == "cosine" else (states, table)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
@@ -140,7 +139,7 @@ class SequentialRecommender(CatalogueModule):
         table = self.items()
         predicting = batch["targets"] != 0
         targets = batch["targets"][predicting]
-        states, items = self._logit_inputs(self._encode(batch["history"], table)[predicting], table)
+        states, items = self._scaled(self._encode(batch["history"], table)[predicting], table)
         if self.loss == "full":
             loss = full_cross_entropy(states, items, targets, self.logits_precision)
         else:
@@ -157,11 +156,10 @@ class SequentialRecommender(CatalogueModule):
 
     # ------------------------------------------------------------------ contracts
 
-    def branch_scores(self, batch: RankBatch) -> dict[str, Tensor]:
-        """The one branch: scores (B, N + 1)."""
+    def logit_inputs(self, history: Tensor, branch: str = "") -> tuple[Tensor, Tensor]:
+        """States (B, H) and item vectors (N + 1, H); there is one branch only."""
         table = self.items.frozen()
-        states, items = self._logit_inputs(self._encode(batch["history"], table)[:, -1], table)
-        return {"": states @ items.T}
+        return self._scaled(self._encode(history, table)[:, -1], table)
 
     def user_states(self, batch: RankBatch) -> Tensor:
         """(B, H) state after the newest item."""

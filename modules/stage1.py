@@ -1,17 +1,20 @@
 """What every stage-1 module shares: item tables bound to a catalogue, evaluation, checkpoints, optimiser."""
 
+import copy
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
-from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics
 
 SHAPES_KEY = "stage1_shapes"
@@ -23,7 +26,7 @@ class CatalogueModule(L.LightningModule):
 
     The item tables depend on the domain, so they are built by :meth:`bind`, from the datamodule's catalogue in
     :meth:`setup` or from the shapes stored in a checkpoint. Sub-classes implement :meth:`build`,
-    :meth:`branch_scores` and ``training_step``.
+    :meth:`logit_inputs` and ``training_step``.
 
     Args:
         hidden_dim: H.
@@ -105,27 +108,47 @@ class CatalogueModule(L.LightningModule):
 
     # ------------------------------------------------------------------ scores
 
-    def branch_scores(self, batch: RankBatch) -> dict[str, Tensor]:
-        """Scores (B, N + 1) by branch: ``""`` is the main one, the others are named in ``side_branches``."""
+    def logit_inputs(self, history: Tensor, branch: str = "") -> tuple[Tensor, Tensor]:
+        """What a branch's scores are dot products of.
+
+        Args:
+            history: (B, L) item ids, left-padded.
+            branch: ``""`` for the main branch, or one of ``side_branches``.
+
+        Returns:
+            States after the newest item (B, H) and item vectors (N + 1, H), scaled as the branch's logits ask for.
+        """
         raise NotImplementedError
+
+    def evaluated_branches(self) -> tuple[str, ...]:
+        """Branches whose metrics are logged now; ``""`` is the main one."""
+        return ("",)
 
     def score_all(self, batch: RankBatch) -> Tensor:
         """Scores (B, N + 1) of the main branch; column 0 (padding) is meaningless."""
-        return self.branch_scores(batch)[""]
+        states, items = self.logit_inputs(batch["history"])
+        return states @ items.T
 
     def rank(self, batch: RankBatch) -> Tensor:
-        """Scores (B, C) of the candidates."""
-        return self.score_all(batch).gather(1, batch["candidates"])
+        """Scores (B, C) of the candidates by the main branch."""
+        return self.candidate_scores(batch)
+
+    def candidate_scores(self, batch: RankBatch, branch: str = "") -> Tensor:
+        """Scores (B, C) of the candidates by one branch."""
+        states, items = self.logit_inputs(batch["history"], branch)
+        return (F.embedding(batch["candidates"], items) @ states.unsqueeze(-1)).squeeze(-1)
 
     # ------------------------------------------------------------------ evaluation
 
     def _evaluate(self, stage: str, batch: RankBatch) -> None:
         size = len(batch["user"])
-        for name, scores in self.branch_scores(batch).items():
-            metrics = cast(MetricCollection, self.candidate_metrics[f"{stage}_{name}" if name else stage])
+        for branch in self.evaluated_branches():
+            states, items = self.logit_inputs(batch["history"], branch)
+            scores = states @ items.T
+            metrics = cast(MetricCollection, self.candidate_metrics[f"{stage}_{branch}" if branch else stage])
             metrics.update(candidate_ranks(scores.gather(1, batch["candidates"]), batch["target_index"]))
             self.log_dict(cast(Any, metrics), on_step=False, on_epoch=True, batch_size=size)
-            if not name:
+            if not branch:
                 full = cast(MetricCollection, self.catalogue_metrics[stage])
                 full.update(catalogue_ranks(scores, batch["target"], batch.get("seen")))
                 self.log_dict(cast(Any, full), on_step=False, on_epoch=True, batch_size=size)
@@ -168,21 +191,25 @@ class CatalogueModule(L.LightningModule):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def keep_plain_hyperparameters(self) -> None:
-        """Replace modules among the saved hyper-parameters by ``class_path`` and ``init_args``.
+    def save_plain_hyperparameters(self) -> None:
+        """Save the arguments of the calling ``__init__``, modules among them as ``class_path`` and ``init_args``.
 
-        The command line stores them so already; this gives a module built in Python the same checkpoint, which loads with
-        ``weights_only=True`` and rebuilds its parts. Arguments are read from attributes of the same name.
+        The command line stores modules so already; this gives a module built in Python the same checkpoint, which loads
+        with ``weights_only=True`` and rebuilds its parts. Their arguments are read from attributes of the same name.
         """
+        frame = inspect.currentframe()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
+            self.save_hyperparameters(frame=frame.f_back if frame else None)
         modules = {name: value for name, value in self.hparams.items() if isinstance(value, nn.Module)}
         for name, value in modules.items():
-            arguments = inspect.signature(type(value).__init__).parameters
-            init_args = {key: getattr(value, key) for key in arguments if key != "self" and hasattr(value, key)}
             cls = type(value)
+            arguments = inspect.signature(cls.__init__).parameters
+            init_args = {key: getattr(value, key) for key in arguments if key != "self" and hasattr(value, key)}
             self.hparams[name] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
         if modules:
             self.hparams["_instantiator"] = INSTANTIATOR
-            self._set_hparams(dict(self.hparams))
+            self._hparams_initial = copy.deepcopy(self.hparams)
 
     def checkpoint_shapes(self) -> dict[str, Any]:
         """What :meth:`build` needs to rebuild the tables, and whatever else has to exist before weights are loaded."""
@@ -233,19 +260,28 @@ def encoder_width(encoder: nn.Module) -> int:
     return width
 
 
-def check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], name: str) -> None:
+def check_state(
+    expected: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    name: str,
+    error: type[SFUBMError] = CheckpointError,
+) -> None:
     """Compare keys and shapes of two state dicts.
 
+    Args:
+        expected: state of the module at hand.
+        given: state to be loaded.
+        name: what the module is called in the message.
+        error: class of the error raised.
+
     Raises:
-        CheckpointError: naming the first key that is missing, superfluous or of another shape.
+        SFUBMError: of the class given, naming the first key that is missing, superfluous or of another shape.
     """
-    hint = f"it was written by a {name} with other settings"
-    for key in expected.keys() - given.keys():
-        raise CheckpointError(f"The state lacks {key!r}; {hint}.")
-    for key in given.keys() - expected.keys():
-        raise CheckpointError(f"The state holds {key!r}, which this {name} does not have; {hint}.")
+    hint = f"it comes from a {name} with other settings"
+    for key in sorted(expected.keys() - given.keys()):
+        raise error(f"The state lacks {key!r}; {hint}.")
+    for key in sorted(given.keys() - expected.keys()):
+        raise error(f"The state holds {key!r}, which this {name} does not have; {hint}.")
     for key, tensor in expected.items():
         if tensor.shape != given[key].shape:
-            raise CheckpointError(
-                f"{key!r} has shape {tuple(given[key].shape)}, expected {tuple(tensor.shape)}; {hint}."
-            )
+            raise error(f"{key!r} has shape {tuple(given[key].shape)}, expected {tuple(tensor.shape)}; {hint}.")

@@ -1,0 +1,375 @@
+"""Fact-counter knowledge distillation: a semantic teacher over text, an ID student that learns from it (stage 1)."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
+from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.modules.layers.items import id_table
+from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_affinities
+from lightning_sfubm.modules.losses.cross_entropy import full_cross_entropy
+from lightning_sfubm.modules.losses.distillation import DistilWeights, distil
+from lightning_sfubm.modules.losses.fkd import align, swap_items
+from lightning_sfubm.modules.losses.precision import Precision
+from lightning_sfubm.modules.semantic import SemanticTeacher
+from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
+from lightning_sfubm.seeds import torch_generator
+
+PHASES = ("teacher", "student", "joint")
+COUNTERS = ("both", "non_target", "what_if", "none")
+
+
+class FKDDistiller(CatalogueModule):
+    """Client model of SF-UBM's first stage. Implements ``FederatedModule``, ``CatalogueRanker`` and ``Stage1``.
+
+    Phases: ``"teacher"`` trains the semantic branch alone (cosine logits), ``"student"`` the ID branch (dot logits) against
+    the frozen teacher with ``CE + w_fact FACT + w_counter COUNTER + w_align ALIGN``, ``"joint"`` both at once with
+    ``alpha CE(teacher)`` added. Validation and ranking follow the branch in training; the other branch's metrics are logged
+    as ``val/teacher_*`` or ``val/student_*``.
+
+    Args:
+        encoder: sequence encoder of the student.
+        teacher_encoder: that of the teacher; ``None`` = a copy of ``encoder``.
+        num_experts: whitening experts of the teacher's adaptor.
+        text_dropout: dropout of text vectors while the teacher trains.
+        tau: temperature of the teacher's cosine logits.
+        w_fact: weight of FACT.
+        w_counter: weight of COUNTER.
+        counter: which counterfactual terms: ``"non_target"``, ``"what_if"``, ``"both"`` (their sum) or ``"none"``.
+        w_align: weight of ALIGN.
+        temperature: T of the FKD terms.
+        swap_probability: chance that ``what_if`` swaps an item for a neighbour in z-space.
+        num_neighbours: neighbours to swap for.
+        init_from_teacher: start the student's ID table from the trained teacher's item vectors.
+        alpha: weight of the teacher's cross-entropy in the joint phase.
+        lr: peak learning rate of AdamW.
+        weight_decay: decoupled weight decay.
+        warmup_steps: optimiser steps of linear warm-up, per phase.
+        phase: phase to start in.
+        logits_precision: number format of products against the whole catalogue.
+        seed: root of the named streams.
+
+    Raises:
+        ConfigError: if a setting is unknown or out of range.
+    """
+
+    side_branches = ("teacher", "student")
+    affinity_names = ("score", "teacher", *TEXT_AFFINITIES)
+    student_started: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        teacher_encoder: nn.Module | None = None,
+        num_experts: int = 8,
+        text_dropout: float = 0.2,
+        tau: float = 0.07,
+        w_fact: float = 1.0,
+        w_counter: float = 1.0,
+        counter: Literal["both", "non_target", "what_if", "none"] = "both",
+        w_align: float = 0.5,
+        temperature: float = 1.0,
+        swap_probability: float = 0.3,
+        num_neighbours: int = 10,
+        init_from_teacher: bool = False,
+        alpha: float = 1.0,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        phase: Literal["teacher", "student", "joint"] = "teacher",
+        logits_precision: Precision = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(encoder_width(encoder), lr, weight_decay, warmup_steps)
+        if counter not in COUNTERS:
+            raise ConfigError(f"counter={counter!r} is unknown; choose one of {COUNTERS}.")
+        if min(w_fact, w_counter, w_align, alpha) < 0 or tau <= 0 or temperature <= 0:
+            raise ConfigError(
+                f"w_fact={w_fact}, w_counter={w_counter}, w_align={w_align}, alpha={alpha} must not be negative; "
+                f"tau={tau} and temperature={temperature} must be positive."
+            )
+        if not 0 <= swap_probability <= 1 or num_neighbours < 1:
+            raise ConfigError(
+                f"swap_probability={swap_probability} must lie in [0, 1] and num_neighbours={num_neighbours} be at least 1."
+            )
+        if teacher_encoder is not None and encoder_width(teacher_encoder) != self.hidden_dim:
+            raise ConfigError(
+                f"teacher_encoder has hidden_dim {encoder_width(teacher_encoder)}, the student's has {self.hidden_dim}."
+            )
+        self.save_plain_hyperparameters()
+        self.encoder = encoder
+        self._teacher_encoder = [copy.deepcopy(encoder) if teacher_encoder is None else teacher_encoder]
+        self.num_experts = num_experts
+        self.text_dropout = text_dropout
+        self.tau = tau
+        self.w_align = w_align
+        self.w_what_if = w_counter if counter in ("both", "what_if") else 0.0
+        non_target = w_counter if counter in ("both", "non_target") else 0.0
+        self.weights = DistilWeights(ce=1.0, fact=w_fact, non_target=non_target)
+        self.temperature = temperature
+        self.swap_probability = swap_probability
+        self.num_neighbours = num_neighbours
+        self.init_from_teacher = init_from_teacher
+        self.alpha = alpha
+        self.logits_precision: Precision = logits_precision
+        self.seed = seed
+        self.align_projection = nn.Linear(self.hidden_dim, self.hidden_dim, bias=False)
+        self._neighbours: Tensor | None = None
+        self.phase = ""
+        self.set_phase(phase)
+
+    # ------------------------------------------------------------------ item tables
+
+    def build(self, num_items: int, text_dim: int) -> None:
+        """Create the ID table and the teacher.
+
+        Raises:
+            ConfigError: if the catalogue has no text vectors.
+        """
+        if not text_dim:
+            raise ConfigError("FKDDistiller needs text vectors, but the datamodule has no text encoder.")
+        self.ids = id_table(num_items, self.hidden_dim, self.seed)
+        self.teacher = SemanticTeacher(
+            self._teacher_encoder[0],
+            num_items,
+            text_dim,
+            self.num_experts,
+            self.text_dropout,
+            self.tau,
+            self.seed,
+            self.logits_precision,
+        )
+        self.register_buffer("student_started", torch.zeros((), dtype=torch.bool))
+        self.set_phase(self.phase)
+
+    def load_catalogue(self, catalogue: Catalogue) -> None:
+        """Take the text vectors of the catalogue."""
+        assert catalogue.text_embeddings is not None
+        self.teacher.text.copy_(catalogue.text_embeddings)
+
+    def checkpoint_shapes(self) -> dict[str, Any]:
+        """Shapes of the tables, the phase and whether a global view has been received."""
+        received = self.teacher.global_text is not None
+        return {**super().checkpoint_shapes(), "phase": self.phase, "received": received}
+
+    def restore_shapes(self, shapes: Mapping[str, Any]) -> None:
+        """Prepare for weights written in the given phase."""
+        super().restore_shapes(shapes)
+        if shapes["received"]:
+            self.teacher.allocate_global()
+        self.set_phase(shapes["phase"])
+
+    # ------------------------------------------------------------------ phases
+
+    @property
+    def local_phases(self) -> tuple[str, ...]:
+        """Teacher first, then the student against the frozen teacher."""
+        return ("teacher", "student")
+
+    @property
+    def round_phase(self) -> str:
+        """Only the teacher is trained during federated rounds."""
+        return "teacher"
+
+    def set_phase(self, phase: str) -> None:
+        """Choose what the next epochs train.
+
+        Args:
+            phase: ``"teacher"``, ``"student"`` or ``"joint"``.
+
+        Raises:
+            ConfigError: if the phase is unknown.
+        """
+        if phase not in PHASES:
+            raise ConfigError(f"phase={phase!r} is unknown; choose one of {PHASES}.")
+        self.phase = phase
+        for name, module in self.named_children():
+            if name == "teacher":
+                module.requires_grad_(phase != "student")
+            elif name in ("encoder", "ids", "align_projection"):
+                module.requires_grad_(phase != "teacher")
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "FKDDistiller":
+        """Set the mode; the branch that is not trained stays in evaluation mode."""
+        super().train(mode)
+        if self.is_bound and self.phase == "student":
+            self.teacher.eval()
+        if self.phase == "teacher":
+            self.encoder.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Start the student's table from the teacher's vectors, once, where asked for."""
+        if self.phase == "teacher" or bool(self.student_started):
+            return
+        if self.init_from_teacher:
+            with torch.no_grad():
+                self.ids.weight.copy_(F.normalize(self.teacher.frozen_table(), dim=-1))
+        self.student_started.fill_(True)
+
+    def on_train_epoch_start(self) -> None:
+        """Refresh the neighbours of ``what_if`` (the teacher moves in the joint phase only)."""
+        if self.w_what_if and self.phase != "teacher":
+            self._neighbours = self.teacher.neighbours(self.num_neighbours)
+
+    # ------------------------------------------------------------------ training
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """Loss of the current phase, every term logged as ``train/<name>``."""
+        terms: dict[str, Tensor] = {}
+        table = self.teacher.table() if self.phase != "student" else self.teacher.frozen_table()
+        loss = table.new_zeros(())
+        predicting = batch["targets"] != 0
+        with torch.set_grad_enabled(self.phase != "student"):
+            states, scaled = self.teacher.scaled(self.teacher.states(batch["history"], table)[predicting], table)
+        if self.phase != "student":
+            terms["teacher_ce"] = full_cross_entropy(
+                states, scaled, batch["targets"][predicting], self.logits_precision
+            )
+            loss = terms["teacher_ce"] * (self.alpha if self.phase == "joint" else 1.0)
+        if self.phase != "teacher":
+            loss = loss + self._student_loss(batch, states.detach(), table.detach(), scaled.detach(), terms)
+        self.log_losses(batch, loss=loss, **terms)
+        return loss
+
+    def _student_loss(
+        self, batch: TrainBatch, teacher_states: Tensor, z: Tensor, teacher_table: Tensor, terms: dict[str, Tensor]
+    ) -> Tensor:
+        """CE + FKD of the ID branch; adds its terms to ``terms``."""
+        history, predicting = batch["history"], batch["targets"] != 0
+        targets = batch["targets"][predicting]
+        states = self._student_states(history)[predicting]
+        if self.weights.fact or self.weights.non_target:
+            loss, values = distil(
+                states,
+                self.ids.weight,
+                teacher_states,
+                teacher_table,
+                targets,
+                prefixes(history, predicting),
+                self.weights,
+                self.temperature,
+                self.logits_precision,
+            )
+            terms["ce"], terms["fact"], terms["counter_non_target"] = values["ce"], values["fact"], values["non_target"]
+        else:
+            loss = terms["ce"] = full_cross_entropy(states, self.ids.weight, targets, self.logits_precision)
+        if self.w_what_if:
+            terms["counter_what_if"], weighted = self._what_if(history, predicting, targets, z, teacher_table)
+            loss = loss + weighted
+        if self.w_align:
+            items = torch.unique(torch.cat([history.flatten(), targets]))
+            items = items[items != 0]
+            terms["align"] = align(self.align_projection(self.ids(items)), z[items], self.tau)
+            loss = loss + self.w_align * terms["align"]
+        return loss
+
+    def _what_if(
+        self, history: Tensor, predicting: Tensor, targets: Tensor, z: Tensor, teacher_table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Value and weighted loss of COUNTER ``what_if`` on sequences with swapped items."""
+        if self._neighbours is None:
+            self._neighbours = self.teacher.neighbours(self.num_neighbours)
+        generator = torch_generator(self.seed, "what_if", self.global_step)
+        swapped = swap_items(history, self._neighbours, self.swap_probability, generator)
+        with torch.no_grad():
+            teacher_states, _ = self.teacher.scaled(self.teacher.states(swapped, z)[predicting], z[:1])
+        loss, values = distil(
+            self._student_states(swapped)[predicting],
+            self.ids.weight,
+            teacher_states,
+            teacher_table,
+            targets,
+            prefixes(swapped, predicting),
+            replace(self.weights, ce=0.0, fact=0.0, non_target=0.0, full_kl=self.w_what_if),
+            self.temperature,
+            self.logits_precision,
+        )
+        return values["full_kl"], loss
+
+    def _student_states(self, history: Tensor) -> Tensor:
+        return self.encoder(self.ids(history), history != 0)
+
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of the phase's branches; those of terms with weight zero are left out."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and (self.w_align or not name.startswith("align_projection")):
+                yield parameter
+
+    # ------------------------------------------------------------------ scores
+
+    def _branch(self, branch: str) -> str:
+        return branch or ("teacher" if self.phase == "teacher" else "student")
+
+    def evaluated_branches(self) -> tuple[str, ...]:
+        """The branch in training and, once there is a student, the other one."""
+        other = "student" if self.phase == "teacher" else "teacher"
+        return ("", other) if other == "teacher" or bool(self.student_started) else ("",)
+
+    def logit_inputs(self, history: Tensor, branch: str = "") -> tuple[Tensor, Tensor]:
+        """States (B, H) and item vectors (N + 1, H) of a branch; ``""`` is the one the phase trains."""
+        if self._branch(branch) == "teacher":
+            table = self.teacher.frozen_table()
+            return self.teacher.scaled(self.teacher.states(history, table)[:, -1], table)
+        return self._student_states(history)[:, -1], self.ids.weight
+
+    def user_states(self, batch: RankBatch) -> Tensor:
+        """(B, H) the student's state after the newest item."""
+        return self._student_states(batch["history"])[:, -1]
+
+    def item_tables(self) -> tuple[Tensor, Tensor]:
+        """ID embeddings e (N + 1, H) and semantic embeddings z (N + 1, H)."""
+        return self.ids.weight, self.teacher.frozen_table()
+
+    def affinities(self, batch: RankBatch) -> Tensor:
+        """(B, C, F): score, teacher's score, and untrained text similarities."""
+        learned = torch.stack([self.rank(batch), self.candidate_scores(batch, "teacher")], -1)
+        return torch.cat([learned, text_affinities(self.teacher.text, batch["history"], batch["candidates"])], -1)
+
+    # ------------------------------------------------------------------ federation
+
+    def semantics(self) -> Tensor:
+        """(N, D) unit text vectors of this domain's items, unperturbed."""
+        return self.teacher.text[1:].clone()
+
+    def receive_semantics(self, vectors: Tensor) -> None:
+        """Take the aggregated vectors (N, D), rows in the order of :meth:`semantics`."""
+        self.teacher.receive(vectors)
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """Detached copies of the teacher's parameters; its text vectors are buffers and not among them."""
+        return {name: parameter.detach().clone() for name, parameter in self.teacher.named_parameters()}
+
+    def load_shared_state(self, state: dict[str, Tensor]) -> None:
+        """Replace the teacher's parameters.
+
+        Raises:
+            MessageError: if keys or shapes differ.
+        """
+        own = dict(self.teacher.named_parameters())
+        check_state(own, state, "semantic teacher", MessageError)
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def prefixes(history: Tensor, predicting: Tensor) -> Tensor:
+    """What was known at each predicting position.
+
+    Args:
+        history: (B, L) item ids.
+        predicting: (B, L) boolean with V true entries.
+
+    Returns:
+        (V, L) the row's items up to and including the position, 0 after it.
+    """
+    rows, positions = predicting.nonzero(as_tuple=True)
+    later = torch.arange(history.shape[1], device=history.device) > positions[:, None]
+    return history[rows].masked_fill(later, 0)
