@@ -7,21 +7,24 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+#: Titles longer than this, in characters, are counted as long.
+LONG_TITLE = 200
+
 #: What each counted rule does, in the order in which the rules run. Readers add rules of their own.
 RULES = {
     "rows_without_id_or_order": "interactions without user, item or order: dropped",
     "items_listed_twice": "items listed more than once: the first line is kept",
-    "titles_missing": "items without a title: named 'untitled <source id>'",
-    "unknown_items": "interactions with items that are not in the items table: dropped",
     "users_out_of_range": "users outside user_range: dropped",
-    "duplicates": "rows equal in user, item and order: the first is kept",
+    "unknown_items": "interactions with items that are not in the items table: dropped",
     "users_sorted": "users whose rows were not in time order: sorted, ties keep source order",
+    "duplicates": "rows equal in user, item and order: the first is kept",
+    "users_without_interactions": "users whose every interaction was dropped by the rules before the k-core: dropped",
     "kcore_users": "users under k interactions: dropped by the k-core",
     "kcore_items": "items under k interactions: dropped by the k-core",
     "kcore_interactions": "interactions dropped by the k-core",
     "users_not_drawn": "users not in the seeded subset max_users: dropped",
     "items_without_interactions": "items that nobody (left) has interacted with: dropped",
-    "users_without_interactions": "users whose every interaction was dropped by the rules before the k-core: dropped",
+    "titles_missing": "items without a title: named 'untitled <source id>'",
 }
 
 
@@ -64,6 +67,17 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class TitleStatistics:
+    """What the titles are like; shares are of items, lengths in characters."""
+
+    mean_length: float
+    max_length: int
+    long_share: float
+    shared_share: float
+    non_latin_share: float
+
+
+@dataclass(frozen=True)
 class DataCard:
     """What stands behind a domain.
 
@@ -76,11 +90,8 @@ class DataCard:
         after: statistics of what is used.
         tied_share: share of interactions that have the same time as the one before, within a user.
         repeat_share: share of interactions with an item the user had already interacted with.
-        title_mean: mean title length, characters.
-        title_max: longest title, characters.
-        title_long_share: share of titles over 200 characters; prompts and text encoders cut them.
-        title_shared_share: share of items whose normalised title another item has too.
-        title_non_latin_share: share of titles with a letter outside Latin script.
+        titles: lengths of the titles, and shares of those over 200 characters (prompts and text encoders cut them), of
+            those another item has too, and of those with a letter outside Latin script.
     """
 
     name: str
@@ -89,13 +100,9 @@ class DataCard:
     rules: dict[str, int]
     before: Statistics
     after: Statistics
-    tied_share: float = 0.0
-    repeat_share: float = 0.0
-    title_mean: float = 0.0
-    title_max: int = 0
-    title_long_share: float = 0.0
-    title_shared_share: float = 0.0
-    title_non_latin_share: float = 0.0
+    tied_share: float
+    repeat_share: float
+    titles: TitleStatistics
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
@@ -104,7 +111,12 @@ class DataCard:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DataCard":
         """Inverse of :meth:`to_dict`."""
-        return cls(**{**values, "before": Statistics(**values["before"]), "after": Statistics(**values["after"])})
+        parts = {
+            "before": Statistics(**values["before"]),
+            "after": Statistics(**values["after"]),
+            "titles": TitleStatistics(**values["titles"]),
+        }
+        return cls(**{**values, **parts})
 
     def __rich__(self) -> Table:
         table = Table(title=f"Data card: {self.name} ({self.order} order, {self.k_core}-core)", title_justify="left")
@@ -120,9 +132,18 @@ class DataCard:
             if count:
                 table.add_row(RULES.get(rule, rule.replace("_", " ")), _cell(count), "")
         table.add_section()
-        for name in ("tied_share", "repeat_share", "title_long_share", "title_shared_share", "title_non_latin_share"):
-            table.add_row(name.replace("_", " "), "", f"{getattr(self, name):.1%}")
-        table.add_row("title length, mean / max characters", "", f"{self.title_mean:.0f} / {self.title_max}")
+        shares = {
+            "same time as the one before": self.tied_share,
+            "item interacted with before": self.repeat_share,
+            f"titles over {LONG_TITLE} characters": self.titles.long_share,
+            "titles another item has too": self.titles.shared_share,
+            "titles with letters outside Latin script": self.titles.non_latin_share,
+        }
+        for label, share in shares.items():
+            table.add_row(label, "", f"{share:.1%}")
+        table.add_row(
+            "title length, mean / max characters", "", f"{self.titles.mean_length:.0f} / {self.titles.max_length}"
+        )
         return table
 
 

@@ -5,19 +5,18 @@ import json
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_sfubm.datamodules.card import DataCard, Statistics
+from lightning_sfubm.datamodules.card import LONG_TITLE, DataCard, Statistics, TitleStatistics
 from lightning_sfubm.datamodules.domain import Domain
 from lightning_sfubm.datamodules.readers.base import RawDomain, check_schema, dictionary_ids
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.candidates import normalise_title
 from lightning_sfubm.seeds import numpy_generator
-
-LONG_TITLE = 200
 
 
 @dataclass(frozen=True)
@@ -55,72 +54,110 @@ def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Dom
     rules = dict(raw.notes)
 
     item_table, item_keys = _items_by_key(raw.items, rules)
-    user_codes, item_codes, order, user_keys = _encode(raw, item_keys, rules)
-    before = Statistics.of(user_codes, item_codes, order if raw.order_kind == "timestamp" else None)
-    num_source_users = before.users
+    rows, user_keys = _encode(raw, item_keys, rules)
+    before = rows.statistics(raw.order_kind)
 
-    known = item_codes < len(item_keys)
-    rules["unknown_items"] = int(len(known) - known.sum())
-    if not known.any():
-        raise DataError(f"domain '{name}': none of the interactions' items is in the items table; compare the item ids")
-    keep = known
     if settings.user_range is not None:
         inside = _in_range(user_keys, settings.user_range, name)
         rules["users_out_of_range"] = int(len(inside) - inside.sum())
-        num_source_users = int(inside.sum())
-        keep = known & inside[user_codes]
-    if not keep.all():
-        user_codes, item_codes = user_codes[keep], item_codes[keep]
-        order = order[keep] if order is not None else None
+        rows = rows.where(inside[rows.users])
+    if len(rows.users) == 0:
+        raise DataError(f"domain '{name}': no interaction has a user, an item and an order (within user_range, if set)")
+    source_users, known = rows.count("users"), rows.items < len(item_keys)
+    rules["unknown_items"] = int(len(known) - known.sum())
+    if not known.any():
+        raise DataError(f"domain '{name}': none of the interactions' items is in the items table; compare the item ids")
+    rows, rules["users_sorted"] = rows.where(known).sorted()
+    rows, rules["duplicates"] = rows.without_duplicates()
+    rules["users_without_interactions"] = source_users - rows.count("users")
 
-    user_codes, item_codes, order, rules["users_sorted"] = _sort(user_codes, item_codes, order)
-    unique = _first_of_duplicates(user_codes, item_codes, order)
-    rules["duplicates"] = int(len(unique) - unique.sum())
-    if rules["duplicates"]:
-        user_codes, item_codes, order = user_codes[unique], item_codes[unique], order[unique]
-    rules["users_without_interactions"] = num_source_users - np.count_nonzero(np.bincount(user_codes))
-
-    keep = k_core(user_codes, item_codes, settings.k_core)
-    for rule, codes in (("kcore_users", user_codes), ("kcore_items", item_codes)):
-        rules[rule] = int(np.count_nonzero(np.bincount(codes)) - np.count_nonzero(np.bincount(codes[keep])))
-    rules["kcore_interactions"] = int(len(keep) - keep.sum())
-    if not keep.any():
+    keep = k_core(rows.users, rows.items, settings.k_core)
+    core = rows.where(keep)
+    rules["kcore_users"] = rows.count("users") - core.count("users")
+    rules["kcore_items"] = rows.count("items") - core.count("items")
+    rules["kcore_interactions"] = len(keep) - len(core.users)
+    if len(core.users) == 0:
         raise DataError(
             f"domain '{name}': no interaction is left after the rules and the {settings.k_core}-core "
             f"({len(keep):,} before it); lower k_core or check the source"
         )
+    rows = core
     if settings.max_users is not None:
-        keep, rules["users_not_drawn"] = _draw_users(user_codes, keep, settings.max_users, settings.seed)
-    if not keep.all():
-        user_codes, item_codes = user_codes[keep], item_codes[keep]
-        order = order[keep] if order is not None else None
+        rows = rows.where(_drawn_users(rows.users, settings.max_users, settings.seed))
+        rules["users_not_drawn"] = core.count("users") - rows.count("users")
 
-    users, user_codes = np.unique(user_codes, return_inverse=True)
-    counts = np.bincount(item_codes, minlength=len(item_keys))
-    used_items = np.flatnonzero(counts)
-    rules["items_without_interactions"] = len(item_keys) - len(used_items) - rules["kcore_items"]
-    renumber = np.zeros(len(item_keys), dtype=np.int32)
-    renumber[used_items] = np.arange(1, len(used_items) + 1)
-
-    items = renumber[item_codes]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(user_codes, minlength=len(users)))]).astype(np.int64)
-    times = order.astype(np.int64) if raw.order_kind == "timestamp" and order is not None else None
-    kept_keys = item_keys.take(pa.array(used_items))
-    titles, texts, rules["titles_missing"] = _texts(item_table.take(pa.array(used_items)), kept_keys.to_pylist())
+    users, user_codes = np.unique(rows.users, return_inverse=True)
+    used, item_codes = np.unique(rows.items, return_inverse=True)
+    rules["items_without_interactions"] = len(item_keys) - len(used) - rules["kcore_items"]
+    rows = _Rows(user_codes, (item_codes + 1).astype(np.int32), rows.order)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user_codes))]).astype(np.int64)
+    times = rows.order.astype(np.int64) if raw.order_kind == "timestamp" and rows.order is not None else None
+    kept_users, kept_items = user_keys.take(pa.array(users)).to_pylist(), item_keys.take(pa.array(used)).to_pylist()
+    titles, texts, rules["titles_missing"] = _texts(item_table.take(pa.array(used)), kept_items)
     card = DataCard(
         name=name,
         order=raw.order_kind,
         k_core=settings.k_core,
         rules={rule: int(count) for rule, count in rules.items()},
         before=before,
-        after=Statistics.of(user_codes, items, times),
+        after=rows.statistics(raw.order_kind),
         tied_share=_tied_share(user_codes, times),
-        repeat_share=_repeat_share(user_codes, items, len(used_items)),
-        **_title_statistics(titles),
+        repeat_share=_repeat_share(rows, len(used)),
+        titles=_title_statistics(titles),
     )
-    keys = [user_keys.take(pa.array(users)).to_pylist(), ["", *kept_keys.to_pylist()]]
-    fingerprint = _fingerprint(settings, offsets, items, times, ["", *titles], ["", *texts], *keys)
-    return Domain(name, offsets, items, times, ["", *titles], ["", *texts], *keys, fingerprint, card)
+    content = (offsets, rows.items, times, ["", *titles], ["", *texts], kept_users, ["", *kept_items])
+    return Domain(name, *content, fingerprint=_fingerprint(settings, content), card=card)
+
+
+class _Rows(NamedTuple):
+    """Interactions as parallel arrays (M,); ``order`` is missing where the row order is the order."""
+
+    users: np.ndarray
+    items: np.ndarray
+    order: np.ndarray | None
+
+    def where(self, selection: np.ndarray) -> "_Rows":
+        """The rows a mask (M,) or an index array picks."""
+        if selection.dtype == bool and selection.all():
+            return self
+        order = self.order[selection] if self.order is not None else None
+        return _Rows(self.users[selection], self.items[selection], order)
+
+    def count(self, column: Literal["users", "items"]) -> int:
+        """Number of distinct users or items."""
+        return int(np.count_nonzero(np.bincount(getattr(self, column))))
+
+    def statistics(self, order_kind: str) -> Statistics:
+        return Statistics.of(self.users, self.items, self.order if order_kind == "timestamp" else None)
+
+    def sorted(self) -> tuple["_Rows", int]:
+        """By user, then order, ties as in the source; and the number of users whose rows were out of order."""
+        rows = self
+        if np.any(rows.users[1:] < rows.users[:-1]):
+            rows = rows.where(np.argsort(rows.users, kind="stable"))
+        if rows.order is None:
+            return rows, 0
+        backwards = (rows.order[1:] < rows.order[:-1]) & (rows.users[1:] == rows.users[:-1])
+        if not backwards.any():
+            return rows, 0
+        unsorted = len(np.unique(rows.users[1:][backwards]))
+        return rows.where(np.lexsort((rows.order, rows.users))), unsorted
+
+    def without_duplicates(self) -> tuple["_Rows", int]:
+        """Of sorted rows equal in user, item and order the first; and the number of rows dropped.
+
+        Without an order column two equal rows are two interactions, so nothing is dropped.
+        """
+        if self.order is None or len(self.users) < 2:
+            return self, 0
+        tied = (self.users[1:] == self.users[:-1]) & (self.order[1:] == self.order[:-1])
+        rows = np.flatnonzero(np.concatenate([tied, [False]]) | np.concatenate([[False], tied]))
+        run = np.cumsum(np.concatenate([[True], ~tied]))[rows].astype(np.int64)
+        _, first = np.unique(run * (int(self.items.max()) + 1) + self.items[rows], return_index=True)
+        keep = np.ones(len(self.users), dtype=bool)
+        keep[rows] = False
+        keep[rows[first]] = True
+        return self.where(keep), int(len(keep) - keep.sum())
 
 
 def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
@@ -166,10 +203,8 @@ def _items_by_key(items: pa.Table, rules: dict[str, int]) -> tuple[pa.Table, pa.
     return items.drop_columns(["item"]).take(pa.array(present[first][indices])), keys
 
 
-def _encode(
-    raw: RawDomain, item_keys: pa.StringArray, rules: dict[str, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, pa.StringArray]:
-    """Integer codes of users and items, in key order, the order column, and the user keys.
+def _encode(raw: RawDomain, item_keys: pa.StringArray, rules: dict[str, int]) -> tuple[_Rows, pa.StringArray]:
+    """The interactions with users and items as codes in key order, and the user keys.
 
     Items outside ``item_keys`` get codes from ``len(item_keys)`` on.
     """
@@ -192,12 +227,12 @@ def _encode(
     position = pc.index_in(items.dictionary, item_keys).fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
     unknown = position < 0
     position[unknown] = len(item_keys) + np.arange(unknown.sum(), dtype=np.int32)
-    return (
+    rows = _Rows(
         user_rank[user_indices.to_numpy()],
         position[item_indices.to_numpy()],
         order.to_numpy() if order is not None else None,
-        user_keys,
     )
+    return rows, user_keys
 
 
 def _order(interactions: pa.Table) -> pa.Array | None:
@@ -224,51 +259,11 @@ def _in_range(user_keys: pa.StringArray, bounds: tuple[int, int], name: str) -> 
     return (numbers >= bounds[0]) & (numbers < bounds[1])
 
 
-def _sort(
-    users: np.ndarray, items: np.ndarray, order: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, int]:
-    """Rows by user, then order, ties as in the source; and the number of users whose rows were out of order."""
-    if np.any(users[1:] < users[:-1]):
-        indices = np.argsort(users, kind="stable")
-        users, items = users[indices], items[indices]
-        order = order[indices] if order is not None else None
-    if order is None:
-        return users, items, None, 0
-    backwards = (order[1:] < order[:-1]) & (users[1:] == users[:-1])
-    if not backwards.any():
-        return users, items, order, 0
-    unsorted = len(np.unique(users[1:][backwards]))
-    indices = np.lexsort((order, users))
-    return users[indices], items[indices], order[indices], unsorted
-
-
-def _first_of_duplicates(users: np.ndarray, items: np.ndarray, order: np.ndarray | None) -> np.ndarray:
-    """Mask of rows to keep: of rows equal in user, item and order, the first. Rows are sorted by user and order.
-
-    Without an order column two equal rows are two interactions, so nothing is dropped.
-    """
-    keep = np.ones(len(users), dtype=bool)
-    if order is None or len(users) < 2:
-        return keep
-    tied = (users[1:] == users[:-1]) & (order[1:] == order[:-1])
-    rows = np.flatnonzero(np.concatenate([tied, [False]]) | np.concatenate([[False], tied]))
-    if len(rows) == 0:
-        return keep
-    run = np.cumsum(np.concatenate([[True], ~tied]))[rows].astype(np.int64)
-    _, first = np.unique(run * (int(items.max()) + 1) + items[rows], return_index=True)
-    keep[rows] = False
-    keep[rows[first]] = True
-    return keep
-
-
-def _draw_users(users: np.ndarray, keep: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, int]:
-    """Restrict ``keep`` to a seeded subset of users; a larger count contains a smaller one."""
-    candidates = np.unique(users[keep])
-    if count >= len(candidates):
-        return keep, 0
+def _drawn_users(users: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Mask of the rows of a seeded subset of users; a larger count contains a smaller one."""
     drawn = np.zeros(int(users.max()) + 1, dtype=bool)
-    drawn[numpy_generator(seed, "max_users").permutation(candidates)[:count]] = True
-    return keep & drawn[users], len(candidates) - count
+    drawn[numpy_generator(seed, "max_users").permutation(np.unique(users))[:count]] = True
+    return drawn[users]
 
 
 def _texts(items: pa.Table, keys: list[str]) -> tuple[list[str], list[str], int]:
@@ -295,33 +290,29 @@ def _tied_share(users: np.ndarray, times: np.ndarray | None) -> float:
     return float(np.sum((users[1:] == users[:-1]) & (times[1:] == times[:-1])) / len(users))
 
 
-def _repeat_share(users: np.ndarray, items: np.ndarray, num_items: int) -> float:
-    pairs = np.sort(users.astype(np.int64) * (num_items + 1) + items)
+def _repeat_share(rows: _Rows, num_items: int) -> float:
+    pairs = np.sort(rows.users.astype(np.int64) * (num_items + 1) + rows.items)
     return float(np.sum(pairs[1:] == pairs[:-1]) / len(pairs))
 
 
-def _title_statistics(titles: list[str]) -> dict[str, float | int]:
+def _title_statistics(titles: list[str]) -> TitleStatistics:
     lengths = np.array([len(title) for title in titles])
     shared = Counter(map(normalise_title, titles))
-    non_latin = [
-        any(
-            c.isalpha() and not unicodedata.name(c, "LATIN").startswith(("LATIN", "FEMININE", "MASCULINE", "MICRO"))
-            for c in t
-        )
-        if not t.isascii()
-        else False
-        for t in titles
-    ]
-    return {
-        "title_mean": float(lengths.mean()),
-        "title_max": int(lengths.max()),
-        "title_long_share": float((lengths > LONG_TITLE).mean()),
-        "title_shared_share": float(sum(n for n in shared.values() if n > 1) / len(titles)),
-        "title_non_latin_share": float(np.mean(non_latin)),
-    }
+    return TitleStatistics(
+        mean_length=float(lengths.mean()),
+        max_length=int(lengths.max()),
+        long_share=float((lengths > LONG_TITLE).mean()),
+        shared_share=sum(count for count in shared.values() if count > 1) / len(titles),
+        non_latin_share=sum(map(_has_non_latin, titles)) / len(titles),
+    )
 
 
-def _fingerprint(settings: PreprocessSettings, *content: np.ndarray | list[str] | None) -> str:
+def _has_non_latin(title: str) -> bool:
+    """Whether a letter of the title belongs to a script other than Latin."""
+    return not title.isascii() and any(c.isalpha() and "LATIN" not in unicodedata.name(c, "LATIN") for c in title)
+
+
+def _fingerprint(settings: PreprocessSettings, content: tuple[np.ndarray | list[str] | None, ...]) -> str:
     digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
     for part in content:
         if isinstance(part, np.ndarray):

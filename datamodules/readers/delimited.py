@@ -6,6 +6,7 @@ import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -75,7 +76,8 @@ def read_delimited(
     failure: Exception | None = None
     for order_type in ORDER_TYPES if order else (None,):
         try:
-            return _guard(path, lambda: _read(path, dialect, types | ({order: order_type} if order else {}), columns))
+            tried = types | ({order: order_type} if order else {})
+            return _guard(path, partial(_read, path, dialect, tried, columns))
         except pa.ArrowInvalid as error:
             failure = error
     _guard(path, lambda: _name_bad_line(path, dialect, header, order))
@@ -117,9 +119,11 @@ def _rows(file: TextIO, path: Path, dialect: Dialect) -> Iterator[tuple[int, lis
     """Line number (of the row's last line) and cells."""
     delimiter = dialect.delimiter
     lines = (line.replace(delimiter, "\t") for line in file) if len(delimiter) > 1 else file
-    quoting = csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE
     rows = csv.reader(
-        lines, delimiter="\t" if len(delimiter) > 1 else delimiter, quoting=quoting, strict=dialect.quoted
+        lines,
+        delimiter="	" if len(delimiter) > 1 else delimiter,
+        quoting=csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE,
+        strict=dialect.quoted,
     )
     try:
         for row in rows:
