@@ -2,40 +2,27 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_sfubm.contracts import Catalogue, RankBatch, Stage1
+from lightning_sfubm.contracts import RankBatch
 from lightning_sfubm.datamodules.prompt_templates import load_template
-from lightning_sfubm.datamodules.prompts import CANDIDATE, USER, PromptBatch, PromptBuilder
-from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.datamodules.prompts import PromptBatch
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, ranking_metrics
 from lightning_sfubm.evaluation.parsing import TitleParser
-from lightning_sfubm.modules.llm.backbone import Backbone
+from lightning_sfubm.modules.llm.injected import InjectedLM
 from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
 from lightning_sfubm.modules.llm.optim import adamw_with_warmup
-from lightning_sfubm.modules.llm.projection import TokenProjector, standardise
-from lightning_sfubm.modules.llm.splice import splice
-from lightning_sfubm.modules.llm.stage1 import load_stage1
-from lightning_sfubm.modules.llm.tree import separate_states, supports_tree, tree_states
-from lightning_sfubm.seeds import seeded, torch_generator
+from lightning_sfubm.seeds import torch_generator
 
 RANK_MODES = {"branch": ("head", "score"), "list": ("score", "generate", "constrained")}
 
 
-class _Loaded(NamedTuple):
-    """What an incompatible-keys answer looks like when all keys fit."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class LLMHead(L.LightningModule):
+class LLMHead(InjectedLM):
     """Ranks candidates with a causal LM, tuned by LoRA or frozen, with soft tokens from a frozen stage 1.
 
     ``branch`` form [choice]: after a shared prefix (user soft token, latest titles and their soft tokens, the
@@ -118,131 +105,48 @@ class LLMHead(L.LightningModule):
         precision: str = "auto",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        prompt = load_template(template, form)
+        super().__init__(prompt)
         if tuning not in ("lora", "frozen"):
             raise ConfigError(f"tuning '{tuning}' is not one of lora, frozen")
         if tuning == "lora" and adapter_rank < 1:
             raise ConfigError(f"adapter_rank must be at least 1 with tuning 'lora', got {adapter_rank}")
         if not 0.0 <= curriculum <= 1.0:
             raise ConfigError(f"curriculum is a share of the training steps in [0, 1], got {curriculum}")
-        prompt = load_template(template, form)
         rank_mode = rank_mode or RANK_MODES[form][0]
         if rank_mode not in RANK_MODES[form]:
             raise ConfigError(f"rank_mode '{rank_mode}' is not one of {RANK_MODES[form]} for form '{form}'")
         self.save_hyperparameters()
         self.rank_mode = rank_mode
-        self.template = prompt
-        self.backbone: Backbone | None = None
-        self.projector: TokenProjector | None = None
         self.head: nn.Linear | None = None
         self.residual_weights: nn.Parameter | None = None
-        self.catalogue: Catalogue | None = None
         self.metrics = nn.ModuleDict({stage: ranking_metrics(f"{stage}/") for stage in ("val", "test")})
-        self._stage1: list[Any] = []  # a list keeps the module out of our parameters, checkpoints and modes
-        self._shape: tuple[int, tuple[str, ...]] | None = None  # H and the affinity names of stage 1
-        self._tree = True
         self._prior: Tensor | None = None
 
-    # ------------------------------------------------------------------------------------------------ assembly
+    # ------------------------------------------------------------------------------------------------ forward
 
-    def configure_model(self) -> None:
-        """Load the base model (once). Called by Lightning, by :meth:`attach_stage1` and on loading a checkpoint."""
-        if self.backbone is not None:
+    def build_output(self, num_affinities: int) -> None:
+        """The linear head, zero at the start, and the residual that starts as stage 1's own score."""
+        if self.rank_mode != "head":
             return
-        hp = self.hparams
-        with seeded(hp.seed, "llm", "adapters"):
-            self.backbone = Backbone(
-                hp.llm,
-                hp.num_layers,
-                hp.precision,
-                hp.adapter_rank if hp.tuning == "lora" else 0,
-                hp.adapter_alpha,
-                hp.adapter_dropout,
-                hp.adapter_targets,
-            )
-        self._tree = supports_tree(self.backbone)
-        if self.rank_mode == "head":
-            self.head = nn.Linear(self.backbone.hidden_dim, 1, bias=False)
-            nn.init.zeros_(self.head.weight)
+        self.head = nn.Linear(self.lm.hidden_dim, 1, bias=False, device=self.device)
+        nn.init.zeros_(self.head.weight)
+        if num_affinities and self.hparams.residual:
+            self.residual_weights = nn.Parameter(torch.eye(num_affinities, device=self.device)[0].clone())
 
-    def attach_stage1(self, stage1: Stage1 | None, catalogue: Catalogue) -> None:
-        """Give the head its domain: the frozen stage 1 (``None`` for text-only methods) and the catalogue.
+    def _build(self, batch: RankBatch, **options: Any) -> PromptBatch:
+        if self.catalogue is None:
+            raise ConfigError("the LLM head has no catalogue yet; call attach_stage1(stage1 or None, catalogue)")
+        text_only = self.training and self.hparams.curriculum > 0 and self._draws_text_only()
+        builder = self.text_prompts if text_only else self.prompts
+        return builder.build(batch["history"], batch["candidates"], **options).to(self.device)
 
-        Item tables are read here, once: attach again after stage 1 has changed.
-
-        Raises:
-            CheckpointError: if this head was loaded from a checkpoint that belongs to another stage 1.
-        """
-        self.configure_model()
-        self.catalogue = catalogue
-        self._stage1 = [] if stage1 is None else [stage1]
-        if stage1 is not None:
-            if isinstance(stage1, nn.Module):
-                stage1.eval()
-            shape = (int(stage1.hidden_dim), tuple(stage1.affinity_names))
-        else:
-            shape = (0, ())
-        if self._shape is not None and self._shape != shape:
-            raise CheckpointError(
-                f"this LLM head was trained on a stage 1 with (hidden_dim, affinities) {self._shape}, got {shape}"
-            )
-        self._build_trainables(*shape)
-        if stage1 is not None:
-            with torch.no_grad():
-                ids, semantics = stage1.item_tables()
-            self.register_buffer("id_table", ids.detach().float().to(self.device), persistent=False)
-            self.register_buffer("semantic_table", semantics.detach().float().to(self.device), persistent=False)
-        self._build_prompts()
-
-    def _build_trainables(self, hidden_dim: int, affinity_names: tuple[str, ...]) -> None:
-        """Projectors and residual for a stage 1 of this shape (H = 0: none). Keeps those already there."""
-        if self._shape is not None:
-            return
-        hp = self.hparams
-        assert self.backbone is not None
-        self._shape = (hidden_dim, affinity_names)
-        if hidden_dim == 0:
-            return
-        affinities = len(affinity_names) if hp.affinity_token else 0
-        if hp.user_token or hp.item_tokens or hp.semantic_token or affinities:
-            with seeded(hp.seed, "llm", "projectors"):
-                self.projector = TokenProjector(
-                    hidden_dim,
-                    self.backbone.embedding_dim,
-                    self.backbone.token_norm,
-                    hp.user_token,
-                    hp.item_tokens,
-                    hp.semantic_token,
-                    affinities,
-                ).to(self.device)
-            if hp.projector_checkpoint:
-                self._load_projector(hp.projector_checkpoint)
-        if hp.residual and self.rank_mode == "head":
-            self.residual_weights = nn.Parameter(torch.eye(len(affinity_names), device=self.device)[0].clone())
-
-    def _load_projector(self, path: str) -> None:
-        assert self.projector is not None
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-            own = self.projector.state_dict()
-            aligned = {k.removeprefix("tokens."): v for k, v in state.items() if k.startswith("tokens.")}
-            self.projector.load_state_dict({**own, **{k: v for k, v in aligned.items() if k in own}})
-        except (OSError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"projector checkpoint {path} does not fit this head: {reason}") from error
-
-    def _build_prompts(self) -> None:
-        hp = self.hparams
-        assert self.backbone is not None and self.catalogue is not None
-        soft = self.projector is not None
-        in_items = soft and (hp.item_tokens or hp.semantic_token)
-        titles = self.catalogue.titles
-        shared = (self.backbone.tokenizer, self.template, titles, hp.history_length, hp.title_tokens)
-        self.prompts = PromptBuilder(
-            *shared, soft and hp.user_token, in_items, in_items or (soft and hp.affinity_token)
-        )
-        self.text_prompts = PromptBuilder(*shared, False, False, False) if soft and hp.curriculum > 0 else None
-        self._prior = None
+    def _draws_text_only(self) -> bool:
+        """Curriculum: the chance of a text-only prompt falls linearly from 1 to 0."""
+        total = self.trainer.estimated_stepping_batches * self.hparams.curriculum
+        progress = min(1.0, self.global_step / max(1.0, total))
+        draw = torch.rand((), generator=torch_generator(self.hparams.seed, "curriculum", self.global_step))
+        return draw.item() >= progress
 
     def init_residual(self, weights: Tensor) -> None:
         """Set the residual's weights (F,), one per affinity, for instance those of a late fusion fitted beforehand."""
@@ -258,85 +162,13 @@ class LLMHead(L.LightningModule):
         with torch.no_grad():
             self.residual_weights.copy_(weights)
 
-    def setup(self, stage: str) -> None:
-        """Take catalogue and stage 1 from the datamodule and ``stage1_checkpoint`` where nothing was attached."""
-        if self.catalogue is None:
-            catalogue = getattr(getattr(self.trainer, "datamodule", None), "catalogue", None)
-            if catalogue is None:
-                raise ConfigError("the LLM head needs a datamodule with a catalogue, or attach_stage1() before the run")
-            path = self.hparams.stage1_checkpoint
-            self.attach_stage1(load_stage1(path, catalogue) if path else None, catalogue)
-
-    # ------------------------------------------------------------------------------------------------ forward
-
-    def _affinities(self, batch: RankBatch) -> Tensor | None:
-        """(B, C, F) standardised affinities of stage 1, or ``None`` without one."""
-        if not self._stage1:
-            return None
-        with torch.no_grad():
-            return standardise(self._device_stage1().affinities(batch))
-
-    def _device_stage1(self) -> Any:
-        stage1 = self._stage1[0]
-        if isinstance(stage1, nn.Module):
-            stage1.to(self.device).eval()
-        return stage1
-
-    def _embed(self, prompts: PromptBatch, batch: RankBatch, affinities: Tensor | None) -> Tensor:
-        """Token embeddings (B, S, d) with the soft tokens in their places."""
-        assert self.backbone is not None
-        embeddings = self.backbone.embed(prompts.tokens)
-        places = prompts.tokens < 0
-        if not places.any():
-            return embeddings
-        assert self.projector is not None
-        codes = prompts.tokens[places]
-        rows = places.nonzero()[:, 0]
-        items, slots = prompts.items[places], prompts.slots[places]
-        vectors = embeddings.new_zeros(len(codes), embeddings.shape[-1])
-        is_user = codes == USER
-        if is_user.any():
-            with torch.no_grad():
-                states = self._device_stage1().user_states(batch).float()
-            vectors = vectors.index_put((is_user.nonzero().flatten(),), self.projector.users(states)[rows[is_user]])
-        of_item = (~is_user).nonzero().flatten()
-        used, inverse = torch.unique(items[of_item], return_inverse=True)
-        soft = self.projector.items(self.id_table[used], self.semantic_table[used])[inverse]
-        vectors = vectors.index_put((of_item,), soft)
-        if self.projector.affinity_map is not None and affinities is not None:
-            chosen = (codes == CANDIDATE).nonzero().flatten()
-            extra = self.projector.affinities(affinities[rows[chosen], slots[chosen]])
-            vectors = vectors.index_put((chosen,), extra, accumulate=True)
-        return splice(embeddings, places, vectors)
-
-    def _states(self, prompts: PromptBatch, batch: RankBatch, affinities: Tensor | None) -> Tensor:
-        assert self.backbone is not None
-        embeddings = self._embed(prompts, batch, affinities)
-        return (tree_states if self._tree else separate_states)(self.backbone, embeddings, prompts)
-
-    def _build(self, batch: RankBatch, **options: Any) -> PromptBatch:
-        if self.catalogue is None:
-            raise ConfigError("the LLM head has no catalogue yet; call attach_stage1(stage1 or None, catalogue)")
-        builder = self.prompts
-        if self.training and self.text_prompts is not None and self._draws_text_only():
-            builder = self.text_prompts
-        return builder.build(batch["history"], batch["candidates"], **options).to(self.device)
-
-    def _draws_text_only(self) -> bool:
-        """Curriculum: the chance of a text-only prompt falls linearly from 1 to 0."""
-        total = self.trainer.estimated_stepping_batches * self.hparams.curriculum
-        progress = min(1.0, self.global_step / max(1.0, total))
-        draw = torch.rand((), generator=torch_generator(self.hparams.seed, "curriculum", self.global_step))
-        return draw.item() >= progress
-
     def forward(self, batch: RankBatch) -> Tensor:
         """Differentiable scores (B, C) by the head or by title likelihood."""
         affinities = self._affinities(batch)
         prompts = self._build(batch)
-        states = self._states(prompts, batch, affinities)
+        states = self._states(prompts, self._embed(prompts, batch, affinities))
         if self.head is None:
-            assert self.backbone is not None
-            sums, counts = branch_log_likelihood(self.backbone, states, prompts)
+            sums, counts = branch_log_likelihood(self.lm, states, prompts)
             return sums / counts.clamp_min(1)
         ends = states.gather(1, prompts.branch_end.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
         scores = self.head(ends).squeeze(-1).float()
@@ -348,10 +180,9 @@ class LLMHead(L.LightningModule):
         """Cross-entropy over the candidates (``branch``) or on the answer's tokens (``list``)."""
         if self.hparams.form == "branch":
             return F.cross_entropy(self(batch), batch["target_index"])
-        assert self.backbone is not None
-        affinities = self._affinities(batch)
         prompts = self._build(batch, branches=batch["target"].unsqueeze(1))
-        sums, counts = branch_log_likelihood(self.backbone, self._states(prompts, batch, affinities), prompts)
+        states = self._states(prompts, self._embed(prompts, batch, self._affinities(batch)))
+        sums, counts = branch_log_likelihood(self.lm, states, prompts)
         return -sums.sum() / counts.sum()
 
     # ------------------------------------------------------------------------------------------------ ranking
@@ -390,32 +221,28 @@ class LLMHead(L.LightningModule):
 
     def _priors(self, candidates: Tensor) -> Tensor:
         """(B, C) length-normalised likelihoods without a history, computed once per item until training goes on."""
-        assert self.backbone is not None and self.catalogue is not None
         if self._prior is None:
-            self._prior = torch.full((self.catalogue.num_items + 1,), float("nan"), device=self.device)
+            self._prior = torch.full((self.prompts.num_items + 1,), float("nan"), device=self.device)
         missing = torch.unique(candidates[self._prior[candidates].isnan()])
         for items in missing.split(64):
             row = items.unsqueeze(0)
-            prompts = self.prompts.build(row.new_zeros(1, 1), row[:, :0], row, with_history=False).to(self.device)
-            # places of soft tokens keep the embedding of id 0 here: nobody is asked about, nothing is injected
-            embeddings = self.backbone.embed(prompts.tokens)
-            states = (tree_states if self._tree else separate_states)(self.backbone, embeddings, prompts)
-            sums, counts = branch_log_likelihood(self.backbone, states, prompts)
+            prompts = self.text_prompts.build(row.new_zeros(1, 1), row[:, :0], row, with_history=False).to(self.device)
+            states = self._states(prompts, self.lm.embed(prompts.tokens))
+            sums, counts = branch_log_likelihood(self.lm, states, prompts)
             self._prior[items] = (sums / counts.clamp_min(1))[0]
         return self._prior[candidates]
 
     def _answer(self, batch: RankBatch) -> tuple[Tensor, Tensor]:
         """Choice (B,) and validity (B,) of the generated answers."""
-        assert self.backbone is not None and self.catalogue is not None
         prompts = self._build(batch, branches=batch["target"].new_zeros(len(batch["target"]), 0))
         embeddings = self._embed(prompts, batch, self._affinities(batch))
-        tokenizer = self.backbone.tokenizer
+        tokenizer = self.lm.tokenizer
         candidates = batch["candidates"].cpu().numpy()
         tries = None
         if self.rank_mode == "constrained":
             tries = [TitleTrie(answers) for answers in self.prompts.answers(candidates)]
         length = self.hparams.title_tokens + 4
-        answers = greedy(self.backbone, embeddings, prompts, length, tokenizer.eos_token_id, tries)
+        answers = greedy(self.lm, embeddings, prompts, length, tokenizer.eos_token_id, tries)
         if tries is not None:
             picked: list[int | None] = [trie.candidate(answer) for trie, answer in zip(tries, answers, strict=True)]
         else:
@@ -471,73 +298,3 @@ class LLMHead(L.LightningModule):
             "head": (lambda n: n.startswith(("head.", "residual_")), hp.head_learning_rate, 0.0),
         }
         return adamw_with_warmup(self, groups, hp.warmup)
-
-    # ------------------------------------------------------------------------------------------------ checkpoints
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Trainable parameters only: adapters, projectors, head, residual."""
-        full = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        trained = {prefix + name for name, p in self.named_parameters() if p.requires_grad}
-        for key in [k for k in full if k.startswith(prefix + "backbone.") and k not in trained]:
-            del full[key]
-        return full
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Load trainable parameters; names and shapes must match.
-
-        Raises:
-            CheckpointError: naming the first key that is missing, unknown or of another shape.
-        """
-        own = self.state_dict()
-        for key in sorted(own.keys() ^ state_dict.keys()):
-            fault = "lacks" if key in own else "holds the unknown"
-            raise CheckpointError(f"the checkpoint {fault} parameter '{key}'; it belongs to a head of other settings")
-        for key, value in own.items():
-            if value.shape != state_dict[key].shape:
-                shapes = f"{tuple(state_dict[key].shape)} instead of {tuple(value.shape)}"
-                raise CheckpointError(f"parameter '{key}' of the checkpoint has shape {shapes}")
-        super().load_state_dict(state_dict, strict=False, assign=assign)
-        return _Loaded([], [])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which base model and which shape of stage 1 the parameters belong to."""
-        assert self.backbone is not None
-        hidden_dim, names = self._shape or (0, ())
-        checkpoint["sfubm_llm"] = {
-            "base": self.backbone.fingerprint(),
-            "hidden_dim": hidden_dim,
-            "affinity_names": list(names),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild what the parameters belong to and refuse another base model.
-
-        Raises:
-            CheckpointError: if the checkpoint is not one of an LLM head, or was trained on another base model.
-        """
-        note = checkpoint.get("sfubm_llm")
-        if note is None:
-            raise CheckpointError("this is not a checkpoint of an LLM head (it has no entry 'sfubm_llm')")
-        self.configure_model()
-        assert self.backbone is not None
-        if note["base"] != self.backbone.fingerprint():
-            raise CheckpointError(
-                f"the checkpoint was trained on another base model than '{self.hparams.llm}'; name that one as llm"
-            )
-        shape = (int(note["hidden_dim"]), tuple(note["affinity_names"]))
-        if self._shape is not None and self._shape != shape:
-            raise CheckpointError(
-                f"the checkpoint expects a stage 1 of (hidden_dim, affinities) {shape}, not {self._shape}"
-            )
-        self._build_trainables(*shape)
-
-    def export_adapter(self, folder: str | Path) -> None:
-        """Write the LoRA adapters as a PEFT folder (projectors, head and residual stay in the checkpoint).
-
-        Raises:
-            ConfigError: if the LLM is frozen.
-        """
-        if self.backbone is None or not hasattr(self.backbone.model, "peft_config"):
-            raise ConfigError("there are no adapters to export: tuning is 'frozen' or the model is not loaded yet")
-        self.backbone.model.save_pretrained(str(folder))

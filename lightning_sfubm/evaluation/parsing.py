@@ -1,4 +1,4 @@
-"""Free text to candidate: which of the offered titles does an answer name?"""
+"""Free text to candidate: the one of the offered titles that an answer names."""
 
 import re
 import unicodedata

@@ -21,10 +21,9 @@ def mean_title_embeddings(llm: str, titles: list[str], title_tokens: int) -> tup
     backbone = Backbone(llm, num_layers=1)
     ids = backbone.tokenizer([" " + title for title in titles], add_special_tokens=False)["input_ids"]
     table = torch.zeros(len(titles), backbone.embedding_dim)
-    lengths = torch.tensor(
-        [min(len(row), title_tokens) if title.strip() else 0 for row, title in zip(ids, titles, strict=True)]
-    )
-    flat = torch.tensor([token for row, n in zip(ids, lengths.tolist(), strict=True) for token in row[:n]])
+    spoken = [row[:title_tokens] if title.strip() else [] for row, title in zip(ids, titles, strict=True)]
+    lengths = torch.tensor([len(row) for row in spoken])
+    flat = torch.tensor([token for row in spoken for token in row])
     rows = torch.repeat_interleave(torch.arange(len(titles)), lengths)
     for start in range(0, len(flat), 65536):
         part = slice(start, start + 65536)
