@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from lightning_sfubm.errors import DataError
@@ -75,6 +76,29 @@ def _row(result: PerUserResults) -> Json:
 
 def _estimate(estimate: Estimate) -> Json:
     return estimate._asdict()
+
+
+def result_rows(results: Iterable[PerUserResults]) -> list[Json]:
+    """One flat row per result, for tables of loggers: names, users, every metric, and bounds of Hit@1.
+
+    Args:
+        results: in the order of the table.
+    """
+    rows = []
+    for result in results:
+        summary = result.summary()
+        row: Json = {
+            "domain": result.meta.domain,
+            "method": result.meta.method,
+            "label": result.meta.title,
+            "group": result.meta.group,
+            "users": len(result),
+            **{name: estimate.value for name, estimate in summary.items()},
+            "hit@1_low": summary["hit@1"].low,
+            "hit@1_high": summary["hit@1"].high,
+        }
+        rows.append(plain(row))
+    return rows
 
 
 def comparison_facts(folder: RunFolder) -> list[Json]:
