@@ -272,7 +272,8 @@ class DomainDataModule(L.LightningDataModule):
             positions = splits.val if split == "val" else splits.test
             self._candidates[split, num_candidates] = stored_candidates(
                 cache_dir() / "candidates",
-                self._sampler(positions, domain.offsets[users], domain.offsets[users + 1]),
+                partial(self._sampler, positions, domain.offsets[users], domain.offsets[users + 1]),
+                rows=len(users),
                 fingerprint=domain.fingerprint,
                 split=split,
                 seed=self.seed,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -17,6 +18,10 @@ from lightning_sfubm.datamodules.readers.base import RawDomain, check_schema, di
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.candidates import normalise_title
 from lightning_sfubm.seeds import numpy_generator
+
+
+#: Control characters and lone surrogates; joiners, which some scripts need, stay.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
@@ -281,7 +286,7 @@ def _plain(cell: object) -> str:
     if cell is None:
         return ""
     text = ", ".join(map(str, cell)) if isinstance(cell, (list, tuple)) else str(cell)
-    return " ".join("".join(c if c.isprintable() else " " for c in text.replace("|", ", ")).split())
+    return " ".join(_CONTROL.sub(" ", text.replace("|", ", ")).split())
 
 
 def _tied_share(users: np.ndarray, times: np.ndarray | None) -> float:

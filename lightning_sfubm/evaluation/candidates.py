@@ -9,7 +9,7 @@ import hashlib
 import os
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +127,7 @@ class CandidateSampler:
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         excluded = items[np.repeat(starts, lengths) + within].astype(np.int64)
         #: Sorted keys ``row * (N + 1) + item`` of what may not be drawn.
-        self._excluded = np.unique(rows * (self.num_items + 1) + excluded)
+        self._excluded = np.sort(rows * (self.num_items + 1) + excluded)
 
     def draw(self, num_candidates: int, generator: np.random.Generator) -> CandidateLists:
         """Draw lists of ``num_candidates``.
@@ -200,24 +200,38 @@ class CandidateSampler:
 
 
 def stored_candidates(
-    folder: Path, sampler: CandidateSampler, *, fingerprint: str, split: str, seed: int, num_candidates: int
+    folder: Path,
+    sampler: Callable[[], CandidateSampler],
+    *,
+    rows: int,
+    fingerprint: str,
+    split: str,
+    seed: int,
+    num_candidates: int,
 ) -> CandidateLists:
     """The lists of (data, split, seed, C): read if they are stored, else drawn and stored.
 
     Args:
         folder: where lists are kept.
-        sampler: draws them.
+        sampler: makes the sampler, only called where lists must be drawn.
+        rows: R, number of lists.
         fingerprint: of the domain.
         split: ``"val"`` or ``"test"``.
         seed: of the draw.
         num_candidates: C.
+
+    Raises:
+        DataError: stored lists are damaged or do not fit the domain.
     """
     path = folder / f"{fingerprint[:32]}-{split}-c{num_candidates}-s{seed}.safetensors"
     if path.is_file():
         stored = CandidateLists.load(path)
-        if stored.candidates.shape == (len(sampler.targets), num_candidates):
+        if stored.candidates.shape == (rows, num_candidates):
             return stored
-        raise DataError(f"{path}: candidate lists of another shape {stored.candidates.shape}; delete the file")
-    lists = sampler.draw(num_candidates, numpy_generator(seed, "candidates", fingerprint, split, num_candidates))
+        raise DataError(
+            f"{path}: candidate lists of shape {stored.candidates.shape} where ({rows}, {num_candidates}) is expected; "
+            "delete the file to draw them again"
+        )
+    lists = sampler().draw(num_candidates, numpy_generator(seed, "candidates", fingerprint, split, num_candidates))
     lists.save(path)
     return lists
