@@ -26,23 +26,31 @@ def cosine_inputs(states: Tensor, table: Tensor, tau: float) -> tuple[Tensor, Te
     return F.normalize(states, dim=-1) / tau, F.normalize(table, dim=-1)
 
 
-def log_normaliser(logits: Tensor, probabilities: Tensor, column: Tensor) -> Tensor:
-    """Log of the softmax denominator, read off one column: ``logit - log(probability)``.
+def softmax_in_place(logits: Tensor, states: Tensor, items: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite a block of logits with its softmax and keep what the loss needs of them.
+
+    The denominator is read off one column, ``log z = logit - log(probability)``: no further pass over the block.
 
     Args:
-        logits: (V, N + 1).
-        probabilities: (V, N + 1), the softmax of ``logits``.
-        column: (V, 1), a column with a finite logit.
+        logits: (c, N + 1) = ``states @ items.T``, holds the probabilities afterwards.
+        states: (c, H).
+        items: (N + 1, H).
+        column: (c,) a column with a finite logit in each row.
 
     Returns:
-        (V,) float32. Rows whose probability there underflows are read at their largest logit instead.
+        The logit at ``column`` and log z, each (c,) float32. Rows whose probability there underflows are read at their
+        most probable column instead.
     """
-    logit, probability = logits.gather(1, column).float(), probabilities.gather(1, column).float()
-    rows = (probability < TINY).squeeze(1).nonzero().squeeze(1)
-    if len(rows):
-        top, where = logits[rows].max(1, keepdim=True)
-        logit[rows], probability[rows] = top.float(), probabilities[rows].gather(1, where).float()
-    return (logit - probability.log()).squeeze(1)
+    rows = torch.arange(len(logits), device=logits.device)
+    logit = logits[rows, column].float()
+    torch.softmax(logits, 1, out=logits)
+    probability = logits[rows, column].float()
+    log_z = logit - probability.log()
+    lost = (probability < TINY).nonzero().squeeze(1)
+    if len(lost):
+        top, where = logits[lost].max(1)
+        log_z[lost] = (states[lost].float() * items[where].float()).sum(1) - top.float().log()
+    return logit, log_z
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -56,16 +64,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_states = torch.empty_like(states) if need_grad else None
         grad_table = torch.zeros_like(table) if need_grad else None
         loss = states.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(states), step):
-            block, target = h[start : start + step], targets[start : start + step, None]
-            logits = block @ items.T
+        # One block for all chunks, used in place: fresh ones of this size cost more in page faults than the softmax.
+        block, product = h.new_empty(min(step, len(h)), len(items)), torch.empty_like(items)
+        for start in range(0, len(h), step):
+            chunk, target = h[start : start + step], targets[start : start + step]
+            logits = torch.mm(chunk, items.T, out=block[: len(chunk)])
             logits[:, 0] = -torch.inf
-            probabilities = torch.softmax(logits, 1)
-            loss += (log_normaliser(logits, probabilities, target) - logits.gather(1, target).squeeze(1).float()).sum()
+            logit, log_z = softmax_in_place(logits, chunk, items, target)
+            loss += (log_z - logit).sum()
             if grad_states is not None and grad_table is not None:
-                probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
-                grad_states[start : start + step] = probabilities @ items
-                grad_table += probabilities.T @ block
+                rows = torch.arange(len(chunk), device=h.device)
+                logits[rows, target] = torch.expm1(logit - log_z).to(dtype)
+                grad_states[start : start + step] = logits @ items
+                grad_table += torch.mm(logits.T, chunk, out=product)
         if grad_states is not None and grad_table is not None:
             ctx.save_for_backward(grad_states.div_(len(states)), grad_table.div_(len(states)))
         return loss / len(states)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_sfubm.modules.losses.cross_entropy import log_normaliser
+from lightning_sfubm.modules.losses.cross_entropy import softmax_in_place
 from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, rows_per_chunk
 
 TERMS = ("ce", "fact", "non_target", "full_kl")
@@ -62,14 +62,25 @@ class _Distil(torch.autograd.Function):
         step = rows_per_chunk(len(table), dtype, states.device)
         grad_states, grad_table = torch.empty_like(states), torch.zeros_like(table)
         values = torch.zeros(len(TERMS), dtype=torch.float32, device=states.device)
-        for start in range(0, len(states), step):
+        # Blocks are allocated once and used in place: fresh ones cost more in page faults than the softmax.
+        blocks = [h.new_empty(min(step, len(h)), len(items)) for _ in range(2 if temperature == 1.0 else 3)]
+        product = torch.empty_like(items)
+        for start in range(0, len(h), step):
             rows = slice(start, start + step)
             grad, terms = _chunk(
-                h[rows], items, teacher_h[rows], teacher_items, targets[rows, None], exclude[rows], weights, temperature
+                h[rows],
+                items,
+                teacher_h[rows],
+                teacher_items,
+                targets[rows],
+                exclude[rows],
+                weights,
+                temperature,
+                [block[: len(h[rows])] for block in blocks],
             )
             values += terms
             grad_states[rows] = grad @ items
-            grad_table += grad.T @ h[rows]
+            grad_table += torch.mm(grad.T, h[rows], out=product)
         count = len(states)
         ctx.save_for_backward(grad_states.div_(count), grad_table.div_(count))
         values /= count
@@ -94,30 +105,36 @@ def _chunk(
     exclude: Tensor,
     weights: DistilWeights,
     temperature: float,
+    blocks: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Gradient with respect to the student's logits (c, N + 1) and the sums of the four terms (4,)."""
-    s, t = h @ items.T, teacher_h @ teacher_items.T
+    s = torch.mm(h, items.T, out=blocks[0])
+    t = torch.mm(teacher_h, teacher_items.T, out=blocks[1])
     outside = s.gather(1, exclude).float().masked_fill(exclude == 0, -torch.inf)
     for logits in (s, t):
         logits[:, 0] = -torch.inf
         logits.scatter_(1, exclude, -torch.inf)
-    s_y = s.gather(1, target).squeeze(1).float()
+
+    # Both branches at temperature T; the student at T = 1 as well, for the cross-entropy.
+    if temperature == 1.0:
+        s_y, pool = softmax_in_place(s, h, items, target)
+        p = p_t = s
+        log_p_y = s_y - pool
+        log_z_p = pool
+    else:
+        t /= temperature
+        p_t = torch.div(s, temperature, out=blocks[2])
+        s_y, pool = softmax_in_place(s, h, items, target)
+        scaled, log_z_p = softmax_in_place(p_t, h / temperature, items, target)
+        p, log_p_y = s, scaled - log_z_p
+    t_y, log_z_q = softmax_in_place(t, teacher_h / temperature, teacher_items, target)
+    q_t = t
+    log_p_y, log_q_y = log_p_y.clamp(max=-1e-6), (t_y - log_z_q).clamp(max=-1e-6)
+    p_y, q_y, p_rest, q_rest = log_p_y.exp(), log_q_y.exp(), -torch.expm1(log_p_y), -torch.expm1(log_q_y)
 
     # Cross-entropy counts the history as well: its share of the denominator is added from the few excluded logits.
-    p = torch.softmax(s, 1)
-    pool = log_normaliser(s, p, target)
     whole = torch.logaddexp(pool, outside.logsumexp(1))
     ce = whole - s_y
-
-    # Both branches at temperature T.
-    if temperature != 1.0:
-        s, t = s / temperature, t / temperature
-    p_t = p if temperature == 1.0 else torch.softmax(s, 1)
-    q_t = torch.softmax(t, 1)
-    log_z_p, log_z_q = log_normaliser(s, p_t, target), log_normaliser(t, q_t, target)
-    log_p_y = (s.gather(1, target).squeeze(1).float() - log_z_p).clamp(max=-1e-6)
-    log_q_y = (t.gather(1, target).squeeze(1).float() - log_z_q).clamp(max=-1e-6)
-    p_y, q_y, p_rest, q_rest = log_p_y.exp(), log_q_y.exp(), -torch.expm1(log_p_y), -torch.expm1(log_q_y)
 
     # sum_j q_j s_j = h . (q @ items): a thin product instead of a pass over the whole chunk.
     mean_t = (teacher_h.float() * (q_t @ teacher_items).float()).sum(1) / temperature
@@ -141,7 +158,7 @@ def _chunk(
     if weights.full_kl or weights.non_target:
         grad.addcmul_(q_t, of_q.to(dtype)[:, None], value=-1)
     grad.scatter_(1, exclude, (weights.ce * torch.exp(outside - whole[:, None])).to(dtype))
-    grad.scatter_(1, target, at_y.to(dtype)[:, None])
+    grad[torch.arange(len(h), device=h.device), target] = at_y.to(dtype)
     return grad, terms
 
 

@@ -1,10 +1,14 @@
 """Which number format the large catalogue products are computed in."""
 
+from functools import cache
 from typing import Literal
 
 import torch
 
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.precision import has_fast_bf16
+
+_fast_bf16 = cache(has_fast_bf16)  # asked in every step
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -27,19 +31,9 @@ def matmul_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise ConfigError(f"logits_precision={precision!r} is unknown; choose 'auto', 'fp32' or 'bf16'.")
-    if precision == "fp32" or (precision == "auto" and not has_native_bf16(device)):
+    if precision == "fp32" or (precision == "auto" and not _fast_bf16(device)):
         return torch.float32
     return torch.bfloat16
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(probe() for probe in probes if probe is not None)
 
 
 def rows_per_chunk(columns: int, dtype: torch.dtype, device: torch.device) -> int:
