@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,10 @@ def render_html(facts: Json, figures: dict[str, str]) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    numbers = {"num": _num, "signed": _signed, "percent": _percent, "p": _p_value}
+    numbers |= {"count": _count, "seconds": _seconds, "bytes": _bytes}
+    environment.filters |= {name: _or_dash(form) for name, form in numbers.items()}
     environment.filters |= {
-        "num": _num,
-        "signed": _signed,
-        "percent": _percent,
-        "p": _p_value,
-        "count": _count,
-        "seconds": _seconds,
-        "bytes": _bytes,
         "words": _words,
         "flat": lambda mapping: list(_flat(mapping)),
     }
@@ -132,33 +128,32 @@ def _flat(mapping: Json, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _num(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _or_dash(form: Callable[[float], str]) -> Callable[[Any], str]:
+    """A formatter that prints a dash for whatever is not a number: ``None``, or a key an older run did not write."""
+    return lambda value: form(value) if isinstance(value, int | float) else "–"
 
 
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
+def _num(value: float) -> str:
+    return f"{value:.3f}"
 
 
-def _percent(value: float | None) -> str:
-    if value is None:
-        return "–"
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _percent(value: float) -> str:
     return f"{100 * value:.1f} %" if value >= 0.001 or value == 0 else f"{100 * value:.2g} %"
 
 
-def _p_value(value: float | None) -> str:
-    if value is None:
-        return "–"
+def _p_value(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}" if value > 0 else "0"
 
 
-def _count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,}"
+def _count(value: float) -> str:
+    return f"{value:,}"
 
 
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "–"
+def _seconds(value: float) -> str:
     return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
 

@@ -197,4 +197,4 @@ def _privacy(path, domains):
 
 @pytest.fixture(scope="session")
 def fake_run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"))
+    return make_run(tmp_path_factory.mktemp("run"), users=200)
