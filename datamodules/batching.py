@@ -85,11 +85,11 @@ class SortedBatchSampler(Sampler[BatchIndex]):
     """Every row exactly once over all ranks, sorted by length, in equally many batches on every rank.
 
     Batches are evenly sized (they differ by one row at most), so that no rank runs out of batches and no row is
-    repeated: sums over ranks are exact.
+    repeated: sums over ranks are exact. A batch is empty only where there are fewer rows than ranks.
 
     Args:
         lengths: (n,) length of each row.
-        batch_size: largest number of rows per rank and batch.
+        batch_size: largest number of rows per rank and batch (with 1 and several ranks, a batch may hold 2).
         rank: of this process.
         world_size: number of processes.
     """
@@ -97,7 +97,7 @@ class SortedBatchSampler(Sampler[BatchIndex]):
     def __init__(self, lengths: np.ndarray, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         _check(batch_size, rank, world_size)
         order = np.argsort(lengths, kind="stable")
-        parts = -(-len(order) // (batch_size * world_size))
+        parts = min(-(-len(order) // (batch_size * world_size)), max(1, len(order) // world_size))
         self.batches = [part[rank::world_size] for part in np.array_split(order, parts)] if parts else []
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ from lightning_sfubm.datamodules.readers.base import Reader
 from lightning_sfubm.datamodules.sequences import TrainSequences, Windows
 from lightning_sfubm.datamodules.splits import Splits, leave_one_out, train_counts
 from lightning_sfubm.datamodules.storage import prepared_domain
-from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.candidates import CandidateLists, CandidateSampler, stored_candidates, title_groups
 from lightning_sfubm.seeds import numpy_generator
 
@@ -252,7 +252,20 @@ class DomainDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must agree with: the data's fingerprint."""
-        return {"fingerprint": self.domain.fingerprint} if self._domain is not None else {}
+        return {"fingerprint": self.domain.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare a checkpoint's data with the data that is loaded.
+
+        Raises:
+            CheckpointError: item and user numbers of the checkpoint belong to other data.
+        """
+        if state_dict["fingerprint"] != self.domain.fingerprint:
+            raise CheckpointError(
+                f"the checkpoint was made on other data than domain '{self.name}' holds now (fingerprint "
+                f"{state_dict['fingerprint'][:12]} there, {self.domain.fingerprint[:12]} here); use the data settings "
+                "it was trained with"
+            )
 
     def _evaluation(self, split: Split, max_users: int | None) -> DataLoader[RankBatch]:
         rank, world_size = shard_of(self)

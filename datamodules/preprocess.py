@@ -19,7 +19,6 @@ from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.candidates import normalise_title
 from lightning_sfubm.seeds import numpy_generator
 
-
 #: Control characters and lone surrogates; joiners, which some scripts need, stay.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 

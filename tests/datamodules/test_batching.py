@@ -1,0 +1,74 @@
+"""Batch samplers: coverage, buckets, ranks, epochs."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler
+from lightning_sfubm.errors import ConfigError
+
+SIZES = st.integers(1, 70), st.integers(1, 9), st.integers(1, 4)
+
+
+def rows_of(sampler) -> list[list[int]]:
+    return [index.rows.tolist() for index in sampler]
+
+
+@given(*SIZES, st.integers(0, 3))
+@settings(derandomize=True, deadline=None)
+def test_bucketed_ranks_together_are_one_process_with_a_larger_batch(
+    total: int, size: int, world: int, epoch: int
+) -> None:
+    lengths = np.random.default_rng(total).integers(1, 50, total)
+    samplers = [
+        BucketBatchSampler(lengths, size, seed=3, rank=rank, world_size=world, bucket_batches=2)
+        for rank in range(world)
+    ]
+    single = BucketBatchSampler(lengths, size * world, seed=3, bucket_batches=2)
+    for sampler in (*samplers, single):
+        sampler.set_epoch(epoch)
+    ranks = [rows_of(sampler) for sampler in samplers]
+    assert {len(batches) for batches in ranks} == {len(samplers[0])}
+    whole = rows_of(single)
+    assert sorted(chain.from_iterable(whole)) == list(range(total))
+    for step, batch in enumerate(whole):
+        assert len({len(ranks[rank][step]) for rank in range(world)}) == 1
+        assert set(chain.from_iterable(ranks[rank][step] for rank in range(world))) == set(batch)
+
+
+def test_buckets_cut_padding_and_epochs_differ() -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, 4000)
+    sampler = BucketBatchSampler(lengths, 32, seed=1)
+    padding = sum(len(rows) * lengths[rows].max() for _, rows in sampler) / lengths.sum()
+    assert padding < 1.1
+    first = rows_of(sampler)
+    assert rows_of(sampler) == first
+    sampler.set_epoch(1)
+    second = rows_of(sampler)
+    assert second != first
+    assert sorted(map(sorted, second)) != sorted(map(sorted, first))  # other batches, not only another order
+    assert next(iter(sampler)).epoch == 1
+
+
+@given(*SIZES)
+@settings(derandomize=True, deadline=None)
+def test_sorted_ranks_cover_every_row_once(total: int, size: int, world: int) -> None:
+    lengths = np.random.default_rng(total).integers(1, 50, total)
+    ranks = [rows_of(SortedBatchSampler(lengths, size, rank=rank, world_size=world)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert sorted(chain.from_iterable(batch for batches in ranks for batch in batches)) == list(range(total))
+    assert all(len(batch) <= max(size, 2 if world > 1 else 1) for batches in ranks for batch in batches)
+    if total >= world:
+        assert all(batch for batches in ranks for batch in batches)
+    flat = [lengths[batch].max() for batch in ranks[0] if batch]
+    assert flat == sorted(flat)
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(ConfigError, match="batch_size"):
+        SortedBatchSampler(np.ones(3), 0)
+    with pytest.raises(ConfigError, match="rank 2"):
+        BucketBatchSampler(np.ones(3), 2, seed=1, rank=2, world_size=2)

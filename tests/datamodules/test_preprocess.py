@@ -1,0 +1,161 @@
+"""The rules, one by one, with their counts; the k-core against a naive one; what the domain is made of."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from lightning_sfubm.datamodules.card import DataCard
+from lightning_sfubm.datamodules.preprocess import PreprocessSettings, build_domain, k_core
+from lightning_sfubm.datamodules.readers.base import RawDomain
+from lightning_sfubm.errors import ConfigError, DataError
+
+NO_CORE = PreprocessSettings(k_core=0)
+
+
+def test_rules_and_their_counts(raw_domain) -> None:
+    rows = [
+        ("u1", "a", 30), ("u1", "b", 10), ("u1", "b", 10), ("u1", "b", 20),
+        ("u2", "a", 5), ("u2", "ghost", 6), ("u3", "ghost", 1), (None, "a", 1), ("u2", None, 1), ("u2", "a", None),
+    ]  # fmt: skip
+    raw = raw_domain(rows, {"b": "Beta", "a": "  ", "c": "Never used"})
+    items = pa.concat_tables([raw.items, pa.table({"item": ["b"], "title": ["Second line"]})])
+    domain = build_domain(RawDomain(raw.interactions, items, "timestamp", {"left_out": 4}), "x", NO_CORE)
+    assert domain.user_keys == ["u1", "u2"]
+    assert domain.item_keys == ["", "a", "b"]
+    assert domain.titles == ["", "untitled a", "Beta"]
+    assert domain.sequence(0).tolist() == [2, 2, 1]
+    assert domain.times.tolist() == [10, 20, 30, 5]
+    assert domain.card.rules == {
+        "left_out": 4,
+        "items_listed_twice": 1,
+        "rows_without_id_or_order": 3,
+        "unknown_items": 2,
+        "users_sorted": 1,
+        "duplicates": 1,
+        "users_without_interactions": 1,
+        "kcore_users": 0,
+        "kcore_items": 0,
+        "kcore_interactions": 0,
+        "items_without_interactions": 1,
+        "titles_missing": 1,
+    }
+    assert domain.card.before.interactions == 7
+    assert domain.card.after.interactions == 4
+    assert domain.card.repeat_share == 0.25
+
+
+def test_ties_keep_source_order_and_numbering_ignores_row_order(raw_domain) -> None:
+    rows = [(7, 3, 1), (7, 1, 1), (7, 2, 1), (10, 2, 4), (10, 3, 2)]
+    domain = build_domain(raw_domain(rows), "x", NO_CORE)
+    assert domain.user_keys == ["7", "10"]  # numeric, not by letters
+    assert domain.sequence(0).tolist() == [3, 1, 2]
+    swapped = build_domain(raw_domain([*rows[3:], *rows[:3]]), "x", NO_CORE)
+    assert swapped.fingerprint == domain.fingerprint
+
+
+def test_position_order_is_sorted_and_times_are_absent(raw_domain) -> None:
+    domain = build_domain(raw_domain([("u", "b", 1), ("u", "a", 0), ("u", "b", 1)], order="position"), "x", NO_CORE)
+    assert domain.sequence(0).tolist() == [1, 2]
+    assert domain.times is None
+    assert domain.card.after.first is None
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=60),
+    st.integers(0, 4),
+)
+@settings(derandomize=True, deadline=None)
+def test_k_core_is_the_largest_fixed_point(pairs: list[tuple[int, int]], k: int) -> None:
+    naive = list(range(len(pairs)))
+    while True:
+        users, items = [pairs[i][0] for i in naive], [pairs[i][1] for i in naive]
+        kept = [i for i in naive if users.count(pairs[i][0]) >= k and items.count(pairs[i][1]) >= k]
+        if len(kept) == len(naive):
+            break
+        naive = kept
+    array = np.array(pairs, dtype=np.int32).reshape(-1, 2)
+    assert np.flatnonzero(k_core(array[:, 0], array[:, 1], k)).tolist() == naive
+
+
+def test_max_users_is_a_seeded_nested_subset(raw_domain) -> None:
+    raw = raw_domain([(user, item, item) for user in range(40) for item in range(6)])
+    drawn = {
+        (count, seed): set(build_domain(raw, "x", PreprocessSettings(5, None, count, seed)).user_keys)
+        for count in (5, 10, 99)
+        for seed in (1, 2)
+    }
+    assert [len(drawn[c, 1]) for c in (5, 10, 99)] == [5, 10, 40]
+    assert drawn[5, 1] < drawn[10, 1]
+    assert drawn[5, 1] != drawn[5, 2]
+
+
+def test_user_range_comes_before_the_core(raw_domain) -> None:
+    raw = raw_domain([(user, item, item) for user in range(10) for item in range(5)])
+    domain = build_domain(raw, "x", PreprocessSettings(k_core=5, user_range=(2, 8)))
+    assert domain.user_keys == ["2", "3", "4", "5", "6", "7"]
+    assert domain.card.rules["users_out_of_range"] == 4
+    with pytest.raises(DataError, match="no interaction is left"):
+        build_domain(raw, "x", PreprocessSettings(k_core=5, user_range=(2, 4)))
+    with pytest.raises(DataError, match="within user_range"):
+        build_domain(raw, "x", PreprocessSettings(k_core=0, user_range=(50, 60)))
+    with pytest.raises(DataError, match="integer user ids, but found 'u1'"):
+        build_domain(raw_domain([("u1", "a", 1)]), "x", PreprocessSettings(user_range=(0, 3)))
+
+
+@pytest.mark.parametrize("values", [{"k_core": -1}, {"max_users": 0}, {"user_range": (5, 5)}])
+def test_bad_settings(values: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        PreprocessSettings(**values)
+
+
+def test_titles_of_all_kinds_survive(raw_domain) -> None:
+    titles = {"a": "x" * 2000, "b": "新しい 本", "c": "Tab\there\x00", "d": "naïve Ünïcode", "e": "می‌خواهم"}
+    domain = build_domain(raw_domain([("u", key, 1) for key in titles], titles), "x", NO_CORE)
+    assert domain.titles[1:] == ["x" * 2000, "新しい 本", "Tab here", "naïve Ünïcode", "می‌خواهم"]
+    assert domain.card.titles.max_length == 2000
+    assert domain.card.titles.long_share == 0.2
+    assert domain.card.titles.non_latin_share == 0.4
+
+
+def test_texts_join_title_and_columns_and_skip_what_is_missing(raw_domain) -> None:
+    raw = raw_domain(
+        [("u", "a", 1), ("u", "b", 2), ("u", "c", 3)], {"a": "Alpha", "b": None, "c": None},
+        brand=["Acme", "Bolt", None], category=["Home|Garden", None, None],
+    )  # fmt: skip
+    domain = build_domain(raw, "x", NO_CORE)
+    assert domain.texts == ["", "Alpha. Acme. Home, Garden", "Bolt", "untitled c"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda raw: RawDomain(raw.interactions.drop_columns(["user"]), raw.items, raw.order_kind), "no column 'user'"),
+        (
+            lambda raw: RawDomain(raw.interactions, raw.items.drop_columns(["title"]), raw.order_kind),
+            "no column 'title'",
+        ),
+        (lambda raw: RawDomain(raw.interactions, raw.items, "none"), "order kind 'none'"),
+        (lambda raw: RawDomain(raw.interactions[:0], raw.items, raw.order_kind), "interactions table holds no rows"),
+    ],
+)
+def test_schema_is_checked(raw_domain, change, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        build_domain(change(raw_domain([("u", "a", 1)])), "x", NO_CORE)
+
+
+def test_card_prints_and_survives_json(raw_domain) -> None:
+    card = build_domain(
+        raw_domain([("u", "a", 1), ("u", "b", 1), ("v", "q", 9)], {"a": "A", "b": "B"}), "x", NO_CORE
+    ).card
+    assert DataCard.from_dict(json.loads(json.dumps(card.to_dict()))) == card
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(card)
+    text = console.export_text()
+    assert "items table: dropped" in text
+    assert card.tied_share == 0.5
+    assert card.rules["users_without_interactions"] == 1

@@ -1,0 +1,133 @@
+"""The generic reader: forms it takes, and one clear error for each broken source."""
+
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+
+from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.datamodules.preprocess import PreprocessSettings, build_domain
+from lightning_sfubm.datamodules.readers.base import Reader
+from lightning_sfubm.datamodules.readers.table import TableReader
+from lightning_sfubm.errors import DataError
+
+INTERACTIONS = b"user_id,item_id,timestamp\nu2,b,20\nu1,a,10\nu1,b,5\n"
+ITEMS = b'item_id,title,brand,asin\na,"Alpha, the ""first""",Acme,X1\nb,Beta,,X2\n'
+
+
+def test_csv_columns_order_and_texts(write_tables) -> None:
+    reader = TableReader(str(write_tables(INTERACTIONS, ITEMS)))
+    assert isinstance(reader, Reader)
+    raw = reader.read(None)
+    assert raw.order_kind == "timestamp"
+    assert raw.interactions.column("user").to_pylist() == ["u2", "u1", "u1"]
+    assert raw.interactions.column("order").to_pylist() == [20, 10, 5]
+    assert raw.items.column_names == ["item", "title", "brand"]  # an ASIN is no language
+    assert raw.items.column("title").to_pylist() == ['Alpha, the "first"', "Beta"]
+    assert raw.items.column("brand").to_pylist() == ["Acme", None]
+
+
+@pytest.mark.parametrize("suffix", [".csv.gz", ".tsv", ".tsv.gz", ".parquet"])
+def test_all_forms_give_the_same_domain(write_tables, csv_tables, tmp_path: Path, suffix: str) -> None:
+    interactions, items = csv_tables()
+    plain = TableReader(str(write_tables(interactions, items)))
+    expected = build_domain(plain.read(None), "x", PreprocessSettings(k_core=2))
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for stem, data in (("interactions", interactions), ("items", items)):
+        if suffix == ".parquet":
+            pq.write_table(pacsv.read_csv(pa.BufferReader(data)), folder / f"{stem}{suffix}")
+            continue
+        data = data.replace(b",", b"\t") if "tsv" in suffix else data
+        (folder / f"{stem}{suffix}").write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    domain = build_domain(TableReader("other").read(tmp_path), "x", PreprocessSettings(k_core=2))
+    assert domain.fingerprint == expected.fingerprint
+    assert domain.texts[1] == "Title number 0. Brand 0"
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (b"1.5 2.25".split(), [1.5, 2.25]),
+        (b"2014-07-23T00:00:00 2014-07-24".split(), None),
+    ],
+)
+def test_order_may_be_float_or_iso_time(write_tables, cells: list[bytes], expected: list | None) -> None:
+    text = b"user_id,item_id,timestamp\nu,a,%s\nu,b,%s\n" % tuple(cells)
+    raw = TableReader(str(write_tables(text, ITEMS))).read(None)
+    domain = build_domain(raw, "x", PreprocessSettings(k_core=0))
+    if expected is None:
+        assert domain.times.tolist() == [1406073600, 1406160000]
+    else:
+        assert raw.interactions.column("order").to_pylist() == expected
+
+
+def test_positions_and_no_order_at_all(write_tables) -> None:
+    folder = write_tables(b"user_id,item_id,pos\nu,a,1\nu,b,0\n", ITEMS)
+    domain = build_domain(TableReader(str(folder)).read(None), "x", PreprocessSettings(k_core=0))
+    assert (domain.times, domain.items.tolist()) == (None, [2, 1])
+    folder = write_tables(b"user_id,item_id\nu,b\nu,a\nu,b\n", ITEMS)
+    raw = TableReader(str(folder)).read(None)
+    assert raw.order_kind == "none"
+    assert build_domain(raw, "x", PreprocessSettings(k_core=0)).items.tolist() == [2, 1, 2]
+
+
+def test_fingerprint_follows_content_and_settings(write_tables) -> None:
+    folder = str(write_tables(INTERACTIONS, ITEMS))
+    first = TableReader(folder).fingerprint(None)
+    assert TableReader(folder).fingerprint(None) == first
+    assert TableReader(folder, text_columns=[]).fingerprint(None) != first
+    write_tables(INTERACTIONS + b"u9,a,1\n", ITEMS)
+    assert TableReader(folder).fingerprint(None) != first
+
+
+ZIPPED = gzip.compress(b"user_id,item_id,timestamp\n" + b"u1,a,10\n" * 5000)
+BROKEN = [
+    ("missing column", b"user,item_id,timestamp\nu1,a,1\n", ITEMS, ".csv", ["interactions.csv", "'user_id'", "user,"]),
+    ("missing title", INTERACTIONS, b"item_id,name\na,A\n", ".csv", ["items.csv", "'title'"]),
+    ("wrong type", INTERACTIONS + b"u3,a,soon\n", ITEMS, ".csv", ["interactions.csv, line 5", "'timestamp'", "'soon'"]),
+    ("short line", INTERACTIONS + b"u3,a\n", ITEMS, ".csv", ["interactions.csv, line 5", "2 columns"]),
+    ("bad bytes", INTERACTIONS, ITEMS + b"c,\xff\xfe,Acme,X3\n", ".csv", ["items.csv, line 4", "utf-8"]),
+    ("open quote", INTERACTIONS, ITEMS + b'c,"never closed,Acme,X3\n', ".csv", ["items.csv, line 4"]),
+    ("no rows", b"user_id,item_id,timestamp\n", ITEMS, ".csv", ["interactions", "no rows"]),
+    ("empty file", b"", ITEMS, ".csv", ["interactions.csv", "no column"]),
+    ("truncated gzip", ZIPPED[:60], gzip.compress(ITEMS), ".csv.gz", ["interactions.csv.gz", "gzip"]),
+    ("damaged gzip", ZIPPED[:40] + b"?" * 9 + ZIPPED[49:], gzip.compress(ITEMS), ".csv.gz", ["interactions.csv.gz", "gzip"]),
+    ("no gzip", INTERACTIONS, gzip.compress(ITEMS), ".csv.gz", ["interactions.csv.gz", "gzip"]),
+    ("no parquet", b"PAR1nonsense", b"PAR1nonsense", ".parquet", ["interactions.parquet", "Parquet"]),
+    ("ids do not meet", INTERACTIONS, b"item_id,title\n1,A\n2,B\n", ".csv", ["none of the interactions' items"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("interactions", "items", "suffix", "words"), [row[1:] for row in BROKEN], ids=[r[0] for r in BROKEN]
+)
+def test_broken_source_gives_one_clear_error_and_leaves_nothing(
+    write_tables, cache: Path, interactions: bytes, items: bytes, suffix: str, words: list[str]
+) -> None:
+    folder = write_tables(interactions, items, suffix)
+    with pytest.raises(DataError) as caught:
+        DomainDataModule("x", TableReader(str(folder)), k_core=0).setup()
+    message = str(caught.value)
+    for word in words:
+        assert word in message
+    assert "\n" not in message
+    assert not list(cache.rglob("*.*"))
+
+
+def test_wrong_column_types_in_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user_id": [1.5], "item_id": [1], "timestamp": [3]}), tmp_path / "interactions.parquet")
+    pq.write_table(pa.table({"item_id": [1], "title": ["A"]}), tmp_path / "items.parquet")
+    with pytest.raises(DataError, match="column 'user' holds double"):
+        build_domain(TableReader("").read(tmp_path), "x", PreprocessSettings(k_core=0))
+    pq.write_table(pa.table({"user_id": [1], "item_id": [1], "timestamp": ["3"]}), tmp_path / "interactions.parquet")
+    with pytest.raises(DataError, match="order column holds string"):
+        build_domain(TableReader("").read(tmp_path), "x", PreprocessSettings(k_core=0))
+
+
+def test_missing_folder_names_it(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        TableReader("nowhere").read(tmp_path)
