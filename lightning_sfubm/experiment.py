@@ -13,11 +13,14 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 
+from lightning_sfubm.callbacks.dashboard import log_privacy, log_results_table
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.environment import environment
+from lightning_sfubm.evaluation.facts import result_rows
 from lightning_sfubm.evaluation.report import build_report
 from lightning_sfubm.evaluation.results import PerUserResults
+from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.evaluation.terminal import print_results
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.trainer import FederatedTrainer
@@ -131,7 +134,9 @@ class Experiment:
         trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         assert trainer.loop is not None
         with watch("privacy figures"):
-            _write_json(run_dir / "privacy.json", self._privacy(trainer.loop))
+            figures = self._privacy(trainer.loop)
+        _write_json(run_dir / "privacy.json", figures)
+        log_privacy(trainer.shared_loggers, figures)
         runs = {
             name: DomainRun(self, trainer, model, name, client, watch, run_dir)
             for name, client in trainer.loop.clients.items()
@@ -155,6 +160,8 @@ class Experiment:
         }
         _write_json(run_dir / "run.json", facts)
         report = build_report(run_dir)
+        results = RunFolder.read(run_dir).results
+        log_results_table(trainer.shared_loggers, result_rows(r for rows in results.values() for r in rows))
         print_results(run_dir)
         console.print(f"\nReport: [bold]{report}[/bold]")
         return report

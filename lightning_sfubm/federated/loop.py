@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_sfubm.errors import CheckpointError, ConfigError, PrivacyError
@@ -103,16 +104,24 @@ class FederatedLoop:
         callbacks: hooks; those that are not :class:`~lightning_sfubm.federated.hooks.FederatedCallback` are ignored.
         run_dir: where checkpoints, the message ledger and the history are written.
         seed: root seed.
+        loggers: experiment loggers that callbacks may write to.
     """
 
     def __init__(
-        self, federation: Federation, clients: dict[str, Client], callbacks: Iterable[object], run_dir: Path, seed: int
+        self,
+        federation: Federation,
+        clients: dict[str, Client],
+        callbacks: Iterable[object],
+        run_dir: Path,
+        seed: int,
+        loggers: Iterable[Logger] = (),
     ) -> None:
         if not clients:
             raise ConfigError("a federation needs at least one client: give data.domains at least one domain")
         self.federation, self.clients = federation, dict(sorted(clients.items()))
         self.callbacks = [c for c in callbacks if isinstance(c, FederatedCallback)]
         self.run_dir, self.seed = run_dir, seed
+        self.loggers = list(loggers)
         self.counters = Counters()
         self.stopwatch = Stopwatch()
         first = next(iter(self.clients.values())).module

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_sfubm.callbacks.progress import LabelledProgressBar
+from lightning_sfubm.callbacks.round_logger import RoundLogger
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.federated.checkpoint import find_state, load_state
 from lightning_sfubm.federated.client import Client
@@ -42,10 +44,13 @@ class FederatedTrainer(L.Trainer):
         kwargs.setdefault("use_distributed_sampler", False)
         self.federation = federation
         self._flags = dict(kwargs)
+        # A copy: Lightning adds callbacks of its own to the list it is given.
+        self._user_callbacks: list[Callback] = _as_list(kwargs.get("callbacks"))
         if federation is not None:
             kwargs.setdefault("enable_model_summary", False)
+            # Lightning's default logger would open a folder that nothing is written to.
+            kwargs["logger"] = kwargs.get("logger") or False
         super().__init__(*args, **kwargs)
-        self._user_callbacks: list[Callback] = _as_list(self._flags.get("callbacks"))
         self.loop: FederatedLoop | None = None
         self._local: FederatedLoop | None = None
         self.client_loggers: dict[str, list[Logger]] = {}
@@ -54,6 +59,11 @@ class FederatedTrainer(L.Trainer):
     def run_dir(self) -> Path:
         """Folder of this run."""
         return Path(self.default_root_dir)
+
+    @property
+    def shared_loggers(self) -> list[Logger]:
+        """The loggers that were configured, less CSV ones: each client writes CSV files of its own."""
+        return [x for x in self.loggers if not isinstance(x, CSVLogger)]
 
     @property
     def seed(self) -> int:
@@ -79,6 +89,7 @@ class FederatedTrainer(L.Trainer):
         if not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             flags["enable_checkpointing"] = False
         flags.setdefault("enable_model_summary", False)
+        _quiet_lightning()
         return L.Trainer(
             max_epochs=max_epochs,
             min_epochs=min_epochs,
@@ -110,7 +121,8 @@ class FederatedTrainer(L.Trainer):
             client = Client(name, copy.deepcopy(model), domain, make_trainer, self.seed)
             client.prepare()
             clients[name] = client
-        return FederatedLoop(federation, clients, self._user_callbacks, self.run_dir, self.seed)
+        callbacks = [*self._user_callbacks, RoundLogger()]
+        return FederatedLoop(federation, clients, callbacks, self.run_dir, self.seed, self.shared_loggers)
 
     def local_twin(self, model: L.LightningModule, client: str) -> Client:
         """The client as trained by the same schedule without any message: the "no transfer" control.
@@ -236,9 +248,8 @@ class FederatedTrainer(L.Trainer):
 
     def _client_loggers(self, client: str) -> list[Logger]:
         if client not in self.client_loggers:
-            shared = [x for x in self.loggers if not isinstance(x, CSVLogger)] if "logger" in self._flags else []
             csv = CSVLogger(self.run_dir / "csv", name=client)
-            self.client_loggers[client] = [csv, *(PrefixedLogger(x, client) for x in shared)]
+            self.client_loggers[client] = [csv, *(PrefixedLogger(x, client) for x in self.shared_loggers)]
         return self.client_loggers[client]
 
 
@@ -253,7 +264,14 @@ def _as_list(callbacks: Any) -> list[Callback]:
     return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
 
 
+#: Expected here: the branch that a phase does not train stands in eval mode; batches are made in memory, without
+#: workers; a small silo has fewer batches than a logging interval.
+_EXPECTED = (".*in eval mode at the start of training.*", ".*does not have many workers.*", ".*logging interval.*")
+
+
 def _quiet_lightning() -> None:
     # A federated run makes a trainer per client and round: Lightning's notices (devices, tips) would come each time.
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _EXPECTED:
+        warnings.filterwarnings("ignore", message=message)

@@ -71,7 +71,15 @@ def test_tensors_outside_the_schema_never_leave_and_are_never_taken(tensors: dic
 
 @pytest.mark.parametrize(
     "changes",
-    [{"version": "0"}, {"kind": "teacher"}, {"round": "-1"}, {"round": "x"}, {"client": ""}, {"nonce": "zz"}, {"extra": "1"}],
+    [
+        {"version": "0"},
+        {"kind": "teacher"},
+        {"round": "-1"},
+        {"round": "x"},
+        {"client": ""},
+        {"nonce": "zz"},
+        {"extra": "1"},
+    ],
 )
 def test_wrong_fields_are_refused(changes: dict[str, str]) -> None:
     with pytest.raises(MessageError):
