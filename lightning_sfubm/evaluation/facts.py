@@ -121,6 +121,8 @@ def comparison_facts(folder: RunFolder) -> list[Json]:
             a, b = pair["a"], pair["b"]
             fact: Json = {"domain": domain, "a": a, "b": b, "label_a": labels.get(a, a), "label_b": labels.get(b, b)}
             missing = [method for method in (a, b) if method not in by_method]
+            if missing and domain not in folder.run.get("domains", [domain]):
+                continue  # a further table of a domain, on other users, need not hold every method
             if missing:
                 fact["not_compared"] = f"no results of {' and '.join(missing)}"
             else:

@@ -68,42 +68,51 @@ def hit_plot(domains: list[Json]) -> Figure | None:
     domains = [domain for domain in domains if domain["rows"]]
     if not domains:
         return None
-    rows = {row["method"]: row for domain in domains for row in domain["rows"]}  # union, in table order
-    methods = list(rows)
-    groups = list(dict.fromkeys(row["group"] for row in rows.values()))
+    groups = list(dict.fromkeys(row["group"] for domain in domains for row in domain["rows"]))
     colour = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
-    figure = Figure(figsize=(2.3 + 3.1 * len(domains), 1.15 + 0.27 * len(methods)), layout="constrained")
-    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)[0]
-    for panel, domain in zip(panels, domains, strict=True):
-        for row in domain["rows"]:
-            estimate, y = row["metrics"]["hit@1"], methods.index(row["method"])
-            if estimate["value"] is None:
-                continue
-            panel.plot([estimate["low"], estimate["high"]], [y, y], color=colour[row["group"]], linewidth=2, alpha=0.6)
-            panel.plot(estimate["value"], y, "o", color=colour[row["group"]], markersize=5)
-        if domain["chance"]["hit@1"]:
-            panel.axvline(domain["chance"]["hit@1"], color=GREY, linestyle="--", linewidth=1)
-            panel.annotate(
-                "chance",
-                (domain["chance"]["hit@1"], 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -2),
-                textcoords="offset points",
-                color=GREY,
-                fontsize=8,
-                va="top",
-            )
-        panel.set_title(domain["name"])
-        panel.set_xlabel(f"Hit@1 among {domain['num_candidates']} candidates")
-        panel.set_xlim(left=0)
-        panel.set_ylim(len(methods) - 0.4, -1.0)
-        panel.grid(axis="y", visible=False)
-        panel.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(methods)), [rows[method]["label"] for method in methods])
+    pairs = [domains[i : i + 2] for i in range(0, len(domains), 2)]  # two panels a row share their methods
+    labels = [{row["method"]: row["label"] for domain in pair for row in domain["rows"]} for pair in pairs]
+    heights = [0.27 * len(rows) + 0.8 for rows in labels]
+    figure = Figure(figsize=(2.3 + 3.1 * len(pairs[0]), 0.4 + sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)  # type: ignore[union-attr, call-arg]
+    grid = figure.subplots(len(pairs), len(pairs[0]), sharey="row", squeeze=False, height_ratios=heights)
+    for panels, pair, rows in zip(grid, pairs, labels, strict=True):
+        for panel, domain in zip(panels, pair, strict=False):
+            _hits(panel, domain, list(rows), colour)
+        panels[0].set_yticks(range(len(rows)), list(rows.values()))
+    if len(domains) > 1 and len(domains) % 2:
+        grid[-1, -1].set_axis_off()
     handles = [matplotlib.lines.Line2D([], [], color=colour[g], marker="o", markersize=5, label=g) for g in groups if g]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
     return figure
+
+
+def _hits(panel: Axes, domain: Json, methods: list[str], colour: dict[str, str]) -> None:
+    for row in domain["rows"]:
+        estimate, y = row["metrics"]["hit@1"], methods.index(row["method"])
+        if estimate["value"] is None:
+            continue
+        panel.plot([estimate["low"], estimate["high"]], [y, y], color=colour[row["group"]], linewidth=2, alpha=0.6)
+        panel.plot(estimate["value"], y, "o", color=colour[row["group"]], markersize=5)
+    if domain["chance"]["hit@1"]:
+        panel.axvline(domain["chance"]["hit@1"], color=GREY, linestyle="--", linewidth=1)
+        panel.annotate(
+            "chance",
+            (domain["chance"]["hit@1"], 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -2),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=8,
+            va="top",
+        )
+    panel.set_title(domain["name"])
+    panel.set_xlabel(f"Hit@1 among {domain['num_candidates']} candidates")
+    panel.set_xlim(left=0)
+    panel.set_ylim(len(methods) - 0.4, -1.0)
+    panel.grid(axis="y", visible=False)
+    panel.tick_params(axis="y", length=0)
 
 
 def learning_curves(history: list[Json]) -> Figure | None:
@@ -176,8 +185,8 @@ def _phases(panel: Axes, lines: list[Json]) -> None:
 
 def _quality_names(lines: list[Json]) -> list[str]:
     counts = Counter(name for line in lines for name in line["metrics"])
-    for wanted in ("ndcg@10", "hit@1"):
-        names = [name for name, _ in counts.most_common() if wanted in name]
+    for wanted in ("ndcg@10", "hit@1"):  # among candidates: the catalogue's values live on another scale
+        names = [name for name, _ in counts.most_common() if wanted in name and "full_" not in name]
         if names:
             return names[:MAX_LINES]
     return [name for name, _ in counts.most_common() if name.startswith("val") and "loss" not in name][:MAX_LINES]
@@ -205,7 +214,7 @@ def cosine_plot(privacy: dict[str, list[Json]]) -> Figure | None:
             panel.plot(sigma, returned, "s--", color=COLOURS[1], markersize=4, label="returned by the server, mean")
         _finish(panel, domain, entries, "cosine with the clean vector")
         panel.set_ylim(min(0.0, float(np.nanmin([*low, *returned, 0]))) - 0.02, 1.05)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(3, 1 + len(panels)))
     return figure
 
 
@@ -226,7 +235,7 @@ def linkage_plot(privacy: dict[str, list[Json]]) -> Figure | None:
             panel.axhline(100 * np.nanmean(chances), color=GREY, linestyle=":", label="chance")
         _finish(panel, domain, entries, "items linked by the attacker (%)")
         panel.set_ylim(-3, 105)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * min(2, len(panels)))
     return figure
 
 
@@ -251,7 +260,7 @@ def timings_plot(timings: dict[str, Json]) -> Figure | None:
         return None
     names = list(timings)
     y = np.arange(len(names))
-    figure = Figure(figsize=(7.5, 0.9 + 0.36 * len(names)), layout="constrained")
+    figure = Figure(figsize=(7.5, 0.9 + 0.34 * len(names)), layout="constrained")
     panel = figure.subplots()
     for offset, key, colour, label in ((-0.19, "wall_s", COLOURS[0], "wall clock"), (0.19, "cpu_s", COLOURS[4], "CPU")):
         seconds = np.array([_number(timings[name].get(key)) for name in names])
@@ -263,7 +272,7 @@ def timings_plot(timings: dict[str, Json]) -> Figure | None:
     panel.grid(axis="y", visible=False)
     panel.set_xlabel("seconds")
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    panel.legend(loc="lower right")
+    panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure
 
 

@@ -34,7 +34,7 @@ pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px
   white-space: pre-wrap; overflow-wrap: anywhere; }
 figure { margin: 14px 0 22px; } figure img { max-width: 100%; height: auto; display: block; }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
-  h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; } .scroll { overflow: visible; }
+  h2, h3, tr.group { break-after: avoid; } figure, tr { break-inside: avoid; } .scroll { overflow: visible; }
   table { font-size: 8pt; } .ci { font-size: 7.5pt; padding-left: 2px; } th, td { padding-right: 6px; } a { color: inherit; } }
 """
 
@@ -197,8 +197,9 @@ sends the same vector again, so that its repeated uploads reveal nothing more th
 
 <section id="messages"><h2>What left each client</h2>
 {% if communication.rows %}
-<p>The ledger of the run holds {{ communication.messages|count }} messages: {{ communication.totals.up|bytes }} up to the
-server, {{ communication.totals.down|bytes }} down.</p>
+<p>The ledger of the run holds {{ communication.messages|count }}
+message{{ "s" if communication.messages != 1 }}: {{ communication.totals.up|bytes }} up to the server,
+{{ communication.totals.down|bytes }} down.</p>
 <div class="scroll"><table>
 <thead><tr><th>Client</th><th class="text">direction</th><th class="text">content</th><th>messages</th><th>bytes</th>
 <th class="text">tensors</th><th class="text">protection</th></tr></thead>
@@ -207,7 +208,7 @@ server, {{ communication.totals.down|bytes }} down.</p>
 <td>{{ row.messages|count }}</td><td>{{ row.bytes|bytes }}</td>
 <td class="text wrap">{% for tensor in row.tensors[:4] %}<code>{{ tensor }}</code>{{ ", " if not loop.last }}{% endfor
 %}{% if row.tensors|length > 4 %} and {{ row.tensors|length - 4 }} more{% endif %}</td>
-<td class="text wrap">{{ row.mechanisms|join("; ") or "none" }}</td></tr>
+<td class="text wrap">{{ row.mechanisms|join("; ") or ("none" if row.direction == "up" else "–") }}</td></tr>
 {% endfor %}</tbody>
 <caption>Shapes and types of every tensor stand in report.json.</caption></table></div>
 {% else %}<p class="note">No federated messages were recorded (ledger.jsonl is missing or empty).</p>{% endif %}

@@ -190,7 +190,7 @@ def test_sparse_entries_print_a_dash(run):
     (run / "run.json").write_text('{"timings": {"training": {"wall_s": 2.0}}}')
     text = words(Page(build_report(run).read_text()))
     assert "0.1 0.500 – – –" in text
-    assert "1 messages: 10 B up" in text
+    assert "1 message: 10 B up" in text
 
 
 @pytest.mark.parametrize("users", [0, 1])
@@ -228,6 +228,18 @@ def test_a_comparison_can_be_meant_for_one_domain(run):
     (comparison,) = run_facts(RunFolder.read(run))["comparisons"]
     assert comparison["domain"] == DOMAINS[1]
     assert comparison["p_holm"] == comparison["hit@1"]["p_mcnemar"]
+
+
+def test_a_further_table_of_a_domain_may_hold_fewer_methods(run):
+    for method in ("sfubm", "sasrec"):
+        make_result(method, "drama films").save(run / "results" / "drama films, all users" / f"{method}.parquet")
+    facts = run_facts(RunFolder.read(run))
+    assert [domain["name"] for domain in facts["domains"]] == [*DOMAINS, "drama films, all users"]
+    pairs = [(c["a"], c["b"]) for c in facts["comparisons"] if c["domain"] == "drama films, all users"]
+    assert pairs == [("sfubm", "sasrec")]
+    panels = figures(facts)["hit"].axes
+    assert panels[2].get_title(loc="left") == "drama films, all users"
+    assert not panels[3].axison
 
 
 def test_hit_plot_shows_the_values_and_chance(fake_run):
@@ -304,6 +316,12 @@ def test_a_folder_that_is_not_there(tmp_path, capsys):
         build_report(tmp_path / "nowhere")
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "there is no such run folder" in capsys.readouterr().err
+
+
+def test_results_and_metrics_need_no_matplotlib():
+    modules = ", ".join(f"lightning_sfubm.evaluation.{name}" for name in ("evaluate", "terminal", "report"))
+    program = f"import sys; sys.modules['matplotlib'] = None; import {modules}"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_the_module_is_a_command(run):
