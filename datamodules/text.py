@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def _read_store(store: Path) -> dict[str, np.ndarray]:
         try:
             with np.load(path, allow_pickle=False) as piece:
                 known.update(zip(piece["keys"].tolist(), piece["vectors"], strict=True))
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             path.unlink(missing_ok=True)
     return known
 

@@ -1,0 +1,205 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_sfubm.datamodules.prompt_templates import TEMPLATE_DIR, load_template
+from lightning_sfubm.datamodules.prompts import CANDIDATE, ITEM, USER, PromptBuilder
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.llm.tiny import _tokenizer
+
+TITLES = ["", "Alien", "Aliens", "", "A very long title that never ends", "</s> trick", "日本", "line\n break"]
+MARKS = {USER: "<U>", ITEM: "<I>", CANDIDATE: "<C>"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return _tokenizer()
+
+
+def builder(tokenizer, form="branch", **options):
+    return PromptBuilder(tokenizer, load_template("movies", form), TITLES, **{"title_tokens": 40, **options})
+
+
+def spell(tokenizer, tokens):
+    """A text from tokens and soft-token codes."""
+    text, run = "", []
+    for token in [*tokens.tolist(), None]:
+        if token is None or token < 0:
+            text, run = text + tokenizer.decode(run), []
+            text += MARKS.get(token, "")
+        else:
+            run.append(token)
+    return text
+
+
+def test_branch_form_spelled_out(tokenizer):
+    batch = builder(tokenizer).build(torch.tensor([[0, 1, 2]]), torch.tensor([[4, 1]]))
+    prefix = spell(tokenizer, batch.tokens[0][batch.branch[0] == 0])
+    assert prefix == (
+        "A user<U> of a film service watched these films, oldest first: Alien<I>; Aliens<I>;"
+        "\nThe film the user will watch next:"
+    )
+    assert spell(tokenizer, batch.tokens[0][batch.branch[0] == 1]) == " A very long title that never ends<C>"
+    assert spell(tokenizer, batch.tokens[0][batch.branch[0] == 2]) == " Alien<C>"
+
+
+def test_list_form_spelled_out(tokenizer):
+    build = builder(tokenizer, "list", user_token=False, history_tokens=False, candidate_tokens=False)
+    batch = build.build(torch.tensor([[1]]), torch.tensor([[2, 1]]), branches=torch.tensor([[2]]))
+    prefix = spell(tokenizer, batch.tokens[0][batch.branch[0] == 0])
+    assert "next from this list:\n- Aliens\n- Alien\nAnswer with its title only.\nAnswer:" in prefix
+    assert spell(tokenizer, batch.tokens[0][batch.branch[0] == 1]) == " Aliens</s>"
+
+
+def test_titles_are_data_not_control(tokenizer):
+    batch = builder(tokenizer).build(torch.tensor([[5, 3, 6, 7]]), torch.tensor([[1]]))
+    assert tokenizer.eos_token_id not in batch.tokens[0][batch.branch[0] >= 0]
+    text = spell(tokenizer, batch.tokens[0])
+    assert " </s> trick<I>; unnamed film<I>; 日本<I>; line break<I>;" in text
+
+
+def test_long_titles_are_cut_and_counted(tokenizer):
+    build = builder(tokenizer, title_tokens=6)
+    assert build.unnamed == 1
+    assert build.cut_titles == sum(len(tokenizer(" " + (t or "unnamed film"))["input_ids"]) > 6 for t in TITLES[1:])
+    batch = build.build(torch.tensor([[1]]), torch.tensor([[4]]))
+    assert (batch.branch[0] == 1).sum() == 7
+
+
+def test_newest_items_are_mentioned(tokenizer):
+    text = spell(
+        tokenizer, builder(tokenizer, history_length=1).build(torch.tensor([[2, 1]]), torch.tensor([[1]])).tokens[0]
+    )
+    assert " Alien<I>;" in text
+    assert "Aliens" not in text
+
+
+def test_empty_history_is_a_prompt_too(tokenizer):
+    batch = builder(tokenizer).build(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[1]]))
+    assert "oldest first:\nThe film" in spell(tokenizer, batch.tokens[0])
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.data())
+def test_batched_rows_equal_single_rows(data):
+    """Left padding, positions, ends, owners: each row of a batch says what it says alone."""
+    tokenizer = _shared_tokenizer()
+    form = data.draw(st.sampled_from(["branch", "list"]))
+    build = builder(tokenizer, form, history_length=3)
+    rows = data.draw(st.integers(1, 3))
+    ids = st.integers(1, len(TITLES) - 1)
+    history = [[0] * (5 - n) + data.draw(st.lists(ids, min_size=n, max_size=n)) for n in range(rows)]
+    candidates = [data.draw(st.permutations(range(1, len(TITLES))))[:3] for _ in range(rows)]
+    batch = build.build(torch.tensor(history), torch.tensor(candidates))
+    for row in range(rows):
+        alone = build.build(torch.tensor(history[row : row + 1]), torch.tensor(candidates[row : row + 1]))
+        shift = batch.tokens.shape[1] - alone.tokens.shape[1]
+        assert (batch.branch[row, :shift] == -1).all()
+        for name in ("tokens", "branch", "positions", "items", "slots"):
+            assert torch.equal(getattr(batch, name)[row, shift:], getattr(alone, name)[0])
+        assert torch.equal(batch.branch_end[row] - shift, alone.branch_end[0])
+        assert batch.prefix_end[row] - shift == alone.prefix_end[0]
+        ends = batch.branch_end[row]
+        assert torch.equal(batch.branch[row][ends], torch.arange(1, 4))
+        assert batch.branch[row][batch.prefix_end[row]] == 0
+        prefix = (batch.branch[row] == 0).sum()
+        for number in range(1, 4):
+            mine = batch.positions[row][batch.branch[row] == number]
+            assert torch.equal(mine, torch.arange(len(mine)) + prefix)
+            owned = batch.items[row][batch.branch[row] == number]
+            assert (owned == candidates[row][number - 1]).all()
+        assert torch.equal(batch.positions[row][batch.branch[row] == 0], torch.arange(prefix))
+
+
+_cached = []
+
+
+def _shared_tokenizer():
+    if not _cached:
+        _cached.append(_tokenizer())
+    return _cached[0]
+
+
+def test_no_history_prompt_and_no_branches(tokenizer):
+    build = builder(tokenizer)
+    prior = build.build(
+        torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long), torch.tensor([[1, 2]]), False
+    )
+    assert (
+        spell(tokenizer, prior.tokens[0][prior.branch[0] == 0])
+        == "A user of a film service.\nThe film the user will watch next:"
+    )
+    bare = build.build(torch.tensor([[1]]), torch.tensor([[2]]), branches=torch.zeros(1, 0, dtype=torch.long))
+    assert bare.branch.max() == 0
+    assert bare.branch_end.shape == (1, 0)
+
+
+def test_chat_format_wraps_and_bos_is_kept(tokenizer, tmp_path):
+    own = tmp_path / "chat.yaml"
+    own.write_text("chat: true\nsystem: Be brief.\n")
+    tokenizer = _tokenizer()
+    with pytest.raises(ConfigError, match="tokenizer has none"):
+        PromptBuilder(tokenizer, load_template(str(own), "branch"), TITLES)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    batch = PromptBuilder(tokenizer, load_template(str(own), "branch"), TITLES).build(
+        torch.tensor([[1]]), torch.tensor([[2]])
+    )
+    text = spell(tokenizer, batch.tokens[0])
+    assert text.startswith("<s>system: Be brief.</s><s>user: A user<U>")
+    assert text.endswith("</s><s>assistant: Aliens<C>")
+    assert (batch.tokens[0] == tokenizer.bos_token_id).sum() == 3
+    from tokenizers import processors
+
+    plain = _tokenizer()
+    plain._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", plain.bos_token_id), ("</s>", plain.eos_token_id)]
+    )
+    batch = builder(plain).build(torch.tensor([[1]]), torch.tensor([[2]]))
+    assert batch.tokens[0, 0] == plain.bos_token_id
+    assert (batch.tokens[0] == plain.eos_token_id).sum() == 0
+
+
+@pytest.mark.parametrize("form", ["branch", "list"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATE_DIR.glob("*.yaml")))
+def test_shipped_templates_are_complete(tokenizer, name, form):
+    template = load_template(name, form)
+    build = PromptBuilder(tokenizer, template, TITLES)
+    text = spell(tokenizer, build.build(torch.tensor([[1]]), torch.tensor([[2]])).tokens[0])
+    assert template.noun in text
+    assert "{" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nuon: film", "unknown entry 'nuon'"),
+        ("noun: [1]", "'noun' must be of type str"),
+        ("noun: ' '", "'noun' is empty"),
+        ("branch: {candidate: ' {titel}'}", r"'branch.candidate' holds '\{titel\}'"),
+        ("branch: {candidate: ' x'}", r"must hold '\{title\}' exactly once"),
+        ("branch: {candidates: ' {title}'}", "unknown entry 'branch.candidates'"),
+        ("branch: {question: ''}", "'branch.question' is empty"),
+        ("branch: {question: 3}", "must be a text"),
+        ("noun: [film", "not readable YAML"),
+        ("- film", "must hold entries"),
+    ],
+)
+def test_broken_templates(tmp_path, content, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_template(str(path), "branch")
+    assert "own.yaml" in str(caught.value)
+
+
+def test_unknown_template_form_and_sizes(tokenizer):
+    with pytest.raises(ConfigError, match=r"no prompt template at .*one of \['base', 'beauty'"):
+        load_template("moovies", "branch")
+    with pytest.raises(ConfigError, match="form 'tree'"):
+        load_template("movies", "tree")
+    with pytest.raises(ConfigError, match="history_length"):
+        builder(tokenizer, history_length=0)

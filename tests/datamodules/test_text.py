@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+
+from lightning_sfubm.datamodules.text import HFTextEncoder, encode_cached
+from lightning_sfubm.errors import ConfigError, DataError
+from lightning_sfubm.modules.llm.tiny import write_tiny_text_encoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(write_tiny_text_encoder(tmp_path_factory.mktemp("encoder")))
+
+
+class Counting:
+    """A text encoder that counts; vectors from a text's length."""
+
+    dim = 3
+    fingerprint = "counting"
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, texts):
+        self.seen += texts
+        vectors = torch.tensor([[len(t), 1.0, 0.0] for t in texts]).reshape(-1, 3)
+        return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def test_unit_vectors_in_the_order_of_the_texts(folder):
+    encoder = HFTextEncoder(folder, max_tokens=32, batch_tokens=64, precision="32")
+    texts = ["abc", "a much longer text", "b", "", "abc", "  "]
+    vectors = encoder.encode(texts)
+    assert vectors.shape == (6, 32)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors[[0, 1, 2, 4]].norm(dim=-1), torch.ones(4))
+    assert vectors[3].abs().sum() == 0
+    assert vectors[5].abs().sum() == 0
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(encoder.encode([text])[0], vectors[row], atol=1e-5, rtol=0)
+    assert (vectors[0] - vectors[2]).abs().max() > 1e-2
+
+
+def test_equals_plain_mean_pooling(folder):
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("some title", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        plain = torch.nn.functional.normalize(model(input_ids=ids).last_hidden_state[0].mean(0), dim=-1)
+    torch.testing.assert_close(
+        HFTextEncoder(folder, precision="32").encode(["some title"])[0], plain, atol=1e-6, rtol=0
+    )
+
+
+def test_long_texts_are_cut_and_counted(folder):
+    encoder = HFTextEncoder(folder, max_tokens=10, batch_tokens=64, precision="32")
+    vectors = encoder.encode(["abcdefgh" + "x" * 500, "abcdefgh", "z"])
+    assert encoder.truncated == 1
+    torch.testing.assert_close(vectors[0], vectors[1])  # 8 letters and 2 special tokens fill the limit
+
+
+def test_bf16_stays_close(folder):
+    texts = [f"title number {i}" for i in range(20)]
+    exact = HFTextEncoder(folder, precision="32").encode(texts)
+    assert (HFTextEncoder(folder, precision="bf16").encode(texts) - exact).abs().max() < 2e-2
+
+
+def test_fingerprint_changes_with_model_and_settings(folder, tmp_path):
+    other = str(write_tiny_text_encoder(tmp_path / "other", seed=1))
+    prints = {
+        HFTextEncoder(folder, precision="32").fingerprint,
+        HFTextEncoder(folder, precision="bf16").fingerprint,
+        HFTextEncoder(folder, max_tokens=64, precision="32").fingerprint,
+        HFTextEncoder(other, precision="32").fingerprint,
+    }
+    assert len(prints) == 4
+    assert HFTextEncoder(folder, precision="32").fingerprint in prints
+
+
+def test_bad_settings():
+    with pytest.raises(ConfigError, match="precision 'half'"):
+        HFTextEncoder(precision="half")
+    with pytest.raises(ConfigError, match="max_tokens"):
+        HFTextEncoder(max_tokens=100, batch_tokens=50)
+
+
+def test_limit_beyond_the_models_positions(folder):
+    with pytest.raises(ConfigError, match="exceeds the 512 positions"):
+        HFTextEncoder(folder, max_tokens=600).encode(["x"])
+
+
+def test_cache_encodes_each_distinct_text_once(tmp_path):
+    encoder = Counting()
+    first = encode_cached(encoder, ["a", "bb", "a"], tmp_path, chunk=1)
+    assert encoder.seen == ["a", "bb"]
+    assert torch.equal(first[0], first[2])
+    again = encode_cached(encoder, ["bb", "ccc", "a"], tmp_path)
+    assert encoder.seen == ["a", "bb", "ccc"]
+    assert torch.equal(again[[0, 2]], first[[1, 0]])
+    assert encode_cached(encoder, [], tmp_path).shape == (0, 3)
+
+
+def test_interrupted_run_continues_and_torn_piece_is_replaced(tmp_path):
+    class Failing(Counting):
+        def encode(self, texts):
+            if "ccc" in texts:
+                raise KeyboardInterrupt
+            return super().encode(texts)
+
+    failing = Failing()
+    with pytest.raises(KeyboardInterrupt):
+        encode_cached(failing, ["a", "bb", "ccc"], tmp_path, chunk=1)
+    assert not list(tmp_path.glob(".*partial"))
+    encoder = Counting()
+    encode_cached(encoder, ["a", "bb", "ccc"], tmp_path, chunk=1)
+    assert encoder.seen == ["ccc"]
+    piece = next(iter(sorted(tmp_path.glob("*.npz"))))
+    piece.write_bytes(piece.read_bytes()[:40])
+    repaired = Counting()
+    vectors = encode_cached(repaired, ["a", "bb", "ccc"], tmp_path)
+    assert len(repaired.seen) == 1
+    np.testing.assert_allclose(vectors.numpy(), Counting().encode(["a", "bb", "ccc"]).numpy())
+
+
+def test_broken_encoder_is_named(tmp_path):
+    class Broken(Counting):
+        def encode(self, texts):
+            return torch.full((len(texts), 3), float("nan"))
+
+    with pytest.raises(DataError, match="non-finite"):
+        encode_cached(Broken(), ["a"], tmp_path)
+
+
+@pytest.mark.models
+def test_minilm_knows_what_is_alike():
+    vectors = HFTextEncoder("minilm", precision="32").encode(["Star Wars", "The Empire Strikes Back", "Bread Recipes"])
+    assert vectors.shape == (3, 384)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.1

@@ -1,0 +1,368 @@
+import subprocess
+import sys
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.evaluation.parsing import TitleParser
+from lightning_sfubm.modules.llm.tiny import write_tiny_llm
+from lightning_sfubm.modules.llm.tree import separate_states
+from lightning_sfubm.modules.llm_head import LLMHead
+
+
+def make(llm, stage1, catalogue, **options):
+    head = LLMHead(llm, **{"template": "movies", "history_length": 4, "title_tokens": 8, "precision": "32", **options})
+    head.attach_stage1(stage1, catalogue)
+    return head
+
+
+def train(head, batches, **options):
+    settings = {"accelerator": "cpu", "max_steps": 4, "logger": False, "enable_progress_bar": False}
+    settings |= {"enable_model_summary": False, "enable_checkpointing": False}
+    trainer = L.Trainer(**{**settings, **options})
+    trainer.fit(head, torch.utils.data.DataLoader(batches, batch_size=None))
+    return trainer
+
+
+FORMS = [
+    ("branch", "head"),
+    ("branch", "score"),
+    ("list", "score"),
+    ("list", "constrained"),
+]
+
+
+def test_untrained_head_ranks_as_stage1(llm, stage1, catalogue, make_batch):
+    head, batch = make(llm, stage1, catalogue), make_batch()
+    affinity = stage1.affinities(batch)[..., 0]
+    assert torch.equal(head.rank(batch).argsort(1), affinity.argsort(1))
+    head.init_residual(torch.tensor([-2.0, 5.0]))
+    assert torch.equal(head.rank(batch).argsort(1), (-affinity).argsort(1))
+    torch.testing.assert_close(head.rank(batch).std(1, correction=0), torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize(("form", "mode"), FORMS)
+def test_scores_are_exact_and_independent_of_batch(llm, stage1, catalogue, make_batch, form, mode):
+    """T14, T28: batched rows, shorter prefixes and separate forwards give the same scores."""
+    head = make(llm, stage1, catalogue, form=form, rank_mode=mode, affinity_token=True)
+    if head.head is not None:
+        torch.nn.init.normal_(head.head.weight)
+    batch = make_batch(rows=4)
+    scores, choice, valid = head.rank_with_validity(batch)
+    assert valid.all()
+    assert torch.equal(scores, head.rank(batch))
+    for row in range(4):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        torch.testing.assert_close(head.rank(one)[0], scores[row], atol=1e-4, rtol=0)
+    if mode != "constrained":
+        assert torch.equal(choice, scores.argmax(1))
+        head._tree = False
+        torch.testing.assert_close(head.rank(batch), scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("form", "mode"), [("branch", "head"), ("branch", "score")])
+def test_candidate_order_is_irrelevant(llm, stage1, catalogue, make_batch, form, mode):
+    """T13."""
+    head = make(llm, stage1, catalogue, form=form, rank_mode=mode, affinity_token=True)
+    if head.head is not None:
+        torch.nn.init.normal_(head.head.weight)
+    batch = make_batch()
+    order = torch.tensor([3, 0, 4, 2, 1])
+    shuffled = {**batch, "candidates": batch["candidates"][:, order]}
+    scores = head.rank(batch)
+    torch.testing.assert_close(head.rank(shuffled), scores[:, order], atol=1e-4, rtol=0)
+    assert scores.std(1).min() > 1e-3
+
+
+def test_each_soft_token_matters(llm, stage1, catalogue, make_batch):
+    batch = make_batch()
+
+    def scores(**flags):
+        off = {"user_token": False, "item_tokens": False, "semantic_token": False, "residual": False}
+        head = make(llm, stage1, catalogue, **{**off, **flags})
+        torch.nn.init.constant_(head.head.weight, 1.0)
+        return head, head.rank(batch)
+
+    _, text_only = scores()
+    for flag in ("user_token", "item_tokens", "semantic_token", "affinity_token"):
+        head, changed = scores(**{flag: True})
+        assert (changed - text_only).abs().max() > 1e-3, flag
+        assert [n.split(".")[1] for n, _ in head.named_parameters() if n.startswith("projector.")]
+
+
+def test_text_only_needs_no_stage1(llm, catalogue, make_batch):
+    head = make(llm, None, catalogue)
+    assert head.projector is None
+    assert head.residual_weights is None
+    assert head.rank(make_batch()).abs().max() == 0
+    with pytest.raises(ConfigError, match="no residual"):
+        head.init_residual(torch.ones(2))
+
+
+def test_zero_shot_minus_prior(llm, catalogue, make_batch):
+    batch = make_batch()
+    plain = make(llm, None, catalogue, rank_mode="score").rank(batch)
+    head = make(llm, None, catalogue, rank_mode="score", subtract_prior=True)
+    difference = plain - head.rank(batch)
+    by_item = {}
+    for item, value in zip(batch["candidates"].flatten().tolist(), difference.flatten().tolist(), strict=True):
+        assert by_item.setdefault(item, value) == pytest.approx(value, abs=1e-4)  # a prior belongs to the item alone
+    prompts = head.prompts.build(
+        torch.zeros(1, 1, dtype=torch.long),
+        torch.zeros(1, 0, dtype=torch.long),
+        torch.tensor([[7]]),
+        with_history=False,
+    )
+    title = (prompts.branch[0] == 1).sum()
+    with torch.no_grad():
+        logits = head.lm.causal_lm(prompts.tokens).logits[0].log_softmax(-1)
+    steps = logits[-title - 1 : -1].gather(1, prompts.tokens[0, -title:, None])
+    assert head._priors(torch.tensor([[7]])).item() == pytest.approx(steps.mean().item(), abs=1e-4)
+    assert head._prior is not None
+    head.train()
+    assert head._prior is None
+
+
+def test_generate_is_parsed(llm, catalogue, make_batch, monkeypatch):
+    head, batch = make(llm, None, catalogue, form="list", rank_mode="generate"), make_batch()
+    titles = [catalogue.titles[item] for item in batch["candidates"][1]]
+    said = ["nothing of the kind", f"I say {titles[2].upper()}!", f"{titles[0]} or {titles[1]}"]
+    monkeypatch.setattr(type(head.lm.tokenizer), "batch_decode", lambda self, *a, **k: said)
+    scores, choice, valid = head.rank_with_validity(batch)
+    assert valid.tolist() == [False, True, False]
+    assert choice[1] == 2
+    assert scores[1].tolist() == [0, 0, 1, 0, 0]
+    assert scores[0].abs().sum() == 0
+    assert TitleParser(titles).parse(said[1]) == 2
+
+
+def test_every_trainable_parameter_gets_a_gradient_and_no_other(llm, stage1, catalogue, make_batch):
+    head = make(llm, stage1, catalogue, affinity_token=True, adapter_dropout=0.0)
+    torch.nn.init.normal_(head.head.weight)
+    for name, parameter in head.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    head.train()
+    head.loss(make_batch()).backward()
+    for name, parameter in head.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None
+        elif name == "residual_weights":
+            assert parameter.grad[0] != 0  # the constant affinity has none
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+    trained = {name.split(".")[0] for name, p in head.named_parameters() if p.requires_grad}
+    assert trained == {"backbone", "projector", "head", "residual_weights"}
+    assert any("q_proj.lora_A" in name for name, _ in head.named_parameters())
+    assert any("down_proj.lora_B" in name for name, _ in head.named_parameters())
+
+
+@pytest.mark.parametrize("form", ["branch", "list"])
+def test_frozen_llm_trains_projectors_only(llm, stage1, catalogue, make_batch, form):
+    head = make(llm, stage1, catalogue, tuning="frozen", form=form)
+    before = {name: p.detach().clone() for name, p in head.named_parameters()}
+    train(head, [make_batch(seed=i) for i in range(3)])
+    changed = {name.split(".")[0] for name, p in head.named_parameters() if not torch.equal(p, before[name])}
+    assert "backbone" not in changed
+    assert "projector" in changed
+    with pytest.raises(ConfigError, match="no adapters"):
+        head.export_adapter("nowhere")
+
+
+@pytest.mark.parametrize("form", ["branch", "list"])
+def test_learns_a_planted_rule(llm, catalogue, make_batch, form):
+    """The wanted film is always number 7: after some steps the head takes it."""
+    batches = []
+    for seed in range(60):
+        batch = make_batch(rows=8, seed=seed)
+        batch["candidates"][batch["candidates"] == 7] = 8
+        batch["candidates"].scatter_(1, batch["target_index"].unsqueeze(1), 7)
+        batches.append({**batch, "target": torch.full((8,), 7)})
+    head = make(
+        llm, None, catalogue, form=form, adapter_learning_rate=1e-2, head_learning_rate=3e-2, adapter_dropout=0.0
+    )
+    before = (head.rank(batches[-1]).argmax(1) == batches[-1]["target_index"]).float().mean()
+    train(head, batches[:-1], max_steps=59, gradient_clip_val=1.0)
+    after = (head.rank(batches[-1]).argmax(1) == batches[-1]["target_index"]).float().mean()
+    assert after >= 0.9
+    assert before < 0.9
+
+
+def test_list_loss_is_the_answers_own(llm, catalogue, make_batch):
+    head, batch = make(llm, None, catalogue, form="list").eval(), make_batch(rows=1)
+    prompts = head.prompts.build(batch["history"], batch["candidates"], batch["target"].unsqueeze(1))
+    answer = int((prompts.branch == 1).sum())
+    with torch.no_grad():
+        logits = head.lm.causal_lm(prompts.tokens).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits[-answer - 1 : -1], prompts.tokens[0, -answer:])
+        torch.testing.assert_close(head.loss(batch), expected, atol=1e-4, rtol=0)
+    assert prompts.tokens[0, -1] == head.lm.tokenizer.eos_token_id
+
+
+def test_curriculum_moves_from_text_to_hybrid(llm, stage1, catalogue, make_batch, monkeypatch):
+    head = make(llm, stage1, catalogue, form="list", curriculum=0.5)
+    kinds = []
+    original = head._embed
+    monkeypatch.setattr(
+        head, "_embed", lambda p, *rest: (kinds.append(bool((p.tokens < 0).any())), original(p, *rest))[1]
+    )
+    train(head, [make_batch(rows=1, seed=i) for i in range(20)], max_steps=20)
+    assert not kinds[0]
+    assert False in kinds[:10]
+    assert all(kinds[10:])
+    head.eval()
+    assert (head._build(make_batch()).tokens < 0).any()
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+RELOAD = """
+import sys, torch
+from lightning_sfubm.modules.llm_head import LLMHead
+folder = sys.argv[1]
+given = torch.load(folder + "/given.pt", weights_only=False)
+head = LLMHead.load_from_checkpoint(folder + "/head.ckpt", weights_only=True)
+head.attach_stage1(None, given["catalogue"])
+torch.save(head.rank(given["batch"]), folder + "/scores.pt")
+"""
+
+
+def test_fresh_process_gives_the_live_models_scores(llm, catalogue, make_batch, tmp_path):
+    """T8: adapters are really in the file, and the base is not."""
+    batch = make_batch()
+    head = make(llm, None, catalogue, adapter_learning_rate=1e-2, head_learning_rate=1e-1)
+    trainer = train(head, [make_batch(seed=i) for i in range(4)])
+    trainer.save_checkpoint(tmp_path / "head.ckpt")
+    live = head.rank(batch)
+    torch.save({"catalogue": catalogue, "batch": batch}, tmp_path / "given.pt")
+    subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "scores.pt"), live, atol=1e-5, rtol=0)
+
+    head.lm.model.merge_adapter()
+    torch.testing.assert_close(head.rank(batch), live, atol=1e-4, rtol=0)
+    head.lm.model.unmerge_adapter()
+    with head.lm.model.disable_adapter():
+        assert (head.rank(batch) - live).abs().max() > 1e-3
+
+    stored = torch.load(tmp_path / "head.ckpt", weights_only=True)["state_dict"]
+    trainable = {name for name, p in head.named_parameters() if p.requires_grad}
+    assert stored.keys() == trainable
+    assert not any("base_layer" in name or "embed_tokens" in name for name in stored)
+
+
+def test_exported_adapter_is_a_peft_folder(llm, catalogue, make_batch, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    head = make(llm, None, catalogue, form="list", adapter_learning_rate=1e-2)
+    train(head, [make_batch(seed=i) for i in range(4)])
+    head.eval()
+    head.export_adapter(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(llm)
+    tokens = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        without = base(tokens).logits
+        peft = PeftModel.from_pretrained(base, tmp_path).eval()
+        torch.testing.assert_close(peft(tokens).logits, head.lm.model(tokens).logits, atol=1e-5, rtol=0)
+        assert (without - peft(tokens).logits).abs().max() > 1e-3
+
+
+def test_hybrid_checkpoint_round_trip(llm, stage1, catalogue, make_batch, tmp_path):
+    head = make(llm, stage1, catalogue, affinity_token=True)
+    train(head, [make_batch(seed=i) for i in range(4)]).save_checkpoint(tmp_path / "head.ckpt")
+    again = LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", weights_only=True)
+    again.attach_stage1(stage1, catalogue)
+    torch.testing.assert_close(again.rank(make_batch()), head.rank(make_batch()), atol=1e-5, rtol=0)
+    wrong = LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", weights_only=True)
+    with pytest.raises(CheckpointError, match="trained on a stage 1"):
+        wrong.attach_stage1(None, catalogue)
+
+
+def test_training_resumes_from_a_checkpoint(llm, stage1, catalogue, make_batch, tmp_path):
+    batches = [make_batch(seed=i) for i in range(2)]
+
+    def run(epochs, ckpt=None):
+        head = make(llm, stage1, catalogue, adapter_dropout=0.0, warmup=0.0)
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False,
+        )  # fmt: skip
+        head.configure_optimizers = lambda: torch.optim.AdamW([p for p in head.parameters() if p.requires_grad], 1e-3)
+        trainer.fit(head, torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=ckpt)
+        return head, trainer
+
+    straight, _ = run(2)
+    _, trainer = run(1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    resumed, _ = run(2, tmp_path / "one.ckpt")
+    for (name, a), (_, b) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_checkpoint_of_another_model_is_refused(llm, catalogue, make_batch, tmp_path):
+    head = make(llm, None, catalogue)
+    train(head, [make_batch()], max_steps=1).save_checkpoint(tmp_path / "head.ckpt")
+    other = str(write_tiny_llm(tmp_path / "other", seed=1))
+    with pytest.raises(CheckpointError, match="another base model"):
+        LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", llm=other, weights_only=True)
+    with pytest.raises(CheckpointError, match="has shape"):
+        LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", adapter_rank=4, weights_only=True)
+    with pytest.raises(CheckpointError, match="holds the unknown"):
+        LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", tuning="frozen", weights_only=True)
+    content = torch.load(tmp_path / "head.ckpt", weights_only=True)
+    content["state_dict"].pop("head.weight")
+    torch.save(content, tmp_path / "torn.ckpt")
+    with pytest.raises(CheckpointError, match=r"lacks parameter 'head\.weight'"):
+        LLMHead.load_from_checkpoint(tmp_path / "torn.ckpt", weights_only=True)
+    content.pop("sfubm_llm")
+    torch.save(content, tmp_path / "foreign.ckpt")
+    with pytest.raises(CheckpointError, match="not a checkpoint of an LLM head"):
+        LLMHead.load_from_checkpoint(tmp_path / "foreign.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tuning": "full"}, "tuning 'full'"),
+        ({"form": "tree"}, "prompt form 'tree'"),
+        ({"rank_mode": "generate"}, "rank_mode 'generate' is not one of"),
+        ({"form": "list", "rank_mode": "head"}, "rank_mode 'head' is not one of"),
+        ({"adapter_rank": 0}, "adapter_rank must be at least 1"),
+        ({"curriculum": 2.0}, "curriculum"),
+        ({"template": "absent"}, "no prompt template"),
+    ],
+)
+def test_bad_settings(llm, options, message):
+    with pytest.raises(ConfigError, match=message):
+        LLMHead(llm, **options)
+
+
+def test_without_catalogue(llm, make_batch):
+    with pytest.raises(ConfigError, match="no catalogue yet"):
+        LLMHead(llm).rank(make_batch())
+    with pytest.raises(ConfigError, match="datamodule with a catalogue"):
+        train(LLMHead(llm), [make_batch()])
+
+
+def test_validation_logs_metrics(llm, stage1, catalogue, make_batch):
+    head = make(llm, stage1, catalogue)
+    batch = make_batch(rows=8)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    (result,) = trainer.validate(head, torch.utils.data.DataLoader([batch], batch_size=None), verbose=False)
+    expected = (stage1.affinities(batch)[..., 0].argmax(1) == batch["target_index"]).float().mean()
+    assert result["val/hit@1"] == pytest.approx(expected.item())
+
+
+@pytest.mark.models
+def test_smollm2_shared_prefix_equals_separate_rows(catalogue, make_batch):
+    head = make("smollm2-135m", None, catalogue, num_layers=4)
+    prompts = head._build(make_batch(rows=1, candidates=3))
+    head.eval()
+    with torch.no_grad():
+        embeddings = head.lm.embed(prompts.tokens)
+        shared, plain = head._states(prompts, embeddings), separate_states(head.lm, embeddings, prompts)
+    torch.testing.assert_close(shared, plain, atol=1e-3, rtol=1e-4)
