@@ -68,7 +68,7 @@ class FKDDistiller(CatalogueModule):
         encoder: nn.Module,
         teacher_encoder: nn.Module | None = None,
         num_experts: int = 8,
-        text_dropout: float = 0.2,
+        text_dropout: float = 0.0,
         tau: float = 0.07,
         w_fact: float = 1.0,
         w_counter: float = 1.0,

@@ -41,7 +41,7 @@ class SemanticTeacher(nn.Module):
         num_items: int,
         text_dim: int,
         num_experts: int = 8,
-        dropout: float = 0.2,
+        dropout: float = 0.0,
         tau: float = 0.07,
         seed: int = 0,
         precision: Precision = "auto",

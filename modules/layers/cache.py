@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class VersionCache:
     """Cache of detached tensors computed from a module in evaluation mode.
 
-    Every in-place change of a tensor (optimiser step, ``load_state_dict``, ``copy_``) raises its version counter, so a stale
-    value is never returned and nobody has to remember to invalidate.
+    Nobody has to remember to invalidate: the version counters tell of every in-place change (``load_state_dict``, ``copy_``,
+    ``+=``) but that of the fused optimisers, which leave them alone; the parameters' sums in float64 tell of those.
 
     Args:
         owner: the module whose parameters and buffers the values depend on.
@@ -25,7 +25,10 @@ class VersionCache:
     def get(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """Return ``compute()``, from the cache if nothing has changed since the last call under this name."""
         owner = self._owner
-        key = tuple((t.data_ptr(), t._version) for t in chain(owner.parameters(), owner.buffers()))
+        versions = tuple((t.data_ptr(), t._version) for t in chain(owner.parameters(), owner.buffers()))
+        with torch.no_grad():
+            sums = [p.sum(dtype=torch.float64) for p in owner.parameters()]
+            key = (versions, tuple(torch.stack(sums).tolist()) if sums else ())
         if key != self._key:
             self._key, self._values = key, {}
         if name not in self._values:

@@ -73,5 +73,7 @@ class ItemTable(nn.Module):
         return self.ids.weight if semantic is None else self.ids.weight + semantic
 
     def frozen(self) -> Tensor:
-        """The detached table in evaluation mode (N + 1, H), computed once per change of its parameters."""
+        """The detached table in evaluation mode (N + 1, H); with text, computed once per change of its parameters."""
+        if self.adaptor is None:
+            return self.forward().detach()
         return self._cache.get("table", self.forward)

@@ -36,7 +36,7 @@ class WhiteningExperts(nn.Module):
         text_dim: int,
         hidden_dim: int,
         num_experts: int = 8,
-        dropout: float = 0.2,
+        dropout: float = 0.0,
         seed: int = 0,
         precision: Precision = "auto",
     ) -> None:

@@ -1,0 +1,138 @@
+"""T14: every encoder keeps the contract, and the checks catch those that do not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_sfubm.contracts import Encoder
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.encoders.checks import CHECKS, check_encoder
+from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
+from lightning_sfubm.modules.encoders.sasrec import SASRec
+
+
+class DecayingMean(nn.Module):
+    """A stranger's encoder: exponentially weighted sum of the projected history."""
+
+    def __init__(self, hidden_dim: int = 8, decay: float = 0.7) -> None:
+        super().__init__()
+        self.hidden_dim, self.decay = hidden_dim, decay
+        self.project = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, item_embeddings: Tensor, mask: Tensor) -> Tensor:
+        steps = torch.arange(mask.shape[1])
+        age = (steps[:, None] - steps).clamp_min(0)
+        weights = (self.decay**age).tril() * mask[:, None, :]
+        return weights @ self.project(item_embeddings)
+
+
+ENCODERS = {
+    "sasrec_pre_norm": lambda: SASRec(8, num_layers=2, num_heads=2, norm_first=True),
+    "sasrec_post_norm": lambda: SASRec(8, num_layers=2, num_heads=1, norm_first=False, activation="relu"),
+    "sasrec_wide": lambda: SASRec(8, num_layers=1, num_heads=4, feedforward_dim=32, activation="silu"),
+    "gru4rec": lambda: GRU4Rec(8),
+    "gru4rec_two_layers": lambda: GRU4Rec(8, num_layers=2),
+    "plug_in": DecayingMean,
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_contract(name: str, check: str) -> None:
+    torch.manual_seed(0)
+    encoder = ENCODERS[name]().eval()
+    assert isinstance(encoder, Encoder)
+    CHECKS[check](encoder, 1e-5)
+
+
+class _Broken(DecayingMean):
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.unused = nn.Parameter(torch.ones(1)) if fault == "gradients" else None
+
+    def forward(self, item_embeddings: Tensor, mask: Tensor) -> Tensor:
+        if self.fault == "padding_content":
+            mask = torch.ones_like(mask)
+        states = super().forward(item_embeddings, mask)
+        if self.fault == "causality":
+            return states + item_embeddings.sum(1, keepdim=True)
+        if self.fault == "left_padding":
+            return states + torch.arange(mask.shape[1])[:, None]
+        if self.fault == "batching":
+            return states - states.mean(0)
+        if self.fault == "shape":
+            return states / mask.unsqueeze(-1)
+        return states
+
+
+@pytest.mark.parametrize("fault", CHECKS)
+def test_checks_catch_a_broken_encoder(fault: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError):
+        CHECKS[fault](_Broken(fault).eval(), 1e-5)
+    with pytest.raises(AssertionError, match="_Broken breaks the encoder contract"):
+        check_encoder(_Broken(fault))
+
+
+def test_check_encoder_restores_the_mode() -> None:
+    encoder = GRU4Rec(8).train()
+    check_encoder(encoder)
+    assert encoder.training
+
+
+def test_sasrec_refuses_bad_settings() -> None:
+    with pytest.raises(ConfigError, match="num_heads=3 does not divide"):
+        SASRec(8, num_heads=3)
+    with pytest.raises(ConfigError, match="activation='swish'"):
+        SASRec(8, activation="swish")
+    with pytest.raises(ConfigError, match="history of 6 items is longer than max_length=5"):
+        SASRec(8, max_length=5)(torch.zeros(1, 6, 8), torch.ones(1, 6, dtype=torch.bool))
+
+
+def test_sasrec_attention_equals_the_formula() -> None:
+    """One head, no dropout: softmax(QK^T / sqrt(H)) V over the allowed keys."""
+    torch.manual_seed(0)
+    attention = SASRec(8, num_layers=1, num_heads=1).eval().blocks[0].attention
+    x = torch.randn(2, 5, 8)
+    q, k, v = attention.qkv(x).chunk(3, -1)
+    scores = (q @ k.transpose(1, 2) / 8**0.5).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
+    expected = attention.out(torch.softmax(scores, -1) @ v)
+    actual = attention(x, torch.ones(5, 5).tril().bool().expand(2, 1, 5, 5))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_gru4rec_equals_row_by_row() -> None:
+    torch.manual_seed(0)
+    encoder = GRU4Rec(8, num_layers=2).eval()
+    x, lengths = torch.randn(3, 6, 8), (6, 4, 1)
+    mask = torch.stack([torch.arange(6) >= 6 - n for n in lengths])
+    states = encoder(x, mask)
+    for row, length in enumerate(lengths):
+        alone = encoder.out(encoder.gru(x[row : row + 1, -length:])[0])
+        torch.testing.assert_close(states[row, -length:], alone[0])
+
+
+@pytest.mark.parametrize("name", ["sasrec_pre_norm", "gru4rec"])
+def test_per_sample_gradients_by_hooks(name: str) -> None:
+    """Opacus can hook the encoder: its per-sample gradients equal one backward pass per row (T7 for encoders)."""
+    opacus = pytest.importorskip("opacus")
+    from opacus.validators import ModuleValidator
+
+    torch.manual_seed(0)
+    encoder = ModuleValidator.fix(ENCODERS[name]().eval()).train()
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+    x, mask = torch.randn(3, 5, 8), torch.arange(5) >= torch.tensor([[0], [1], [3]])
+    hooked = opacus.GradSampleModule(encoder, loss_reduction="sum")
+    F.mse_loss(hooked(x, mask)[:, -1], torch.zeros(3, 8), reduction="sum").backward()
+    per_sample = [p.grad_sample.clone() for p in hooked.parameters()]
+    for row in range(3):
+        hooked.zero_grad()
+        F.mse_loss(hooked(x[row : row + 1], mask[row : row + 1])[:, -1], torch.zeros(1, 8), reduction="sum").backward()
+        for parameter, expected in zip(hooked.parameters(), per_sample, strict=True):
+            torch.testing.assert_close(parameter.grad_sample[0], expected[row], atol=1e-5, rtol=1e-4)

@@ -1,0 +1,228 @@
+import copy
+from collections.abc import Callable
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_sfubm.contracts import Catalogue, CatalogueRanker, FederatedModule, RankBatch, TrainBatch
+from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
+from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
+from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.fkd import FKDDistiller, prefixes
+from lightning_sfubm.modules.layers.text_affinity import text_affinities
+from lightning_sfubm.modules.sequential import SequentialRecommender
+
+
+def build(catalogue: Catalogue, phase: str = "student", **kwargs) -> FKDDistiller:
+    torch.manual_seed(0)
+    settings = {"num_experts": 2, "logits_precision": "fp32", **kwargs}
+    module = FKDDistiller(SASRec(8, num_heads=1), phase=phase, **settings)
+    module.bind(catalogue)
+    return module
+
+
+def logged_step(module: FKDDistiller, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logged: dict[str, torch.Tensor] = {}
+    module.log_losses = lambda batch, **terms: logged.update(terms)  # type: ignore[method-assign]
+    return module.training_step(batch, 0), logged
+
+
+def with_gradient(module: FKDDistiller) -> set[str]:
+    return {name.split(".")[0] for name, p in module.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize(
+    ("phase", "moved"),
+    [
+        ("teacher", {"teacher"}),
+        ("student", {"encoder", "ids", "align_projection"}),
+        ("joint", {"teacher", "encoder", "ids", "align_projection"}),
+    ],
+)
+def test_a_phase_trains_its_branch_only(
+    catalogue: Catalogue, train_batch: TrainBatch, phase: str, moved: set[str]
+) -> None:
+    module = build(catalogue, phase).train()
+    module.training_step(train_batch, 0).backward()
+    assert with_gradient(module) == moved
+    optimised = {id(p) for p in module.trained_parameters()}
+    named = {name.split(".")[0] for name, p in module.named_parameters() if id(p) in optimised}
+    assert named == moved
+
+
+def test_the_student_sends_no_gradient_to_a_training_teacher(catalogue: Catalogue, train_batch: TrainBatch) -> None:
+    """T26: with its own loss off, the joint phase leaves the teacher alone."""
+    module = build(catalogue, "joint", alpha=0.0).train()
+    module.training_step(train_batch, 0).backward()
+    assert "teacher" not in with_gradient(module)
+
+
+def test_terms_add_up_and_are_logged_by_name(catalogue: Catalogue, train_batch: TrainBatch) -> None:
+    module = build(catalogue, w_fact=0.7, w_counter=0.3, w_align=0.2).eval()
+    loss, terms = logged_step(module, train_batch)
+    assert set(terms) == {"loss", "ce", "fact", "counter_non_target", "counter_what_if", "align"}
+    expected = (
+        terms["ce"]
+        + 0.7 * terms["fact"]
+        + 0.3 * (terms["counter_non_target"] + terms["counter_what_if"])
+        + 0.2 * terms["align"]
+    )
+    torch.testing.assert_close(loss, expected)
+
+
+def test_zero_weights_are_the_plain_id_encoder(catalogue: Catalogue, train_batch: TrainBatch) -> None:
+    module = build(catalogue, w_fact=0.0, w_counter=0.0, w_align=0.0).eval()
+    loss, terms = logged_step(module, train_batch)
+    assert set(terms) == {"loss", "ce"}
+    plain = SequentialRecommender(module.encoder, logits_precision="fp32")
+    plain.bind(catalogue)
+    plain.items.ids = module.ids
+    torch.testing.assert_close(loss, plain.eval().training_step(train_batch, 0))
+
+
+@pytest.mark.parametrize("counter", ["both", "non_target", "what_if", "none"])
+def test_counter_forms(catalogue: Catalogue, train_batch: TrainBatch, counter: str) -> None:
+    module = build(catalogue, counter=counter, w_fact=0.0, w_align=0.0).eval()
+    loss, terms = logged_step(module, train_batch)
+    named = {"non_target": "counter_non_target", "what_if": "counter_what_if"}
+    expected = terms["ce"] + sum(terms[name] for form, name in named.items() if counter in (form, "both"))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_prefixes() -> None:
+    history = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]])
+    predicting = torch.tensor([[False, False, True, True], [True, False, False, True]])
+    assert prefixes(history, predicting).tolist() == [[0, 0, 5, 0], [0, 0, 5, 6], [1, 0, 0, 0], [1, 2, 3, 4]]
+
+
+def test_ranking_follows_the_phase(catalogue: Catalogue, rank_batch: RankBatch) -> None:
+    module = build(catalogue).eval()
+    assert isinstance(module, CatalogueRanker)
+    assert isinstance(module, FederatedModule)
+    by_student = module.rank(rank_batch)
+    by_teacher = module.candidate_scores(rank_batch, "teacher")
+    affinities = module.affinities(rank_batch)
+    assert affinities.shape == (5, 10, len(module.affinity_names))
+    torch.testing.assert_close(affinities[..., 0], by_student)
+    torch.testing.assert_close(affinities[..., 1], by_teacher)
+    text = text_affinities(module.teacher.text, rank_batch["history"], rank_batch["candidates"])
+    torch.testing.assert_close(affinities[..., 2:], text)
+    module.set_phase("teacher")
+    torch.testing.assert_close(module.rank(rank_batch), by_teacher)
+    for branch in ("", "student"):
+        order = torch.randperm(10)
+        shuffled = copy.copy(rank_batch)
+        shuffled["candidates"] = rank_batch["candidates"][:, order]
+        expected = module.candidate_scores(rank_batch, branch)[:, order]
+        torch.testing.assert_close(module.candidate_scores(shuffled, branch), expected)
+
+
+def test_left_padding_changes_nothing(catalogue: Catalogue, rank_batch: RankBatch) -> None:
+    module = build(catalogue).eval()
+    longer = copy.copy(rank_batch)
+    longer["history"] = torch.cat([torch.zeros(5, 4, dtype=torch.int64), rank_batch["history"]], 1)
+    torch.testing.assert_close(module.affinities(longer), module.affinities(rank_batch))
+
+
+def test_frozen_teacher_stays_in_evaluation_mode(catalogue: Catalogue) -> None:
+    module = build(catalogue).train()
+    assert not module.teacher.training
+    assert module.encoder.training
+    module.set_phase("teacher")
+    assert module.teacher.training
+    assert not module.encoder.training
+
+
+def test_semantics_round_trip(catalogue: Catalogue) -> None:
+    """g = x leaves z as it was; another g changes it; rows keep their order."""
+    module = build(catalogue).eval()
+    before = module.item_tables()[1]
+    assert torch.equal(module.semantics(), catalogue.text_embeddings[1:])
+    module.receive_semantics(module.semantics())
+    torch.testing.assert_close(module.item_tables()[1], before)
+    changed = module.semantics()
+    changed[3] = -changed[3]
+    module.receive_semantics(changed)
+    moved = (module.item_tables()[1] - before).abs().amax(1) > 1e-6
+    assert moved.nonzero().flatten().tolist() == [4]
+    with pytest.raises(MessageError, match=r"shape \(29, 12\), this domain needs \(30, 12\)"):
+        module.receive_semantics(changed[1:])
+    with pytest.raises(MessageError, match="not finite"):
+        module.receive_semantics(changed / 0)
+
+
+def test_only_the_teacher_leaves_and_comes_back(catalogue: Catalogue) -> None:
+    """T18: no table of ids, no text vector, no ID encoder in the shared state."""
+    module = build(catalogue)
+    shared = module.shared_state()
+    assert {name.split(".")[0] for name in shared} == {"adaptor", "fusion", "encoder"}
+    assert all(catalogue.num_items + 1 not in value.shape for value in shared.values())
+    private = {name: p.clone() for name, p in module.named_parameters() if not name.startswith("teacher")}
+    z = module.item_tables()[1]
+    module.load_shared_state({name: value + 1 for name, value in shared.items()})
+    assert all(torch.equal(value + 1, module.shared_state()[name]) for name, value in shared.items())
+    assert all(torch.equal(value, dict(module.named_parameters())[name]) for name, value in private.items())
+    assert not torch.equal(module.item_tables()[1], z)
+    del shared["fusion.gate.bias"]
+    with pytest.raises(MessageError, match=r"lacks 'fusion.gate.bias'"):
+        module.load_shared_state(shared)
+
+
+def test_table_can_start_from_the_teacher_once(catalogue: Catalogue) -> None:
+    module = build(catalogue, "teacher", init_from_teacher=True)
+    drawn = module.ids.weight.clone()
+    module.on_fit_start()
+    assert torch.equal(module.ids.weight, drawn)
+    module.set_phase("student")
+    module.on_fit_start()
+    z = torch.nn.functional.normalize(module.item_tables()[1], dim=1)
+    torch.testing.assert_close(module.ids.weight.detach(), z)
+    with torch.no_grad():
+        module.ids.weight.add_(1.0)
+    module.on_fit_start()
+    torch.testing.assert_close(module.ids.weight.detach(), z + 1.0)
+
+
+def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
+    for kwargs, message in (
+        ({"counter": "fact"}, "counter='fact'"),
+        ({"w_fact": -1.0}, "w_fact=-1.0"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"swap_probability": 1.5}, "swap_probability=1.5"),
+        ({"phase": "warm-up"}, "phase='warm-up'"),
+        ({"teacher_encoder": GRU4Rec(4)}, "teacher_encoder has hidden_dim 4, the student's has 8"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            FKDDistiller(SASRec(8), **kwargs)
+    with pytest.raises(ConfigError, match="needs text vectors"):
+        FKDDistiller(SASRec(8)).bind(Catalogue("t", 3, ["", "a", "b", "c"], None, torch.ones(4)))
+
+
+def test_phases_train_log_and_reload(
+    synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer], tmp_path
+) -> None:
+    """T32 for the whole of stage 1: teacher, then student; both far over chance; everything survives a reload."""
+    L.seed_everything(0, verbose=False)
+    module = FKDDistiller(SASRec(16, dropout=0.1), num_experts=2, lr=1e-2)
+    assert module.local_phases == ("teacher", "student")
+    assert module.round_phase == "teacher"
+    for phase in module.local_phases:
+        module.set_phase(phase)
+        trainer = make_trainer(max_epochs=12)
+        trainer.fit(module, synthetic)
+        assert trainer.callback_metrics["val/hit@1"] > 0.3, phase
+    logged = set(trainer.callback_metrics)
+    assert {"val/teacher_ndcg@10", "train/ce", "train/fact", "train/counter_non_target", "train/align"} <= logged
+    module.receive_semantics(module.semantics().flip(0))
+
+    path = tmp_path / "model.ckpt"
+    trainer.save_checkpoint(path)
+    torch.load(path, weights_only=True)
+    again = FKDDistiller.load_from_checkpoint(path, weights_only=True).eval()
+    assert again.phase == "student"
+    batch = next(iter(synthetic.test_dataloader()))
+    torch.testing.assert_close(again.affinities(batch), module.eval().affinities(batch), rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="is of FKDDistiller, not of SequentialRecommender"):
+        SequentialRecommender(SASRec(16)).on_load_checkpoint(torch.load(path, weights_only=True))
