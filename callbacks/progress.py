@@ -35,7 +35,7 @@ class LabelledProgressBar(ProgressBar):
         self._bar = tqdm(
             total=int(epochs * batches) if known else None,
             desc=self.label,
-            disable=not self._enabled,
+            disable=None if self._enabled else True,  # None: shown on terminals only
             leave=False,
             dynamic_ncols=True,
             mininterval=0.5,

@@ -31,10 +31,10 @@ from lightning_sfubm.training import Stopwatch
 
 #: paired differences stated in the report, where both rows are there
 COMPARISONS = (
-    ("stage1", "sasrec"),
+    ("stage1", "encoder"),
     ("stage1", "stage1_local"),
     ("stage1", "id_text"),
-    ("sfubm", "sasrec"),
+    ("sfubm", "encoder"),
     ("sfubm", "zero_shot"),
     ("sfubm", "text_lora"),
     ("sfubm", "stage1"),
@@ -153,7 +153,7 @@ class Experiment:
             "timings": {**trainer.loop.stopwatch.timings, **watch.timings},
             "domains": list(runs),
             "comparisons": [{"a": a, "b": b} for a, b in COMPARISONS if a in self.methods and b in self.methods],
-            "reference_method": "sasrec",
+            "reference_method": "encoder",
             "protocol": self._protocol(datamodule),
             "llm": dict(self.llm.hparams) if self.llm is not None else {},
             "notes": [],
@@ -173,7 +173,7 @@ class Experiment:
             if stored.meta.extra.get("config_hash") == config_hash:
                 return
         method = METHODS[key]
-        console.print(f"[dim]{name}: {method.label}[/dim]")
+        console.print(f"[dim]{name}: {domain.label(key)}[/dim]")
         before = domain.watch.timings.get(f"train {key}", {"cpu_s": 0.0})["cpu_s"]
         with domain.watch(f"train {key}"):
             ranker = method.build(domain)

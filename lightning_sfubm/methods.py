@@ -128,7 +128,7 @@ class DomainRun:
             batches,
             catalogue=self.data.catalogue,
             method=key,
-            label=method.label,
+            label=self.label(key),
             group=method.group,
             order=order,
             domain=self.name,
@@ -137,16 +137,28 @@ class DomainRun:
             candidate_hash=self.data.candidate_hash["test"],
             data_fingerprint=self.data.domain.fingerprint,
             extra=extra,
+            trainable_params=_trained(ranker),
             device=self.trainer.strategy.root_device,
         )
+
+    def label(self, key: str) -> str:
+        """What the table calls a row; the encoder goes by its own name."""
+        return METHODS[key].label.format(encoder=type(getattr(self.template, "encoder", None)).__name__)
 
     def folder(self, key: str) -> Path:
         """Working folder of a method."""
         return self.run_dir / "clients" / self.name / key
 
 
+def _trained(ranker: Ranker) -> int:
+    """Parameters that some phase of training moved: an LLM's are those with gradients, a stage-1 module's are all."""
+    if not isinstance(ranker, torch.nn.Module):
+        return 0
+    return sum(p.numel() for p in ranker.parameters() if p.requires_grad or not isinstance(ranker, LLMHead))
+
+
 def _popularity(run: DomainRun) -> Ranker:
-    return Popularity(run.full_data.catalogue.train_counts)
+    return Popularity(run.full_data.catalogue)
 
 
 def _sequential(features: str) -> Callable[[DomainRun], Ranker]:
@@ -200,7 +212,7 @@ def _head(run: DomainRun, **changes: Any) -> LLMHead:
 def _tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
     torch.manual_seed(derive_seed(run.trainer.seed, "llm", key, run.name))
     trainer = run.trainer.make_trainer(
-        label=f"{METHODS[key].label}, {run.name}",
+        label=f"{run.label(key)}, {run.name}",
         max_epochs=run.experiment.llm_epochs,
         folder=run.folder(key),
         client=f"{run.name}-{key}",
@@ -234,7 +246,7 @@ def _sfubm(run: DomainRun) -> Ranker:
 
 METHODS: dict[str, Method] = {
     "popularity": Method("Popularity", "Reference", _popularity),
-    "sasrec": Method("SASRec alone", "One domain", _sequential("id")),
+    "encoder": Method("{encoder} alone", "One domain", _sequential("id")),
     "id_text": Method("ID + text, one encoder", "Controls without an LLM", _sequential("id+text")),
     "stage1_local": Method("Stage 1 without federation", "Ours, stage 1", _stage1_local),
     "stage1": Method("SF-UBM stage 1", "Ours, stage 1", _stage1),

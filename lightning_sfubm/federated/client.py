@@ -103,11 +103,11 @@ class Client:
         min_epochs: int,
         patience: int,
         monitor: str,
-    ) -> None:
-        """Train one local phase to early stopping and keep the best epoch's weights."""
+    ) -> float:
+        """Train one local phase to early stopping, keep the best epoch's weights and return its ``monitor``."""
         self.module.set_phase(phase)
         torch.manual_seed(derive_seed(self.seed, "client", self.name, "phase", phase))
-        _, self._trainer = fit_to_early_stopping(
+        best, self._trainer = fit_to_early_stopping(
             self.make_trainer,
             self.module,
             self.datamodule,
@@ -120,6 +120,7 @@ class Client:
             record=record,
         )
         self.phases_done.append(phase)
+        return best
 
     def save(self, path: Path) -> None:
         """Write a Lightning checkpoint: with optimiser and counters after a round, weights only after a local phase.

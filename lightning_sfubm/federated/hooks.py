@@ -1,4 +1,4 @@
-"""Hooks of the federated loop. A :class:`FederatedCallback` is a Lightning callback with four more hooks.
+"""Hooks of the federated loop. A :class:`FederatedCallback` is a Lightning callback with more hooks.
 
 Give them to the trainer like any callback (``trainer.callbacks``). Inside a client's local training only Lightning's own
 hooks run, on callbacks that are not federated ones.
@@ -35,6 +35,9 @@ class FederatedCallback(Callback):
 
     def on_round_end(self, loop: "FederatedLoop", round: int, metrics: dict[str, dict[str, float]]) -> None:
         """After a round; ``metrics`` holds the validation metrics of each client."""
+
+    def on_phase_end(self, loop: "FederatedLoop", client: str, phase: str, best: float) -> None:
+        """After a client's local phase; ``best`` is the best value of the monitored validation metric."""
 
     def describe_upload(self, kind: str) -> dict[str, object]:
         """Mechanism applied to messages of this kind, for the ledger; empty where there is none."""

@@ -10,6 +10,7 @@ the same bytes. All state lives in the checkpoint of :mod:`lightning_sfubm.feder
 
 import json
 import logging
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -160,6 +161,8 @@ class FederatedLoop:
         federation = self.federation
         if self.counters.step == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+            for folder in ("checkpoints", "clients", "csv"):  # of an earlier run in the same place
+                shutil.rmtree(self.run_dir / folder, ignore_errors=True)
             for file in ("history.jsonl", "ledger.jsonl"):
                 (self.run_dir / file).write_text("")
         if federation.sends_semantics and len(self.clients) > 1 and not self.counters.semantics_done:
@@ -235,7 +238,7 @@ class FederatedLoop:
             client.module.load_shared_state(self._receive(name, self.server.broadcast_schema, answer))
 
     def _local_phase(self, name: str, client: Client, phase: str) -> None:
-        client.train_phase(
+        best = client.train_phase(
             phase,
             self._folder(name),
             partial(self._history, name, phase, None),
@@ -246,6 +249,8 @@ class FederatedLoop:
         )
         self.counters.phases = {n: list(c.phases_done) for n, c in self.clients.items()}
         self._checkpoint()
+        for callback in self.callbacks:
+            callback.on_phase_end(self, name, phase, best)
 
     def _send(self, name: str, client: Client, schema: Any, round: int, tensors: dict[str, Tensor]) -> bytes:
         mechanism: dict[str, object] = {}
