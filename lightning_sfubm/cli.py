@@ -1,15 +1,33 @@
 """The command line: Lightning's own, with federated runs and experiments."""
 
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.trainer import FederatedTrainer
+
+
+class _Parser(LightningArgumentParser):
+    """Parser whose errors are one sentence, raised for the entry point to print."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Raise the first reason that is given for a rejected value, or the message on one line."""
+        raise ConfigError(_sentence(message)) from ex
+
+
+def _sentence(message: str) -> str:
+    """The first reason in a message of the parser, with its key, on one line."""
+    key = re.search(r'[Pp]arser key "([^"]+)"', message)
+    reason = re.search(r"Errors:\s+- (.+?)(?:\n\s*- |\Z)", message, re.DOTALL)
+    words = " ".join((reason[1] if reason else message).split())
+    return f"{key[1]}: {words}" if key and reason else words
 
 
 class SFUBMCLI(LightningCLI):
@@ -23,6 +41,7 @@ class SFUBMCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=FederatedTrainer,
+            parser_class=_Parser,
             seed_everything_default=1,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf+"},
@@ -37,6 +56,18 @@ class SFUBMCLI(LightningCLI):
             default=None,
             help="After a federated fit: baselines, LLM stage, evaluation on test data, report.",
         )
+
+    def instantiate_classes(self) -> None:
+        """As Lightning does; what a constructor refuses reads as one sentence."""
+        try:
+            super().instantiate_classes()
+        except SFUBMError:
+            raise
+        except ValueError as error:
+            # The parser tries a class in turn with the other types an option admits and lists every failure.
+            if "Errors:" not in str(error):
+                raise
+            raise ConfigError(_sentence(str(error))) from error
 
     def _parse_ckpt_path(self) -> None:
         # Lightning lets the hyper-parameters stored in a checkpoint override what was typed. Here what was given, on
@@ -67,4 +98,4 @@ class SFUBMCLI(LightningCLI):
 def run(argv: list[str]) -> None:
     """Parse and run; returns nothing, so that a console script's exit code stays 0."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    SFUBMCLI(args=argv)
+    SFUBMCLI(args=None if argv == sys.argv[1:] else argv)

@@ -1,0 +1,157 @@
+"""The command line: lazy help, one-sentence errors, explicit flags win, train-then-test (T12), defaults (T20)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_sfubm.__main__ import main
+
+SYNTHETIC = str(Path(__file__).resolve().parent.parent / "configs/debug/synthetic.yaml")
+
+
+@pytest.fixture
+def sequential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a small single-domain run."""
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    config = {
+        "seed_everything": 5,
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": str(tmp_path / "run"),
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "run")}},
+        },
+        "model": {
+            "class_path": "lightning_sfubm.modules.sequential.SequentialRecommender",
+            "init_args": {
+                "encoder": {
+                    "class_path": "lightning_sfubm.modules.encoders.sasrec.SASRec",
+                    "init_args": {"hidden_dim": 16, "num_layers": 1, "max_length": 16},
+                }
+            },
+        },
+        "data": {
+            "class_path": "lightning_sfubm.datamodules.domain_datamodule.DomainDataModule",
+            "init_args": {
+                "name": "alpha",
+                "reader": {
+                    "class_path": "lightning_sfubm.datamodules.synthetic.SyntheticReader",
+                    "init_args": {"num_users": 60},
+                },
+                "k_core": 0,
+                "max_length": 16,
+            },
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", str(path)]
+
+
+def checkpoint(folder: Path) -> str:
+    return str(next(folder.rglob("*.ckpt")))
+
+
+def test_help_answers_without_importing_torch() -> None:
+    code = "import sys; from lightning_sfubm.__main__ import main; main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in ("fit", "validate", "test", "predict", "report", "SFUBM_CACHE"):
+        assert word in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("lightning-sfubm 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fly"], "unknown command 'fly'"),
+        (["report", "no/such/run"], "no/such/run"),
+        (["fit", "--config", SYNTHETIC, "--experiment.init_args.methods", "[nonsense]"], "nonsense"),
+        (["fit", "--config", SYNTHETIC, "--trainer.federation.init_args.rounds", "-1"], "rounds = -1"),
+        (["test", "--config", SYNTHETIC, "--trainer.default_root_dir", "nowhere", "--ckpt_path", "last"], "nowhere"),
+    ],
+)
+def test_user_errors_are_one_sentence_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("flag", ["--model.init_args.nonsense=1", "--trainer.nonsense=1", "--nonsense=1"])
+def test_unknown_keys_are_refused_by_name(
+    flag: str, sequential: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", *sequential, flag])
+    assert exit.value.code == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_train_then_test_equals_test_from_the_checkpoint(sequential: list[str], tmp_path: Path) -> None:
+    from lightning_sfubm.cli import SFUBMCLI
+
+    fitted = SFUBMCLI(args=["fit", *sequential])
+    live = fitted.trainer.test(fitted.model, datamodule=fitted.datamodule, verbose=False)
+    path = checkpoint(tmp_path / "run")
+    tested = SFUBMCLI(args=["test", *sequential, "--ckpt_path", path])
+    stored = {k: float(v) for k, v in tested.trainer.callback_metrics.items()}
+    assert live == [pytest.approx(stored)]
+    assert 0 < stored["test/ndcg@10"] < 1
+
+
+def test_explicit_flags_win_over_what_a_checkpoint_stored(sequential: list[str], tmp_path: Path) -> None:
+    from lightning_sfubm.cli import SFUBMCLI
+
+    SFUBMCLI(args=["fit", *sequential])
+    path = checkpoint(tmp_path / "run")
+    again = SFUBMCLI(args=["test", *sequential, "--model.init_args.lr", "0.5", "--ckpt_path", path])
+    assert again.model.lr == 0.5
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    sequential: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", *sequential])
+    path = checkpoint(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main(["test", *sequential, "--data.init_args.reader.init_args.num_items", "60", "--ckpt_path", path])
+    assert "num_items" in capsys.readouterr().err
+
+
+def test_default_config_is_the_default_constructor() -> None:
+    import inspect
+
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
+    from lightning_sfubm.federated.loop import Federation
+    from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
+    from lightning_sfubm.modules.encoders.sasrec import SASRec
+    from lightning_sfubm.modules.llm_head import LLMHead
+
+    for cls in (SASRec, GRU4Rec, Federation, LLMHead, RankingDataModule):
+        parser = LightningArgumentParser()
+        parser.add_class_arguments(cls, "x", skip={"source"})
+        parsed = vars(parser.get_defaults().x)
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:
+                assert parsed[name] == parameter.default, (cls.__name__, name)

@@ -1,0 +1,99 @@
+"""Every shipped YAML parses, instantiates and takes one fast step; its header holds the command that runs it (T10)."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_sfubm.cli import SFUBMCLI
+from lightning_sfubm.modules.llm.tiny import write_tiny_llm
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+QUICK = {
+    "synthetic": {"class_path": "lightning_sfubm.datamodules.synthetic.SyntheticReader", "init_args": {"num_users": 40}},
+    "hashing": {"class_path": "lightning_sfubm.datamodules.synthetic.HashingTextEncoder", "init_args": {"dim": 32}},
+}
+
+
+def command(config: Path) -> list[str]:
+    line = config.read_text().splitlines()[0]
+    found = re.match(r"#\s+lightning-sfubm (fit .+)$", line) or re.match(
+        r"#\s+lightning-sfubm (fit .+)$", config.read_text().splitlines()[1]
+    )
+    assert found, f"{config}: the first lines must hold the command"
+    return shlex.split(found[1])
+
+
+def generated(value: Any, index: int = 0) -> Any:
+    """The same configuration with generated data in the place of files, and small."""
+    if isinstance(value, dict):
+        changed = {}
+        for place, (key, entry) in enumerate(value.items()):
+            if key == "reader":
+                changed[key] = {**QUICK["synthetic"], "init_args": {"num_users": 40, "domain_index": index}}
+            elif key == "text_encoder":
+                changed[key] = QUICK["hashing"]
+            else:
+                changed[key] = generated(entry, place if key != "init_args" else index)
+        return changed
+    return value
+
+
+def prepared(config: Path, folder: Path) -> list[str]:
+    """The header's command with every config rewritten for generated data."""
+    arguments = command(config)
+    assert any(Path(a).name == config.name for a in arguments), f"{config}: its command does not use it"
+    out, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == "--data.root":
+            skip = True
+        elif argument.endswith(".yaml"):
+            assert (ROOT / argument).exists(), f"{config}: names {argument}, which is not there"
+            rewritten = folder / argument.replace("/", "_")
+            rewritten.write_text(yaml.safe_dump(generated(yaml.safe_load((ROOT / argument).read_text()))))
+            out.append(str(rewritten))
+        else:
+            out.append(argument)
+    return out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[str(c.relative_to(ROOT / "configs")) for c in CONFIGS])
+def test_config_runs_a_fast_step(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    arguments = prepared(config, tmp_path)
+    if "gpu.yaml" in config.name:
+        arguments += ["--trainer.accelerator", "cpu"]
+    text = "".join(Path(a).read_text() for a in arguments if a.endswith(".yaml"))
+    arguments += ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.limit_train_batches", "2"]
+    arguments += ["--trainer.enable_progress_bar", "false"]
+    if "federation" in text:
+        federation = "--trainer.federation.init_args."
+        for name, value in {"rounds": 1, "local_max_epochs": 1, "local_min_epochs": 1, "patience": 1}.items():
+            arguments += [f"{federation}{name}", str(value)]
+        if "experiment:" in text:
+            arguments += ["--experiment.init_args.methods", "[popularity, late_fusion]"]
+    else:
+        arguments += ["--trainer.max_epochs", "1", "--trainer.min_epochs", "1"]
+        if "llm:" in text:
+            arguments += ["--model.init_args.llm", str(write_tiny_llm(tmp_path / "llm"))]
+    cli = SFUBMCLI(args=arguments)
+    if "federation" in text:
+        assert cli.trainer.loop is not None
+        assert cli.trainer.loop.counters.round == 1
+        if "experiment:" in text:
+            assert (tmp_path / "run" / "report.html").exists()
+    else:
+        assert cli.trainer.global_step == 2
+
+
+def test_every_group_of_the_design_is_there() -> None:
+    groups = {c.parent.name for c in CONFIGS}
+    assert {"domain", "encoder", "llm", "federated", "privacy", "trainer", "logger", "debug", "experiment"} <= groups
