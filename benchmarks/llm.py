@@ -125,7 +125,7 @@ def tuning(layers: int | None, steps: int) -> dict[str, float]:
         gradient_clip_val=1.0,
         callbacks=[bare],
     )
-    data = [batch(4, 8, 9, seed) for seed in range(steps)]
+    data: Any = [batch(4, 8, 9, seed) for seed in range(steps)]
     trainer.fit(head, torch.utils.data.DataLoader(data, batch_size=None))
     warm = slice(2, None)
     tokens = sum(bare.tokens[warm])

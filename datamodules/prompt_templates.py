@@ -86,8 +86,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"prompt template {path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"prompt template {path} must hold entries such as 'noun: film'")
-    kinds: dict[str, type] = {**dict.fromkeys(WORDS, str), "chat": bool, "system": str, **dict.fromkeys(FORMS, dict)}
-    for key, value in content.items():
+    kinds: dict[str, Any] = {**dict.fromkeys(WORDS, str), "chat": bool, "system": str, **dict.fromkeys(FORMS, dict)}
+    entries: dict[str, Any] = content
+    for key, value in entries.items():
         if key not in kinds:
             raise ConfigError(f"prompt template {path}: unknown entry '{key}'; known are {sorted(kinds)}")
         if not isinstance(value, kinds[key]):
@@ -102,7 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
                     )
                 if not isinstance(value[text], str):
                     raise ConfigError(f"prompt template {path}: entry '{key}.{text}' must be a text")
-    return content
+    return entries
 
 
 def _fill(path: Path, entry: str, text: str, words: dict[str, str]) -> str:

@@ -131,21 +131,21 @@ class LLMHead(InjectedLM):
             return
         self.head = nn.Linear(self.lm.hidden_dim, 1, bias=False, device=self.device)
         nn.init.zeros_(self.head.weight)
-        if num_affinities and self.hparams.residual:
+        if num_affinities and self.settings.residual:
             self.residual_weights = nn.Parameter(torch.eye(num_affinities, device=self.device)[0].clone())
 
     def _build(self, batch: RankBatch, **options: Any) -> PromptBatch:
         if self.catalogue is None:
             raise ConfigError("the LLM head has no catalogue yet; call attach_stage1(stage1 or None, catalogue)")
-        text_only = self.training and self.hparams.curriculum > 0 and self._draws_text_only()
+        text_only = self.training and self.settings.curriculum > 0 and self._draws_text_only()
         builder = self.text_prompts if text_only else self.prompts
         return builder.build(batch["history"], batch["candidates"], **options).to(self.device)
 
     def _draws_text_only(self) -> bool:
         """Curriculum: the chance of a text-only prompt falls linearly from 1 to 0."""
-        total = self.trainer.estimated_stepping_batches * self.hparams.curriculum
+        total = self.trainer.estimated_stepping_batches * self.settings.curriculum
         progress = min(1.0, self.global_step / max(1.0, total))
-        draw = torch.rand((), generator=torch_generator(self.hparams.seed, "curriculum", self.global_step))
+        draw = torch.rand((), generator=torch_generator(self.settings.seed, "curriculum", self.global_step))
         return draw.item() >= progress
 
     def init_residual(self, weights: Tensor) -> None:
@@ -178,7 +178,7 @@ class LLMHead(InjectedLM):
 
     def loss(self, batch: RankBatch) -> Tensor:
         """Cross-entropy over the candidates (``branch``) or on the answer's tokens (``list``)."""
-        if self.hparams.form == "branch":
+        if self.settings.form == "branch":
             return F.cross_entropy(self(batch), batch["target_index"])
         prompts = self._build(batch, branches=batch["target"].unsqueeze(1))
         states = self._states(prompts, self._embed(prompts, batch, self._affinities(batch)))
@@ -215,7 +215,7 @@ class LLMHead(InjectedLM):
                 scores = F.one_hot(choice, batch["candidates"].shape[1]).float() * valid.unsqueeze(1)
                 return scores, choice, valid
             scores = self(batch)
-            if self.hparams.subtract_prior and self.rank_mode == "score":
+            if self.settings.subtract_prior and self.rank_mode == "score":
                 scores = scores - self._priors(batch["candidates"])
             return scores, scores.argmax(1), torch.ones(len(scores), dtype=torch.bool, device=scores.device)
 
@@ -241,7 +241,7 @@ class LLMHead(InjectedLM):
         tries = None
         if self.rank_mode == "constrained":
             tries = [TitleTrie(answers) for answers in self.prompts.answers(candidates)]
-        length = self.hparams.title_tokens + 4
+        length = self.settings.title_tokens + 4
         answers = greedy(self.lm, embeddings, prompts, length, tokenizer.eos_token_id, tries)
         if tries is not None:
             picked: list[int | None] = [trie.candidate(answer) for trie, answer in zip(tries, answers, strict=True)]
@@ -291,7 +291,7 @@ class LLMHead(InjectedLM):
 
     def configure_optimizers(self) -> Any:
         """AdamW; one group each for adapters, projectors, head with residual; linear warm-up and decay."""
-        hp = self.hparams
+        hp = self.settings
         groups: dict[str, tuple[Callable[[str], bool], float, float]] = {
             "adapters": (lambda n: n.startswith("backbone."), hp.adapter_learning_rate, hp.weight_decay),
             "projectors": (lambda n: n.startswith("projector."), hp.projector_learning_rate, hp.weight_decay),

@@ -58,6 +58,10 @@ class PromptProjector(L.LightningModule):
         >>> L.Trainer(max_epochs=20).fit(projector)
     """
 
+    title_table: Tensor
+    id_table: Tensor
+    semantic_table: Tensor
+
     def __init__(
         self,
         llm: str = "smollm2-135m",
@@ -75,9 +79,14 @@ class PromptProjector(L.LightningModule):
         self.save_hyperparameters()
         self.tokens: TokenProjector | None = None
 
+    @property
+    def settings(self) -> Any:
+        """The hyper-parameters, as an object with one attribute each."""
+        return self.hparams
+
     def attach_stage1(self, stage1: Stage1, catalogue: Catalogue) -> None:
         """Read the item tables and the titles, and build the projectors."""
-        hp = self.hparams
+        hp = self.settings
         targets, scale = mean_title_embeddings(hp.llm, catalogue.titles, hp.title_tokens)
         with torch.no_grad():
             ids, semantics = stage1.item_tables()
@@ -89,22 +98,22 @@ class PromptProjector(L.LightningModule):
 
     def _build(self, hidden_dim: int, output_dim: int, scale: float) -> None:
         if self.tokens is None:
-            with seeded(self.hparams.seed, "projector"):
+            with seeded(self.settings.seed, "projector"):
                 self.tokens = TokenProjector(hidden_dim, output_dim, scale)
 
     def setup(self, stage: str) -> None:
         """Take catalogue and stage 1 from the datamodule and ``stage1_checkpoint`` where nothing was attached."""
         if not hasattr(self, "title_table"):
             catalogue = getattr(getattr(self.trainer, "datamodule", None), "catalogue", None)
-            if catalogue is None or not self.hparams.stage1_checkpoint:
+            if catalogue is None or not self.settings.stage1_checkpoint:
                 raise ConfigError(
                     "the projector needs a datamodule and stage1_checkpoint, or attach_stage1() before fit"
                 )
-            self.attach_stage1(load_stage1(self.hparams.stage1_checkpoint, catalogue), catalogue)
+            self.attach_stage1(load_stage1(self.settings.stage1_checkpoint, catalogue), catalogue)
 
     def train_dataloader(self) -> DataLoader:
         """Batches of item ids."""
-        hp = self.hparams
+        hp = self.settings
         batches = _ItemBatches(len(self.title_table) - 1, hp.batch_size, hp.seed)
         return DataLoader(range(len(self.title_table)), batch_sampler=batches)  # type: ignore[arg-type]
 
@@ -121,12 +130,12 @@ class PromptProjector(L.LightningModule):
 
     def _info_nce(self, soft: Tensor, titles: Tensor) -> Tensor:
         centred = F.normalize(soft - soft.mean(0), dim=-1)
-        logits = centred @ F.normalize(titles, dim=-1).T / self.hparams.temperature
+        logits = centred @ F.normalize(titles, dim=-1).T / self.settings.temperature
         return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and decay."""
-        hp = self.hparams
+        hp = self.settings
         return adamw_with_warmup(self, {"projectors": (lambda name: True, hp.learning_rate, 0.01)}, hp.warmup)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -36,6 +36,9 @@ class InjectedLM(L.LightningModule):
         template: texts of the prompt form.
     """
 
+    id_table: Tensor
+    semantic_table: Tensor
+
     def __init__(self, template: PromptTemplate) -> None:
         super().__init__()
         self.template = template
@@ -45,6 +48,11 @@ class InjectedLM(L.LightningModule):
         self._stage1: list[Any] = []  # a list keeps the module out of our parameters, checkpoints and modes
         self._shape: tuple[int, tuple[str, ...]] | None = None  # H and the affinity names of stage 1
         self._tree = True
+
+    @property
+    def settings(self) -> Any:
+        """The hyper-parameters, as an object with one attribute each."""
+        return self.hparams
 
     @property
     def lm(self) -> Backbone:
@@ -66,7 +74,7 @@ class InjectedLM(L.LightningModule):
         """Load the base model (once). Called by Lightning, by :meth:`attach_stage1` and on loading a checkpoint."""
         if self.backbone is not None:
             return
-        hp = self.hparams
+        hp = self.settings
         with seeded(hp.seed, "llm", "adapters"):
             self.backbone = Backbone(
                 hp.llm,
@@ -112,7 +120,7 @@ class InjectedLM(L.LightningModule):
         """Projectors and residual for a stage 1 of this shape (H = 0: none). Keeps those already there."""
         if self._shape is not None:
             return
-        hp = self.hparams
+        hp = self.settings
         self._shape = (hidden_dim, affinity_names)
         self.build_output(len(affinity_names))
         if hidden_dim == 0:
@@ -144,7 +152,7 @@ class InjectedLM(L.LightningModule):
             raise CheckpointError(f"projector checkpoint {path} does not fit this head: {reason}") from error
 
     def _build_prompts(self) -> None:
-        hp = self.hparams
+        hp = self.settings
         assert self.catalogue is not None
         soft = self.projector is not None
         in_items = soft and (hp.item_tokens or hp.semantic_token)
@@ -161,7 +169,7 @@ class InjectedLM(L.LightningModule):
             catalogue = getattr(getattr(self.trainer, "datamodule", None), "catalogue", None)
             if catalogue is None:
                 raise ConfigError("the LLM head needs a datamodule with a catalogue, or attach_stage1() before the run")
-            path = self.hparams.stage1_checkpoint
+            path = self.settings.stage1_checkpoint
             self.attach_stage1(load_stage1(path, catalogue) if path else None, catalogue)
 
     def _affinities(self, batch: RankBatch) -> Tensor | None:
@@ -209,7 +217,7 @@ class InjectedLM(L.LightningModule):
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trainable parameters only: adapters, projectors, head, residual."""
         full = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
@@ -256,7 +264,7 @@ class InjectedLM(L.LightningModule):
         self.configure_model()
         if note["base"] != self.lm.fingerprint():
             raise CheckpointError(
-                f"the checkpoint was trained on another base model than '{self.hparams.llm}'; name that one as llm"
+                f"the checkpoint was trained on another base model than '{self.settings.llm}'; name that one as llm"
             )
         shape = (int(note["hidden_dim"]), tuple(note["affinity_names"]))
         if self._shape is not None and self._shape != shape:
