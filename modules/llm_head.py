@@ -224,7 +224,7 @@ class LLMHead(InjectedLM):
         if self._prior is None:
             self._prior = torch.full((self.prompts.num_items + 1,), float("nan"), device=self.device)
         missing = torch.unique(candidates[self._prior[candidates].isnan()])
-        for items in missing.split(64):
+        for items in missing.split(64) if len(missing) else ():
             row = items.unsqueeze(0)
             prompts = self.text_prompts.build(row.new_zeros(1, 1), row[:, :0], row, with_history=False).to(self.device)
             states = self._states(prompts, self.lm.embed(prompts.tokens))

@@ -122,6 +122,12 @@ class Client:
         self.phases_done.append(phase)
         return best
 
+    def finish(self) -> None:
+        """Leave the module in its last local phase, ready to rank, also where a resumed run had nothing left to train."""
+        if self.module.local_phases:
+            self.module.set_phase(self.module.local_phases[-1])
+        self.module.eval()
+
     def save(self, path: Path) -> None:
         """Write a Lightning checkpoint: with optimiser and counters after a round, weights only after a local phase.
 

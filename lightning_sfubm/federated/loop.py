@@ -175,6 +175,7 @@ class FederatedLoop:
                 if phase not in client.phases_done:
                     with self.stopwatch(f"stage 1: local {phase}"):
                         self._local_phase(name, client, phase)
+            client.finish()
 
     def exchange_semantics(self) -> None:
         """Perturbed item vectors up, aggregated vectors down.

@@ -239,7 +239,7 @@ class FederatedTrainer(L.Trainer):
             self.loop = self.build_loop(model, datamodule)
         load_state(find_state(self._states(ckpt_path)), self.loop.server, self.loop.clients)
         for client in self.loop.clients.values():
-            client.module.set_phase(client.module.local_phases[-1])
+            client.finish()
         return self.loop
 
     def _states(self, ckpt_path: str | Path) -> Path:

@@ -1,0 +1,91 @@
+"""The main job in small: every row of the table, the report, what is written; resume; W&B (tiny random LLM)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sfubm.evaluation.results import PerUserResults
+from lightning_sfubm.experiment import Experiment
+from lightning_sfubm.methods import METHODS
+from lightning_sfubm.modules.llm.tiny import write_tiny_llm
+from lightning_sfubm.modules.llm_head import LLMHead
+from tests.conftest import small_distiller
+
+
+def experiment(folder: Path, **settings: Any) -> Experiment:
+    llm = LLMHead(llm=str(write_tiny_llm(folder / "llm")), template="shopping", history_length=3, title_tokens=6)
+    return Experiment(llm=llm, max_test_users=20, max_train_users=16, train_candidates=4, sigmas=[0.0, 0.2], **settings)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, federated_data: Any, federated_trainer: Any) -> Any:
+    trainer = federated_trainer(rounds=1)
+    report = experiment(tmp_path).run(
+        trainer, small_distiller(), federated_data(), command="lightning-sfubm fit", config_hash="h"
+    )
+    return trainer, report
+
+
+def test_every_method_ranks_the_same_candidates_of_the_same_users(finished: Any) -> None:
+    trainer, _ = finished
+    for domain in ("alpha", "beta"):
+        rows = [PerUserResults.load(p) for p in sorted((trainer.run_dir / "results" / domain).glob("*.parquet"))]
+        assert {r.meta.method for r in rows} == set(METHODS)
+        assert len({r.meta.candidate_hash for r in rows}) == 1
+        assert len({tuple(sorted(r.user.tolist())) for r in rows}) == 1
+        assert {len(r) for r in rows} == {20}
+        by_user = {r.meta.method: dict(zip(r.user.tolist(), r.target.tolist(), strict=True)) for r in rows}
+        assert len({json.dumps(sorted(v.items())) for v in by_user.values()}) == 1
+        everyone = trainer.run_dir / "results" / f"{domain}, all users"
+        wide = {p.stem: PerUserResults.load(p) for p in everyone.glob("*.parquet")}
+        assert set(wide) == {m for m, spec in METHODS.items() if not spec.needs_llm}
+        assert all(len(r) > 20 for r in wide.values())
+    llm = PerUserResults.load(trainer.run_dir / "results" / "alpha" / "sfubm.parquet")
+    frozen = PerUserResults.load(trainer.run_dir / "results" / "alpha" / "zero_shot.parquet")
+    assert llm.meta.trainable_params
+    assert frozen.meta.trainable_params == 0
+
+
+def test_the_run_folder_and_the_report_say_what_happened(finished: Any) -> None:
+    trainer, report = finished
+    run = json.loads((trainer.run_dir / "run.json").read_text())
+    assert run["command"] == "lightning-sfubm fit"
+    assert run["seed"] == 3
+    assert {c["a"] for c in run["comparisons"]} == {"stage1", "sfubm"}
+    assert any(name.startswith("train sfubm") for name in run["timings"])
+    privacy = json.loads((trainer.run_dir / "privacy.json").read_text())
+    assert [(e["sigma"], e["used"]) for e in privacy["alpha"]] == [(0.0, False), (0.05, True), (0.2, False)]
+    page = report.read_text()
+    for words in ("SF-UBM", "Zero-shot LLM", "Late fusion", "linkage", "not differential privacy", "alpha", "beta"):
+        assert words.lower() in page.lower()
+    facts = json.loads(report.with_suffix(".json").read_text())
+    assert {d["name"] for d in facts["domains"]} >= {"alpha", "beta"}
+    assert facts["communication"]["messages"] > 0
+
+
+def test_a_resumed_run_keeps_finished_rows(
+    finished: Any, tmp_path: Path, federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _ = finished
+    results = trainer.run_dir / "results"
+    before = {p: p.stat().st_mtime_ns for p in results.rglob("*.parquet")}
+    lost = results / "beta" / "late_fusion.parquet"
+    expected = PerUserResults.load(lost)
+    lost.unlink()
+    again = federated_trainer(rounds=1)
+    experiment(tmp_path).run(
+        again, small_distiller(), federated_data(), ckpt_path="last", command="again", config_hash="h"
+    )
+    after = {p: p.stat().st_mtime_ns for p in results.rglob("*.parquet")}
+    assert {p for p in after if after[p] != before[p]} <= {lost, results / "beta, all users" / "late_fusion.parquet"}
+    assert (PerUserResults.load(lost).rank == expected.rank).all()
+
+
+def test_methods_without_an_llm_need_none(tmp_path: Path, federated_data: Any, federated_trainer: Any) -> None:
+    report = Experiment(methods=["popularity", "stage1"]).run(
+        federated_trainer(rounds=1), small_distiller(), federated_data(domains=1)
+    )
+    assert report.exists()
+    assert {p.stem for p in (report.parent / "results" / "alpha").glob("*.parquet")} == {"popularity", "stage1"}
