@@ -79,7 +79,7 @@ class FKDDistiller(CatalogueModule):
         num_neighbours: int = 10,
         init_from_teacher: bool = False,
         alpha: float = 1.0,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         phase: Literal["teacher", "student", "joint"] = "teacher",

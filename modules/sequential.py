@@ -65,7 +65,7 @@ class SequentialRecommender(CatalogueModule):
         loss: Literal["full", "sampled", "bce"] = "full",
         num_negatives: int = 512,
         negative_power: float = 0.5,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         num_experts: int = 1,

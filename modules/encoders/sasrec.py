@@ -1,6 +1,7 @@
 """SASRec: a causal transformer over item embeddings (Kang and McAuley, ICDM 2018)."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class SASRecBlock(nn.Module):
 class SASRec(nn.Module):
     """Self-attentive sequence encoder.
 
-    Positions are counted from the newest item backwards, so the amount of left padding changes nothing.
+    Positions are counted over real items, so the amount of left padding changes nothing.
 
     Args:
         hidden_dim: H, the width of item embeddings and states.
@@ -89,6 +90,9 @@ class SASRec(nn.Module):
         feedforward_dim: inner width of the feed-forward layers; ``None`` means ``hidden_dim``, as in the original.
         activation: ``"gelu"``, ``"relu"`` or ``"silu"``.
         norm_first: layer norm before each sub-layer (and once at the end) instead of after it.
+        count_from: number positions from the ``"oldest"`` item of a row, so that a prefix looks the same while training
+            and when ranking, or backwards from the ``"newest"``, as the original does with its padded rows [choice:
+            on 10,000 Beauty users the first gave .281 against .268 Hit@1 on validation].
 
     Raises:
         ConfigError: if ``num_heads`` does not divide ``hidden_dim`` or the activation is unknown.
@@ -109,10 +113,13 @@ class SASRec(nn.Module):
         feedforward_dim: int | None = None,
         activation: str = "gelu",
         norm_first: bool = True,
+        count_from: Literal["oldest", "newest"] = "oldest",
     ) -> None:
         super().__init__()
         if hidden_dim % num_heads:
             raise ConfigError(f"SASRec: num_heads={num_heads} does not divide hidden_dim={hidden_dim}.")
+        if count_from not in ("oldest", "newest"):
+            raise ConfigError(f"SASRec: count_from={count_from!r} is unknown; choose 'oldest' or 'newest'.")
         if activation not in ACTIVATIONS:
             raise ConfigError(f"SASRec: activation={activation!r} is unknown; choose one of {sorted(ACTIVATIONS)}.")
         self.hidden_dim = hidden_dim
@@ -123,6 +130,7 @@ class SASRec(nn.Module):
         self.feedforward_dim = feedforward_dim
         self.activation = activation
         self.norm_first = norm_first
+        self.count_from = count_from
 
         self.positions = nn.Embedding(max_length, hidden_dim)
         self.input_norm = nn.Identity() if norm_first else nn.LayerNorm(hidden_dim)
@@ -154,8 +162,11 @@ class SASRec(nn.Module):
                 "raise the encoder's max_length or lower the data's."
             )
         device = item_embeddings.device
-        # Expanded to (B, L) rather than broadcast: per-sample gradient hooks need a batch axis at the embedding.
-        index = torch.arange(length - 1, -1, -1, device=device).expand(batch, length)
+        # Indices are (B, L) rather than broadcast: per-sample gradient hooks need a batch axis at the embedding.
+        if self.count_from == "oldest":
+            index = mask.cumsum(1).sub(1).clamp_min(0)
+        else:
+            index = torch.arange(length - 1, -1, -1, device=device).expand(batch, length)
         x = self.drop(self.input_norm(item_embeddings + self.positions(index)))
 
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()

@@ -111,7 +111,7 @@ def test_defaults_are_the_documented_ones() -> None:
     module = SequentialRecommender(SASRec())
     assert (module.features, module.logits, module.loss, module.logits_precision) == ("id", "dot", "full", "auto")
     assert (module.hidden_dim, module.encoder.num_layers, module.encoder.max_length) == (64, 2, 50)
-    assert module.lr == 1e-3
+    assert module.lr == 3e-3
 
 
 @pytest.mark.parametrize("encoder", [SASRec(16, dropout=0.1), GRU4Rec(16, dropout=0.1)], ids=["sasrec", "gru4rec"])

@@ -29,6 +29,7 @@ class DecayingMean(nn.Module):
 
 ENCODERS = {
     "sasrec_pre_norm": lambda: SASRec(8, num_layers=2, num_heads=2, norm_first=True),
+    "sasrec_from_newest": lambda: SASRec(8, num_layers=1, num_heads=2, count_from="newest"),
     "sasrec_post_norm": lambda: SASRec(8, num_layers=2, num_heads=1, norm_first=False, activation="relu"),
     "sasrec_wide": lambda: SASRec(8, num_layers=1, num_heads=4, feedforward_dim=32, activation="silu"),
     "gru4rec": lambda: GRU4Rec(8),
@@ -85,10 +86,21 @@ def test_check_encoder_restores_the_mode() -> None:
 def test_sasrec_refuses_bad_settings() -> None:
     with pytest.raises(ConfigError, match="num_heads=3 does not divide"):
         SASRec(8, num_heads=3)
+    with pytest.raises(ConfigError, match="count_from='left'"):
+        SASRec(8, count_from="left")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="activation='swish'"):
         SASRec(8, activation="swish")
     with pytest.raises(ConfigError, match="history of 6 items is longer than max_length=5"):
         SASRec(8, max_length=5)(torch.zeros(1, 6, 8), torch.ones(1, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("count_from", "same"), [("oldest", True), ("newest", False)])
+def test_where_positions_are_counted_from(count_from: str, same: bool) -> None:
+    """Counted from the oldest item, a prefix has the states it has within the longer row."""
+    torch.manual_seed(0)
+    encoder = SASRec(8, num_heads=1, count_from=count_from).eval()
+    x, mask = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool)
+    assert torch.allclose(encoder(x, mask)[:, :4], encoder(x[:, :4], mask[:, :4]), atol=1e-5) is same
 
 
 def test_sasrec_attention_equals_the_formula() -> None:
