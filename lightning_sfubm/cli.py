@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 
 from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
@@ -28,6 +28,23 @@ def _sentence(message: str) -> str:
     reason = re.search(r"Errors:\s+- (.+?)(?:\n\s*- |\Z)", message, re.DOTALL)
     words = " ".join((reason[1] if reason else message).split())
     return f"{key[1]}: {words}" if key and reason else words
+
+
+class _TopLevelOnly(_InstantiatorFn):
+    """Store the configuration as hyper-parameters of the configured model or data module alone.
+
+    Lightning's own does so for every module it makes, also for one nested in another option, which would then be given
+    the hyper-parameters of the top-level one.
+    """
+
+    def __call__(self, class_type: type[Any], *args: Any, applied_instantiation_links: dict, **kwargs: Any) -> Any:
+        self.cli._dump_config()
+        configured = self.cli.config_dump.get(self.key) or {}
+        if configured.get("class_path") != f"{class_type.__module__}.{class_type.__qualname__}":
+            return class_type(*args, **kwargs)
+        return super().__call__(
+            class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs
+        )
 
 
 class SFUBMCLI(LightningCLI):
@@ -56,6 +73,10 @@ class SFUBMCLI(LightningCLI):
             default=None,
             help="After a federated fit: baselines, LLM stage, evaluation on test data, report.",
         )
+
+    def _add_instantiators(self) -> None:
+        for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
+            self.parser.add_instantiator(_TopLevelOnly(cli=self, key=key), kind, subclasses=True)
 
     def instantiate_classes(self) -> None:
         """As Lightning does; what a constructor refuses reads as one sentence."""

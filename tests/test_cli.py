@@ -155,3 +155,26 @@ def test_default_config_is_the_default_constructor() -> None:
         for name, parameter in inspect.signature(cls.__init__).parameters.items():
             if parameter.default is not inspect.Parameter.empty:
                 assert parsed[name] == parameter.default, (cls.__name__, name)
+
+
+def test_hyper_parameters_of_nested_modules_are_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_sfubm.cli import SFUBMCLI
+
+    class Parsed(SFUBMCLI):
+        """Stops before anything is trained."""
+
+        def before_fit(self) -> None:
+            """Nothing to write."""
+
+        def fit(self, **kwargs: object) -> None:
+            """Nothing to train."""
+
+    monkeypatch.chdir(tmp_path)
+    llm = "--experiment.init_args.llm"
+    parsed = Parsed(
+        args=["fit", "--config", SYNTHETIC, llm, "lightning_sfubm.modules.llm_head.LLMHead"]
+        + [f"{llm}.init_args.history_length", "4", f"{llm}.init_args.llm", "folder"]
+    )
+    head = parsed.config_init["fit"]["experiment"].llm
+    assert (head.hparams.llm, head.hparams.history_length) == ("folder", 4)
+    assert parsed.model.hparams["encoder"]["init_args"]["hidden_dim"] == 32

@@ -1,0 +1,83 @@
+"""What the README says is run: the plug-in encoder from outside the package, the commands, the links (T11)."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every lightning-sfubm command of the README, continuation lines joined."""
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if "lightning-sfubm " in line]
+
+
+def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "SFUBM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_sfubm", *arguments],
+        cwd=folder,
+        env=settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_plug_in_encoder_keeps_the_contract_and_trains_from_outside(tmp_path: Path) -> None:
+    source = next(b for b in blocks("python") if "DecayEncoder" in b)
+    assert len([line for line in source.splitlines() if line.strip()]) <= 20
+    (tmp_path / "my_encoder.py").write_text(source)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    check = "from my_encoder import DecayEncoder; from lightning_sfubm.modules.encoders.checks import check_encoder; "
+    done = subprocess.run(
+        [sys.executable, "-c", check + "check_encoder(DecayEncoder(16))"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    command = next(c for c in commands() if "DecayEncoder" in c)
+    arguments = shlex.split(command.split("lightning-sfubm ", 1)[1])
+    done = run(arguments, tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "DecayEncoder alone" in done.stdout
+    report = tmp_path / "runs" / "synthetic" / "report.html"
+    assert "DecayEncoder alone" in report.read_text()
+    again = run(["report", "runs/synthetic"], tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "report.html" in again.stdout
+
+
+def test_every_command_names_files_that_exist() -> None:
+    rows = re.findall(r"`([^`]*--config[^`]*)`", README)
+    assert len(rows) >= 5
+    for command in (*rows, *commands()):
+        for word in re.findall(r"--config (\S+\.yaml)", command):
+            if word not in ("a.yaml", "b.yaml"):
+                assert (ROOT / word).exists(), word
+
+
+def test_links_and_pictures_are_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
