@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 
+from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
 from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.trainer import FederatedTrainer
@@ -42,9 +43,7 @@ class _TopLevelOnly(_InstantiatorFn):
         configured = self.cli.config_dump.get(self.key) or {}
         if configured.get("class_path") != f"{class_type.__module__}.{class_type.__qualname__}":
             return class_type(*args, **kwargs)
-        return super().__call__(
-            class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs
-        )
+        return super().__call__(class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
 
 
 class SFUBMCLI(LightningCLI):
@@ -58,6 +57,7 @@ class SFUBMCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=FederatedTrainer,
+            trainer_defaults={"callbacks": [PredictionWriter()]},
             parser_class=_Parser,
             seed_everything_default=1,
             save_config_kwargs={"overwrite": True},

@@ -170,7 +170,7 @@ def _sequential(features: str) -> Callable[[DomainRun], Ranker]:
                 "single-domain rows take their encoder from model.encoder, which this model does not have"
             )
         torch.manual_seed(derive_seed(run.trainer.seed, "baseline", features, run.name))
-        module = SequentialRecommender(copy.deepcopy(encoder), features=features)  # type: ignore[arg-type]
+        module = SequentialRecommender(copy.deepcopy(encoder), features=features, lr=run.template.lr)  # type: ignore[arg-type]
         module.bind(run.full_data.catalogue)
         fit_to_early_stopping(
             run.trainer.make_trainer,
@@ -224,10 +224,14 @@ def _tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
     return head
 
 
-def _zero_shot(run: DomainRun) -> Ranker:
-    head = _head(run, form="branch", rank_mode="score", subtract_prior=True, tuning="frozen", residual=False)
-    head.attach_stage1(None, run.data.catalogue)
-    return head
+def _zero_shot(subtract_prior: bool) -> Callable[[DomainRun], Ranker]:
+    def build(run: DomainRun) -> Ranker:
+        untuned = {"rank_mode": "score", "subtract_prior": subtract_prior, "tuning": "frozen", "residual": False}
+        head = _head(run, form="branch", **untuned)
+        head.attach_stage1(None, run.data.catalogue)
+        return head
+
+    return build
 
 
 def _text_lora(run: DomainRun) -> Ranker:
@@ -251,7 +255,8 @@ METHODS: dict[str, Method] = {
     "stage1_local": Method("Stage 1 without federation", "Ours, stage 1", _stage1_local),
     "stage1": Method("SF-UBM stage 1", "Ours, stage 1", _stage1),
     "late_fusion": Method("Late fusion of stage 1 and text", "Controls without an LLM", _late_fusion),
-    "zero_shot": Method("Zero-shot LLM", "LLM", _zero_shot, needs_llm=True),
+    "zero_shot": Method("Zero-shot LLM", "LLM", _zero_shot(False), needs_llm=True),
+    "zero_shot_prior": Method("Zero-shot LLM, less the title's prior", "LLM", _zero_shot(True), needs_llm=True),
     "text_lora": Method("Text-only LoRA", "LLM", _text_lora, needs_llm=True),
     "sfubm": Method("SF-UBM", "Ours, both stages", _sfubm, needs_llm=True),
 }

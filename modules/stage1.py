@@ -18,6 +18,7 @@ from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics
 
 SHAPES_KEY = "stage1_shapes"
+TOP_ITEMS = 10  #: items that ``predict`` recommends to a user
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
@@ -161,9 +162,19 @@ class CatalogueModule(L.LightningModule):
         """As :meth:`validation_step`, under ``test/``."""
         self._evaluate("test", batch)
 
-    def predict_step(self, batch: RankBatch, batch_idx: int) -> Tensor:
-        """Scores (B, C)."""
-        return self.rank(batch)
+    def predict_step(self, batch: RankBatch, batch_idx: int) -> dict[str, Tensor]:
+        """The :data:`TOP_ITEMS` best items of the catalogue that the user has not had yet.
+
+        Returns:
+            ``user`` (B,), ``items`` (B, k) and their ``scores`` (B, k), best first; k is at most N. Where a user has had
+            nearly everything, places that are left over hold item 0 with score -inf.
+        """
+        scores = self.score_all(batch).float()
+        scores[:, 0] = -torch.inf
+        scores.scatter_(1, batch.get("seen", batch["history"]), -torch.inf)
+        best = scores.topk(min(TOP_ITEMS, scores.shape[1] - 1), dim=1)
+        items = best.indices.masked_fill(best.values == -torch.inf, 0)
+        return {"user": batch["user"], "items": items, "scores": best.values}
 
     def log_losses(self, batch: TrainBatch, **terms: Tensor) -> None:
         """Log training terms under ``train/``, averaged over the epoch."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -84,7 +85,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_user_errors_are_one_sentence_and_exit_code_2(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -97,9 +102,7 @@ def test_user_errors_are_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.parametrize("flag", ["--model.init_args.nonsense=1", "--trainer.nonsense=1", "--nonsense=1"])
-def test_unknown_keys_are_refused_by_name(
-    flag: str, sequential: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_keys_are_refused_by_name(flag: str, sequential: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["fit", *sequential, flag])
     assert exit.value.code == 2
@@ -178,3 +181,37 @@ def test_hyper_parameters_of_nested_modules_are_their_own(tmp_path: Path, monkey
     head = parsed.config_init["fit"]["experiment"].llm
     assert (head.hparams.llm, head.hparams.history_length) == ("folder", 4)
     assert parsed.model.hparams["encoder"]["init_args"]["hidden_dim"] == 32
+
+
+def test_predict_writes_recommendations_a_user_has_not_had(sequential: list[str], tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from lightning_sfubm.cli import SFUBMCLI
+
+    SFUBMCLI(args=["fit", *sequential])
+    cli = SFUBMCLI(args=["predict", *sequential, "--ckpt_path", checkpoint(tmp_path / "run")])
+    rows = pq.read_table(tmp_path / "run" / "predictions" / "alpha.parquet").to_pylist()
+    domain, splits = cli.datamodule.domain, cli.datamodule.splits
+    assert len({row["user"] for row in rows}) == len(splits.eval_users)
+    for user in splits.eval_users[:20]:
+        mine = [row for row in rows if row["user"] == domain.user_keys[user]]
+        known = {domain.item_keys[i] for i in domain.sequence(user)[:-1]}
+        assert [row["rank"] for row in mine] == list(range(1, len(mine) + 1))
+        assert len(mine) == 10
+        assert not known & {row["item"] for row in mine}
+        assert [row["score"] for row in mine] == sorted((row["score"] for row in mine), reverse=True)
+        assert all(row["title"] for row in mine)
+
+
+def test_predict_of_a_federation_writes_a_table_for_each_domain(
+    tmp_path: Path, federated_data: Any, federated_trainer: Any
+) -> None:
+    from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
+    from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+    from tests.conftest import small_distiller
+
+    trainer = federated_trainer(rounds=1, callbacks=[PrivacyNoise(0.05), PredictionWriter()])
+    trainer.fit(small_distiller(), datamodule=federated_data())
+    answers = trainer.predict(small_distiller(), datamodule=federated_data())
+    assert set(answers) == {"alpha", "beta"}
+    assert {p.name for p in (trainer.run_dir / "predictions").iterdir()} == {"alpha.parquet", "beta.parquet"}

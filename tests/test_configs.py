@@ -14,7 +14,10 @@ from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 QUICK = {
-    "synthetic": {"class_path": "lightning_sfubm.datamodules.synthetic.SyntheticReader", "init_args": {"num_users": 40}},
+    "synthetic": {
+        "class_path": "lightning_sfubm.datamodules.synthetic.SyntheticReader",
+        "init_args": {"num_users": 40},
+    },
     "hashing": {"class_path": "lightning_sfubm.datamodules.synthetic.HashingTextEncoder", "init_args": {"dim": 32}},
 }
 

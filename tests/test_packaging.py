@@ -47,7 +47,9 @@ def test_symlinks_lead_to_the_root_folders() -> None:
 
 @pytest.mark.parametrize("folder", ["modules", "datamodules", "callbacks", "configs"])
 def test_root_folders_refuse_to_be_imported_under_their_own_name(folder: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert f"import this package as 'lightning_sfubm.{folder}'" in done.stderr
 
