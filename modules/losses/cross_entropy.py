@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, rows_per_chunk
+from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows, rows_per_chunk
 
 TINY = 1e-30
 
@@ -59,27 +59,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, table: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         need_grad = states.requires_grad or table.requires_grad
-        h, items = states.detach().to(dtype), table.detach().to(dtype)
+        count = len(states)
+        h, targets = pad_rows(states.detach().to(dtype), targets)
+        items = table.detach().to(dtype)
         step = rows_per_chunk(len(table), dtype, states.device)
-        grad_states = torch.empty_like(states) if need_grad else None
+        grad_states = states.new_empty(h.shape) if need_grad else None
         grad_table = torch.zeros_like(table) if need_grad else None
         loss = states.new_zeros((), dtype=torch.float32)
         # One block for all chunks, used in place: fresh ones of this size cost more in page faults than the softmax.
         block, product = h.new_empty(min(step, len(h)), len(items)), torch.empty_like(items)
         for start in range(0, len(h), step):
-            chunk, target = h[start : start + step], targets[start : start + step]
+            chunk, target, real = h[start : start + step], targets[start : start + step], max(count - start, 0)
             logits = torch.mm(chunk, items.T, out=block[: len(chunk)])
             logits[:, 0] = -torch.inf
-            logit, log_z = softmax_in_place(logits, chunk, items, target)
-            loss += (log_z - logit).sum()
+            logit, log_z = softmax_in_place(logits, chunk, items, target.clamp_min(1))
+            loss += (log_z - logit)[:real].sum()
             if grad_states is not None and grad_table is not None:
                 rows = torch.arange(len(chunk), device=h.device)
                 logits[rows, target] = torch.expm1(logit - log_z).to(dtype)
+                logits[real:] = 0.0  # rows of padding
                 grad_states[start : start + step] = logits @ items
                 grad_table += torch.mm(logits.T, chunk, out=product)
         if grad_states is not None and grad_table is not None:
-            ctx.save_for_backward(grad_states.div_(len(states)), grad_table.div_(len(states)))
-        return loss / len(states)
+            ctx.save_for_backward(grad_states[:count].div_(count), grad_table.div_(count))
+        return loss / count
 
     @staticmethod
     @once_differentiable

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_sfubm.modules.losses.cross_entropy import softmax_in_place
-from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, rows_per_chunk
+from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows, rows_per_chunk
 
 TERMS = ("ce", "fact", "non_target", "full_kl")
 
@@ -57,32 +57,35 @@ class _Distil(torch.autograd.Function):
         temperature: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        h, items = states.detach().to(dtype), table.detach().to(dtype)
-        teacher_h, teacher_items = teacher_states.detach().to(dtype), teacher_table.detach().to(dtype)
+        count = len(states)
+        h, teacher_h, targets, exclude = pad_rows(
+            states.detach().to(dtype), teacher_states.detach().to(dtype), targets, exclude
+        )
+        items, teacher_items = table.detach().to(dtype), teacher_table.detach().to(dtype)
         step = rows_per_chunk(len(table), dtype, states.device)
-        grad_states, grad_table = torch.empty_like(states), torch.zeros_like(table)
+        grad_states, grad_table = states.new_empty(h.shape), torch.zeros_like(table)
         values = torch.zeros(len(TERMS), dtype=torch.float32, device=states.device)
         # Blocks are allocated once and used in place: fresh ones cost more in page faults than the softmax.
         blocks = [h.new_empty(min(step, len(h)), len(items)) for _ in range(2 if temperature == 1.0 else 3)]
         product = torch.empty_like(items)
         for start in range(0, len(h), step):
-            rows = slice(start, start + step)
+            rows, real = slice(start, start + step), max(count - start, 0)
             grad, terms = _chunk(
                 h[rows],
                 items,
                 teacher_h[rows],
                 teacher_items,
-                targets[rows],
+                targets[rows].clamp_min(1),
                 exclude[rows],
                 weights,
                 temperature,
                 [block[: len(h[rows])] for block in blocks],
             )
-            values += terms
+            grad[real:] = 0.0  # rows of padding
+            values += terms[:, :real].sum(1)
             grad_states[rows] = grad @ items
             grad_table += torch.mm(grad.T, h[rows], out=product)
-        count = len(states)
-        ctx.save_for_backward(grad_states.div_(count), grad_table.div_(count))
+        ctx.save_for_backward(grad_states[:count].div_(count), grad_table.div_(count))
         values /= count
         loss = sum(getattr(weights, name) * value for name, value in zip(TERMS, values, strict=True))
         ctx.mark_non_differentiable(values)
@@ -107,7 +110,7 @@ def _chunk(
     temperature: float,
     blocks: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Gradient with respect to the student's logits (c, N + 1) and the sums of the four terms (4,)."""
+    """Gradient with respect to the student's logits (c, N + 1) and the four terms (4, c)."""
     s = torch.mm(h, items.T, out=blocks[0])
     t = torch.mm(teacher_h, teacher_items.T, out=blocks[1])
     outside = s.gather(1, exclude).float().masked_fill(exclude == 0, -torch.inf)
@@ -143,7 +146,7 @@ def _chunk(
     fact = q_y * (log_q_y - log_p_y) + q_rest * (q_rest.log() - p_rest.log())
     non_target = (kl - fact) / q_rest
     square = temperature**2
-    terms = torch.stack([ce.sum(), square * fact.sum(), square * non_target.sum(), kl.sum()])
+    terms = torch.stack([ce, square * fact, square * non_target, kl])
 
     # Gradient: one coefficient per row for p and for q, then the observed and the excluded columns set exactly.
     of_p = weights.full_kl / temperature + temperature * (weights.non_target + weights.fact * (q_y - p_y)) / p_rest
