@@ -1,11 +1,13 @@
 """The command line: Lightning's own, with federated runs and experiments."""
 
+import hashlib
+import json
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
 
@@ -99,9 +101,10 @@ class SFUBMCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Write the resolved configuration into the run folder of a federated run, and how to run it again."""
-        if self.trainer.federation is None or not self.trainer.is_global_zero:
+        trainer = self.trainer
+        if not isinstance(trainer, FederatedTrainer) or trainer.federation is None or not trainer.is_global_zero:
             return
-        run_dir: Path = self.trainer.run_dir
+        run_dir = trainer.run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         text = self._parser("fit").dump(self.config.fit, skip_none=False)
         (run_dir / "config.yaml").write_text(f"# lightning-sfubm {' '.join(self._argv)}\n{text}")
@@ -112,8 +115,24 @@ class SFUBMCLI(LightningCLI):
         if experiment is None:
             self.trainer.fit(**kwargs)
             return
-        command = "lightning-sfubm " + " ".join(self._argv)
-        experiment.run(self.trainer, self.model, self.datamodule, ckpt_path=kwargs.get("ckpt_path"), command=command)
+        experiment.run(
+            self.trainer,
+            self.model,
+            self.datamodule,
+            ckpt_path=kwargs.get("ckpt_path"),
+            command="lightning-sfubm " + " ".join(self._argv),
+            config_hash=self._config_hash(),
+        )
+
+    def _config_hash(self) -> str:
+        """Hash of what results depend on: not of places, loggers, or which rows are wanted."""
+        config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
+        config.pop("ckpt_path", None)
+        for name in ("default_root_dir", "logger", "enable_progress_bar"):
+            config["trainer"].pop(name, None)
+        for name in ("title", "methods", "sigmas"):
+            config["experiment"]["init_args"].pop(name, None)
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def run(argv: list[str]) -> None:

@@ -175,8 +175,10 @@ def test_hyper_parameters_of_nested_modules_are_their_own(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     llm = "--experiment.init_args.llm"
     parsed = Parsed(
-        args=["fit", "--config", SYNTHETIC, llm, "lightning_sfubm.modules.llm_head.LLMHead"]
-        + [f"{llm}.init_args.history_length", "4", f"{llm}.init_args.llm", "folder"]
+        args=[
+            *("fit", "--config", SYNTHETIC, llm, "lightning_sfubm.modules.llm_head.LLMHead"),
+            *(f"{llm}.init_args.history_length", "4", f"{llm}.init_args.llm", "folder"),
+        ]
     )
     head = parsed.config_init["fit"]["experiment"].llm
     assert (head.hparams.llm, head.hparams.history_length) == ("folder", 4)

@@ -47,7 +47,9 @@ def commit() -> str:
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
-        answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=10)
+        answer = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=10
+        )
         return answer.stdout.strip()
 
     try:

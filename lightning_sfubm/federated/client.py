@@ -52,7 +52,7 @@ class Client:
         Initial weights depend on the seed alone, the same for each client, so that a shared teacher starts equal.
         """
         torch.manual_seed(derive_seed(self.seed, "initial weights"))
-        self.module.bind(self.datamodule.catalogue)  # type: ignore[operator]
+        self.module.bind(self.datamodule.catalogue)  # type: ignore[operator, attr-defined]
 
     @property
     def num_examples(self) -> int:

@@ -282,7 +282,13 @@ class FederatedLoop:
         self._append("ledger.jsonl", entry)
 
     def _history(self, client: str, phase: str, round: int | None, epoch: int, metrics: dict[str, float]) -> None:
-        entry = {"client": client, "phase": phase, "round": round, "epoch": epoch, "metrics": metrics}
+        entry: dict[str, object] = {
+            "client": client,
+            "phase": phase,
+            "round": round,
+            "epoch": epoch,
+            "metrics": metrics,
+        }
         self._append("history.jsonl", entry)
 
     def _append(self, file: str, entry: dict[str, object]) -> None:

@@ -32,7 +32,7 @@ def privacy_figures(
         ``{domain: [figures by rising sigma]}``, see :func:`~lightning_sfubm.privacy.attacks.perturbation_report`.
     """
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in clean}
-    for sigma in sorted({*sigmas, used} - {None}):  # type: ignore[type-var]
+    for sigma in sorted({*sigmas, *([] if used is None else [used])}):
         sent = {name: mechanism(name, sigma)(vectors) for name, vectors in clean.items()}
         views = aggregate(sent)
         for name, vectors in clean.items():
