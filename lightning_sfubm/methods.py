@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.datamodules.item_datamodule import ItemDataModule
 from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.evaluate import evaluate_ranker
@@ -22,6 +23,7 @@ from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.modules.baselines.late_fusion import LateFusion
 from lightning_sfubm.modules.baselines.popularity import Popularity
 from lightning_sfubm.modules.llm_head import LLMHead
+from lightning_sfubm.modules.prompt_projector import PromptProjector
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.seeds import derive_seed
 from lightning_sfubm.training import Stopwatch, fit_to_early_stopping
@@ -100,10 +102,9 @@ class DomainRun:
 
     @cached_property
     def fusion(self) -> LateFusion:
-        """Late fusion fitted on the stage-2 samples; the LLM head starts from its weights."""
+        """Late fusion fitted on all held-out samples, more than the LLM may get; the LLM head starts from its weights."""
         fusion = LateFusion(self.stage1)
-        samples = self.data.rank_dataloader("train2", 256, max_users=self.experiment.max_train_users)
-        fusion.fit(samples)
+        fusion.fit(self.data.rank_dataloader("train2", 256))
         return fusion
 
     @property
@@ -217,6 +218,7 @@ def _tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
         folder=run.folder(key),
         client=f"{run.name}-{key}",
         precision="32-true",  # the head sets its own
+        gradient_clip_val=1.0,
         limit_val_batches=0,
     )
     trainer.fit(head, datamodule=run.ranking_data)
@@ -240,8 +242,25 @@ def _text_lora(run: DomainRun) -> Ranker:
     return _tune(run, head, "text_lora")
 
 
+def _align(run: DomainRun) -> str | None:
+    """Train the projectors alone (title alignment); returns their checkpoint, ``None`` where no epochs are asked for."""
+    template, epochs = run.experiment.llm, run.experiment.align_epochs
+    if not epochs:
+        return None
+    assert template is not None
+    projector = PromptProjector(template.hparams["llm"], title_tokens=template.hparams["title_tokens"])
+    projector.attach_stage1(run.stage1, run.data.catalogue)
+    trainer = run.trainer.make_trainer(
+        label=f"alignment, {run.name}", max_epochs=epochs, folder=run.folder("projector")
+    )
+    trainer.fit(projector, datamodule=ItemDataModule(run.data, seed=run.data.seed))
+    path = run.run_dir / "models" / run.name / "projector.ckpt"
+    trainer.save_checkpoint(path, weights_only=True)
+    return str(path)
+
+
 def _sfubm(run: DomainRun) -> Ranker:
-    head = _head(run)
+    head = _head(run, projector_checkpoint=_align(run))
     head.attach_stage1(run.stage1, run.data.catalogue)
     if head.residual_weights is not None:
         head.init_residual(run.fusion.weights)

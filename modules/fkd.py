@@ -41,7 +41,8 @@ class FKDDistiller(CatalogueModule):
         tau: temperature of the teacher's cosine logits.
         w_fact: weight of FACT.
         w_counter: weight of COUNTER.
-        counter: which counterfactual terms: ``"non_target"``, ``"what_if"``, ``"both"`` (their sum) or ``"none"``.
+        counter: which counterfactual terms: ``"non_target"``, ``"what_if"``, ``"both"`` (their sum) or ``"none"``
+            [choice: ``what_if`` doubles the cost of a step and added nothing to ``non_target`` where it was tried].
         w_align: weight of ALIGN.
         temperature: T of the FKD terms.
         swap_probability: chance that ``what_if`` swaps an item for a neighbour in z-space.
@@ -73,7 +74,7 @@ class FKDDistiller(CatalogueModule):
         tau: float = 0.07,
         w_fact: float = 1.0,
         w_counter: float = 1.0,
-        counter: Literal["both", "non_target", "what_if", "none"] = "both",
+        counter: Literal["both", "non_target", "what_if", "none"] = "non_target",
         w_align: float = 0.5,
         temperature: float = 1.0,
         swap_probability: float = 0.3,

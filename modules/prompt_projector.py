@@ -1,13 +1,11 @@
 """Prompt projector alone: soft tokens of items are aligned with the LLM's own words for them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_sfubm.contracts import Catalogue, Stage1
 from lightning_sfubm.errors import CheckpointError, ConfigError
@@ -15,23 +13,7 @@ from lightning_sfubm.modules.llm.optim import adamw_with_warmup
 from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.stage1 import load_stage1
 from lightning_sfubm.modules.llm.titles import mean_title_embeddings
-from lightning_sfubm.seeds import seeded, torch_generator
-
-
-class _ItemBatches:
-    """Shuffled batches of item ids; a new order each epoch, from a stream of its own."""
-
-    def __init__(self, num_items: int, batch_size: int, seed: int) -> None:
-        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return -(-self.num_items // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.num_items, generator=torch_generator(self.seed, "projector", self.epoch)) + 1
-        self.epoch += 1
-        yield from (piece.tolist() for piece in order.split(self.batch_size))
+from lightning_sfubm.seeds import seeded
 
 
 class PromptProjector(L.LightningModule):
@@ -46,16 +28,15 @@ class PromptProjector(L.LightningModule):
         llm: the base model whose token space is aimed at.
         stage1_checkpoint: stage 1, loaded in ``setup`` where nothing was attached.
         title_tokens: tokens of a title that count.
-        batch_size: items of a batch, all of them negatives of each other.
         temperature: tau of InfoNCE.
         learning_rate: of AdamW.
         warmup: share of steps with rising learning rate.
-        seed: of initial values and item order.
+        seed: of initial values.
 
     Example:
         >>> projector = PromptProjector("smollm2-135m")
         >>> projector.attach_stage1(stage1, catalogue)
-        >>> L.Trainer(max_epochs=20).fit(projector)
+        >>> L.Trainer(max_epochs=20).fit(projector, datamodule=ItemDataModule(domain))
     """
 
     title_table: Tensor
@@ -67,15 +48,14 @@ class PromptProjector(L.LightningModule):
         llm: str = "smollm2-135m",
         stage1_checkpoint: str | None = None,
         title_tokens: int = 12,
-        batch_size: int = 256,
         temperature: float = 0.07,
         learning_rate: float = 1e-3,
         warmup: float = 0.05,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if temperature <= 0 or batch_size < 2:
-            raise ConfigError(f"need temperature > 0 and batch_size >= 2, got {temperature} and {batch_size}")
+        if temperature <= 0:
+            raise ConfigError(f"temperature must be positive, got {temperature}")
         self.save_hyperparameters()
         self.tokens: TokenProjector | None = None
 
@@ -111,14 +91,8 @@ class PromptProjector(L.LightningModule):
                 )
             self.attach_stage1(load_stage1(self.settings.stage1_checkpoint, catalogue), catalogue)
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of item ids."""
-        hp = self.settings
-        batches = _ItemBatches(len(self.title_table) - 1, hp.batch_size, hp.seed)
-        return DataLoader(range(len(self.title_table)), batch_sampler=batches)  # type: ignore[arg-type]
-
     def training_step(self, items: Tensor, batch_idx: int) -> Tensor:
-        """InfoNCE of the item parts plus InfoNCE of the user part."""
+        """InfoNCE of the item parts plus InfoNCE of the user part, over a batch of item ids (B,)."""
         assert self.tokens is not None
         ids, titles = self.id_table[items], self.title_table[items]
         soft = self.tokens.items(ids, self.semantic_table[items])

@@ -16,7 +16,15 @@ from tests.conftest import small_distiller
 
 def experiment(folder: Path, **settings: Any) -> Experiment:
     llm = LLMHead(llm=str(write_tiny_llm(folder / "llm")), template="shopping", history_length=3, title_tokens=6)
-    return Experiment(llm=llm, max_test_users=20, max_train_users=16, train_candidates=4, sigmas=[0.0, 0.2], **settings)
+    return Experiment(
+        llm=llm,
+        align_epochs=1,
+        max_test_users=20,
+        max_train_users=16,
+        train_candidates=4,
+        sigmas=[0.0, 0.2],
+        **settings,
+    )
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_the_student_sends_no_gradient_to_a_training_teacher(catalogue: Catalogu
 
 
 def test_terms_add_up_and_are_logged_by_name(catalogue: Catalogue, train_batch: TrainBatch) -> None:
-    module = build(catalogue, w_fact=0.7, w_counter=0.3, w_align=0.2).eval()
+    module = build(catalogue, counter="both", w_fact=0.7, w_counter=0.3, w_align=0.2).eval()
     loss, terms = logged_step(module, train_batch)
     assert set(terms) == {"loss", "ce", "fact", "counter_non_target", "counter_what_if", "align"}
     expected = (

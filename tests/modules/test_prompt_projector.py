@@ -1,8 +1,10 @@
 import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_sfubm.contracts import Catalogue
+from lightning_sfubm.datamodules.item_datamodule import _ItemBatches
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm.titles import mean_title_embeddings
@@ -47,12 +49,19 @@ def catalogue():
     return Catalogue("x", N, titles, None, torch.zeros(N + 1, dtype=torch.long))
 
 
+class Items(L.LightningDataModule):
+    """The catalogue of the test, in batches of item ids."""
+
+    def train_dataloader(self):
+        return DataLoader(_ItemBatches(N, 20, 0, "x"), batch_size=None)
+
+
 def fit(module, epochs):
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False,
     )  # fmt: skip
-    trainer.fit(module)
+    trainer.fit(module, datamodule=Items())
     return trainer
 
 
@@ -82,7 +91,7 @@ def test_mean_title_embeddings_by_hand(llm):
 
 def test_alignment_learns_and_feeds_the_head(llm, catalogue, tmp_path):
     stage1 = Informative(catalogue.titles)
-    projector = PromptProjector(llm, batch_size=20)
+    projector = PromptProjector(llm)
     projector.attach_stage1(stage1, catalogue)
     before = retrieval(projector)
     trainer = fit(projector, 40)
