@@ -8,5 +8,6 @@ def standardise(affinities: Tensor) -> Tensor:
 
     A column without spread becomes zero.
     """
+    affinities = affinities.float()
     centred = affinities - affinities.mean(dim=1, keepdim=True)
     return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6)

@@ -11,8 +11,9 @@ from lightning_sfubm.contracts import Catalogue, RankBatch, Stage1
 from lightning_sfubm.datamodules.prompt_templates import PromptTemplate
 from lightning_sfubm.datamodules.prompts import CANDIDATE, USER, PromptBatch, PromptBuilder
 from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.llm.backbone import Backbone
-from lightning_sfubm.modules.llm.projection import TokenProjector, standardise
+from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.splice import splice
 from lightning_sfubm.modules.llm.stage1 import load_stage1
 from lightning_sfubm.modules.llm.tree import separate_states, supports_tree, tree_states

@@ -75,10 +75,3 @@ def _mlp(input_dim: int, output_dim: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(input_dim, output_dim), nn.LayerNorm(output_dim), nn.GELU(), nn.Linear(output_dim, output_dim)
     )
-
-
-def standardise(affinities: Tensor) -> Tensor:
-    """z-score of each feature (B, C, F) within its row; a constant column becomes zero."""
-    centred = affinities.float() - affinities.float().mean(1, keepdim=True)
-    deviation = centred.pow(2).mean(1, keepdim=True).sqrt()
-    return centred / deviation.clamp_min(1e-6)

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from lightning_sfubm.datamodules.prompt_templates import load_template
 from lightning_sfubm.datamodules.prompts import PromptBuilder
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.llm.backbone import Backbone
 from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
-from lightning_sfubm.modules.llm.projection import TokenProjector, standardise
+from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.splice import splice
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm.tree import separate_states, supports_tree, tree_mask, tree_states
