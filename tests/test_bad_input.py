@@ -1,0 +1,128 @@
+"""Bad input through the command line: a clear result, or one sentence and exit code 2, and nothing half-written (T31)."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_sfubm.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+ENCODER, DOMAIN = ROOT / "configs/encoder/sasrec.yaml", ROOT / "configs/domain/folder.yaml"
+Tables = dict[str, list[str]]
+
+
+def good(users: int = 30, items: int = 40) -> Tables:
+    """Lines of both tables; every user has 8 of the items."""
+    interactions = ["user_id,item_id,timestamp"]
+    interactions += [f"u{u},i{(u * 3 + p * 7) % items},{100 * u + p}" for u in range(users) for p in range(8)]
+    return {"interactions": interactions, "items": ["item_id,title", *(f"i{i},Title number {i}" for i in range(items))]}
+
+
+def write(tables: Tables, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name, lines in tables.items():
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run(folder: Path, *extra: str) -> None:
+    text = "lightning_sfubm.datamodules.synthetic.HashingTextEncoder"
+    arguments = ["fit", "--config", str(ENCODER), "--config", str(DOMAIN), "--data.root", str(folder)]
+    arguments += ["--data.init_args.text_encoder", text, "--data.init_args.k_core", "0"]
+    arguments += ["--trainer.default_root_dir", str(folder / "run"), "--trainer.max_epochs", "1"]
+    arguments += ["--trainer.min_epochs", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    main([*arguments, *extra])
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "data"
+
+
+def change(table: str, line: int, text: str) -> Callable[[Tables], None]:
+    def edit(tables: Tables) -> None:
+        tables[table][line] = text
+
+    return edit
+
+
+def few_items(tables: Tables) -> None:
+    tables.update(good(items=12))
+
+
+def equal_titles(tables: Tables) -> None:
+    tables["items"] = [tables["items"][0], *(line.split(",")[0] + ",Same" for line in tables["items"][1:])]
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (change("interactions", 0, "user_id,thing,timestamp"), ["interactions.csv", "item_id"]),
+        (change("items", 0, "item_id,name"), ["items.csv", "title"]),
+        (change("interactions", 5, "u0,i3,yesterday-ish"), ["interactions.csv", "6"]),
+        (change("interactions", 7, "u0,i3"), ["interactions.csv", "8"]),
+        (few_items, ["12", "20"]),
+        (equal_titles, ["titles"]),
+    ],
+)
+def test_a_broken_table_is_one_sentence_that_names_the_place(
+    edit: Callable[[Tables], None], words: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = good()
+    edit(tables)
+    write(tables, place)
+    with pytest.raises(SystemExit) as exit:
+        run(place)
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("lightning-sfubm: error:")
+    for word in words:
+        assert word in message
+    left = [p for p in (place.parent / "cache").rglob("*") if p.is_file() and (".tmp" in p.name or "partial" in p.name)]
+    assert left == []
+    assert not list((place / "run").rglob("*.ckpt"))
+
+
+def test_broken_gzip_and_missing_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(good(), place)
+    whole = gzip.compress((place / "interactions.csv").read_bytes())
+    (place / "interactions.csv").unlink()
+    (place / "interactions.csv.gz").write_bytes(whole[: len(whole) // 2])
+    for folder, word in ((place, "interactions.csv.gz"), (place / "nowhere", "nowhere")):
+        with pytest.raises(SystemExit):
+            run(folder)
+        assert word in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def odd_titles(tables: Tables) -> None:
+    tables["items"][1] = "i0,"
+    tables["items"][2] = "i1," + "long " * 400
+    tables["items"][3] = "i2,東京物語"
+    tables["items"][4] = "i3,Ночной дозор"
+    tables["items"][5] = "i4,🙂"
+    tables["interactions"] += ["lonely,i5,1", "ghost,not-in-the-items,5", "u0,i6,1"]
+
+
+def test_odd_titles_lonely_users_and_unknown_items_are_counted_not_fatal(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = good()
+    odd_titles(tables)
+    write(tables, place)
+    run(place)
+    assert list((place / "run").rglob("*.ckpt"))
+
+
+def test_a_missing_model_folder_names_the_ways_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(good(), place)
+    encoder = "--data.init_args.text_encoder"
+    with pytest.raises(SystemExit) as exit:
+        run(place, encoder, "lightning_sfubm.datamodules.text.HFTextEncoder", f"{encoder}.init_args.model", "./no/model")
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no/model" in message
+    assert "folder" in message
+    assert "hub" in message
