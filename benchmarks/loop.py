@@ -69,7 +69,9 @@ def main() -> None:
         "timings_cpu_s": timings,
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"clients' epochs {EpochTime.total:.1f} CPU-s, whole loop {total:.1f}: overhead {share:.1%} (limit {LIMIT:.0%})")
+    print(
+        f"clients' epochs {EpochTime.total:.1f} CPU-s, whole loop {total:.1f}: overhead {share:.1%} (limit {LIMIT:.0%})"
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,6 @@ class Experiment:
         train_candidates: candidates of a training sample.
         align_epochs: title alignment of the projectors before tuning; 0 = none.
         max_train_users: users whose held-out positions tune the LLM; ``None`` = all.
-        max_val_users: users of the LLM's validation.
         max_test_users: users on whom *all* rows of the table are compared; ``None`` = all. Methods without an LLM are
             evaluated on all users besides, in a table of their own.
         sigmas: noise levels of the privacy figures; the one in use is added.
@@ -77,7 +76,6 @@ class Experiment:
         train_candidates: int = 8,
         align_epochs: int = 0,
         max_train_users: int | None = None,
-        max_val_users: int | None = 200,
         max_test_users: int | None = None,
         sigmas: list[float] | None = None,
     ) -> None:
@@ -93,7 +91,7 @@ class Experiment:
         self.title, self.llm, self.templates = title, llm, templates or {}
         self.llm_epochs, self.llm_batch_size, self.llm_eval_batch_size = llm_epochs, llm_batch_size, llm_eval_batch_size
         self.train_candidates, self.align_epochs = train_candidates, align_epochs
-        self.max_train_users, self.max_val_users, self.max_test_users = max_train_users, max_val_users, max_test_users
+        self.max_train_users, self.max_test_users = max_train_users, max_test_users
         self.sigmas = [0.01, 0.05, 0.1, 0.2] if sigmas is None else sigmas
 
     def run(
@@ -178,7 +176,7 @@ class Experiment:
         with domain.watch(f"train {key}"):
             ranker = method.build(domain)
         cpu = domain.watch.timings[f"train {key}"]["cpu_s"] - before
-        extra = {"config_hash": config_hash, "train_cpu_s": cpu}
+        extra = {"config_hash": config_hash, "train_cpu_s": domain.train_cpu_s(key, cpu)}
         with domain.watch(f"evaluate {key}"):
             domain.evaluate(ranker, key, order, extra).save(path)
             if not method.needs_llm and domain.has_larger_test:

@@ -95,7 +95,6 @@ class DomainRun:
             eval_batch_size=experiment.llm_eval_batch_size,
             train_candidates=experiment.train_candidates,
             max_train_users=experiment.max_train_users,
-            max_val_users=experiment.max_val_users,
             max_test_users=experiment.max_test_users,
             seed=self.data.seed,
         )
@@ -106,6 +105,12 @@ class DomainRun:
         fusion = LateFusion(self.stage1)
         fusion.fit(self.data.rank_dataloader("train2", 256))
         return fusion
+
+    def train_cpu_s(self, key: str, cpu_s: float) -> float | None:
+        """CPU seconds a row's training took: for a stage-1 row those of its client, else what was measured."""
+        if key == "stage1":
+            return self.client.train_cpu_s
+        return self.trainer.local_twin(self.template, self.name).train_cpu_s if key == "stage1_local" else cpu_s
 
     @property
     def has_larger_test(self) -> bool:

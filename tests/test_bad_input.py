@@ -120,7 +120,9 @@ def test_a_missing_model_folder_names_the_ways_out(place: Path, capsys: pytest.C
     write(good(), place)
     encoder = "--data.init_args.text_encoder"
     with pytest.raises(SystemExit) as exit:
-        run(place, encoder, "lightning_sfubm.datamodules.text.HFTextEncoder", f"{encoder}.init_args.model", "./no/model")
+        run(
+            place, encoder, "lightning_sfubm.datamodules.text.HFTextEncoder", f"{encoder}.init_args.model", "./no/model"
+        )
     assert exit.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no/model" in message

@@ -157,16 +157,21 @@ def _curves(panel: Axes, lines: list[Json], names: list[str], ylabel: str) -> No
         panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
+def _stretch(line: Json) -> tuple[Any, bool]:
+    """Phase of an epoch, and whether it was trained within a federated round or locally after the rounds."""
+    return line.get("phase"), line.get("round") is None
+
+
 def _phases(panel: Axes, lines: list[Json]) -> None:
     """Shade each other phase and name it above the panel; rounds are counted in the name."""
     start = 0
     for i in range(1, len(lines) + 1):
-        if i < len(lines) and lines[i].get("phase") == lines[start].get("phase"):
+        if i < len(lines) and _stretch(lines[i]) == _stretch(lines[start]):
             continue
         if rounds := {line.get("round") for line in lines[start:i]} - {None}:
             name = f"{lines[start].get('phase')} ({len(rounds)} round{'s' if len(rounds) > 1 else ''})"
         else:
-            name = str(lines[start].get("phase") or "")
+            name = f"local {lines[start].get('phase')}" if lines[start].get("phase") else ""
         panel.axvspan(start + 0.5, i + 0.5, color="#eef2f7" if rounds else "white", zorder=0)
         panel.axvline(i + 0.5, color="#d1d5db", linewidth=0.8, zorder=0)
         panel.annotate(

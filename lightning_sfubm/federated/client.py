@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_sfubm.contracts import FederatedModule
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.seeds import derive_seed, torch_generator
-from lightning_sfubm.training import EpochHook, EpochRecorder, TrainerFactory, fit_to_early_stopping
+from lightning_sfubm.training import EpochHook, EpochRecorder, Stopwatch, TrainerFactory, fit_to_early_stopping
 
 
 class Client:
@@ -45,6 +45,7 @@ class Client:
         self.saved: Path | None = None
         self.phases_done: list[str] = []
         self.metrics: dict[str, float] = {}
+        self.watch = Stopwatch()
 
     def prepare(self) -> None:
         """Bind the module to the catalogue: item tables get this domain's size, the text vectors become its input.
@@ -89,7 +90,8 @@ class Client:
             callbacks=[EpochRecorder(record)],
             folder=folder,
         )
-        trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=state, weights_only=True)
+        with self.watch("training"):
+            trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=state, weights_only=True)
         self._trainer = trainer
         self.metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith("val/")}
 
@@ -107,20 +109,26 @@ class Client:
         """Train one local phase to early stopping, keep the best epoch's weights and return its ``monitor``."""
         self.module.set_phase(phase)
         torch.manual_seed(derive_seed(self.seed, "client", self.name, "phase", phase))
-        best, self._trainer = fit_to_early_stopping(
-            self.make_trainer,
-            self.module,
-            self.datamodule,
-            label=f"local {phase}, {self.name}",
-            folder=folder,
-            max_epochs=max_epochs,
-            min_epochs=min_epochs,
-            patience=patience,
-            monitor=monitor,
-            record=record,
-        )
+        with self.watch("training"):
+            best, self._trainer = fit_to_early_stopping(
+                self.make_trainer,
+                self.module,
+                self.datamodule,
+                label=f"local {phase}, {self.name}",
+                folder=folder,
+                max_epochs=max_epochs,
+                min_epochs=min_epochs,
+                patience=patience,
+                monitor=monitor,
+                record=record,
+            )
         self.phases_done.append(phase)
         return best
+
+    @property
+    def train_cpu_s(self) -> float | None:
+        """CPU seconds of this client's training in this process; ``None`` where it was only restored."""
+        return self.watch.timings["training"]["cpu_s"] if self.watch.timings else None
 
     def finish(self) -> None:
         """Leave the module in its last local phase, ready to rank, also where a resumed run had nothing left to train."""

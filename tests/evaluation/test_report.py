@@ -258,7 +258,7 @@ def test_learning_curves_show_each_client_over_its_epochs(fake_run):
     quality, loss = figures(facts)["curves"].axes[:2]
     expected = [line["metrics"]["val/ndcg@10"] for line in facts["history"] if line["client"] == DOMAINS[0]]
     assert np.allclose(quality.lines[0].get_ydata(), expected)
-    assert {text.get_text() for text in loss.texts} >= {"teacher (5 rounds)", "student"}
+    assert {text.get_text() for text in loss.texts} >= {"teacher (5 rounds)", "local student"}
 
 
 def test_privacy_plots_are_in_percent_and_mark_the_sigma_of_the_run(fake_run):
