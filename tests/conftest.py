@@ -61,7 +61,14 @@ def federated_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")
 
     def make(folder: str = "run", callbacks: list | None = None, flags: dict | None = None, **federation: Any) -> Any:
-        settings = {"rounds": 2, "local_max_epochs": 2, "local_min_epochs": 1, "patience": 1, **federation}
+        settings = {
+            "exchange": "both",
+            "rounds": 2,
+            "local_max_epochs": 2,
+            "local_min_epochs": 1,
+            "patience": 1,
+            **federation,
+        }
         return FederatedTrainer(
             federation=Federation(**settings),
             default_root_dir=tmp_path / folder,

@@ -41,7 +41,7 @@ class Federation:
         rounds: R, at least 0.
         local_epochs: E, epochs a client trains in a round.
         exchange: what travels: item semantics, teacher weights, both, or nothing (the "no transfer" row: the same
-            schedule without any message).
+            schedule without any message). The default was chosen on validation (docs/results.md).
         aggregator: of item semantics; ``None`` for :class:`~lightning_sfubm.federated.aggregation.KNNMix`.
         weighting: of FedAvg; ``"examples"`` discloses each client's number of training interactions.
         local_max_epochs: bound of each local phase after the rounds.
@@ -57,7 +57,7 @@ class Federation:
         self,
         rounds: int = 5,
         local_epochs: int = 1,
-        exchange: Exchange = "both",
+        exchange: Exchange = "semantics",
         aggregator: SemanticAggregator | None = None,
         weighting: Literal["uniform", "examples"] = "uniform",
         local_max_epochs: int = 60,
