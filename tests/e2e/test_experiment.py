@@ -11,6 +11,7 @@ from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm_head import LLMHead
+from tests.callbacks.test_dashboard import offline_wandb, wandb_records  # noqa: F401
 from tests.conftest import small_distiller
 
 
@@ -97,3 +98,31 @@ def test_methods_without_an_llm_need_none(tmp_path: Path, federated_data: Any, f
     )
     assert report.exists()
     assert {p.stem for p in (report.parent / "results" / "alpha").glob("*.parquet")} == {"popularity", "stage1"}
+
+
+def test_a_wandb_run_holds_rounds_clients_privacy_and_the_table(
+    offline_wandb: Path,  # noqa: F811
+    federated_data: Any,
+    federated_trainer: Any,
+) -> None:
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    logger = WandbLogger(project="test", save_dir=str(offline_wandb), offline=True)
+    trainer = federated_trainer(flags={"logger": logger, "log_every_n_steps": 1})
+    Experiment(methods=["popularity", "stage1"], sigmas=[0.1]).run(trainer, small_distiller(), federated_data())
+    wandb.finish()
+    wandb.teardown()
+    found: dict[str, list[str]] = {}
+    for record in wandb_records(next(offline_wandb.rglob("run-*.wandb"))):
+        for item in record.history.item:
+            found.setdefault(item.key or "/".join(item.nested_key), []).append(item.value_json)
+    assert [json.loads(v) for v in found["fed/round"]] == [1, 2]
+    for client in ("alpha", "beta"):
+        history = [json.loads(line) for line in (trainer.run_dir / "history.jsonl").read_text().splitlines()]
+        rounds = [h["metrics"]["val/ndcg@10"] for h in history if h["client"] == client and h["round"]]
+        assert [json.loads(v) for v in found[f"fed/{client}/val/ndcg@10"]] == pytest.approx(rounds)
+        assert len(found[f"{client}/val/ndcg@10"]) == sum(h["client"] == client for h in history)
+        assert f"privacy/{client}/cosine_mean" in found
+        assert f"results/{client}/stage1/hit@1" in found
+    assert any(name.startswith("results/table") for name in found)
