@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
+from transformers.utils import logging as transformers_logging
 
 from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
 from lightning_sfubm.errors import ConfigError, SFUBMError
@@ -138,4 +139,5 @@ class SFUBMCLI(LightningCLI):
 def run(argv: list[str]) -> None:
     """Parse and run; returns nothing, so that a console script's exit code stays 0."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.disable_progress_bar()  # a bar for each load of a model that takes a second
     SFUBMCLI(args=None if argv == sys.argv[1:] else argv)

@@ -84,7 +84,8 @@ def test_an_offline_wandb_run_holds_rounds_privacy_and_table(offline_wandb):
 
     loggers = [WandbLogger(project="test", save_dir=offline_wandb, offline=True) for _ in range(2)]
     log_everything(loggers)
-    wandb.teardown()  # ends the run and waits for the service that writes the file
+    wandb.finish()  # without it the dead run stays the current one for the tests that follow
+    wandb.teardown()  # waits for the service that writes the file
 
     (file,) = offline_wandb.glob("wandb/offline-run-*/run-*.wandb")
     records = list(wandb_records(file))
