@@ -140,6 +140,7 @@ def test_nothing_to_log_is_no_error(tmp_path):
     log_round([], 1, ROUNDS[0])
     log_privacy([logger], {})
     log_results_table([logger], [])
+    assert logger.experiment.metrics == []
 
 
 def test_the_dashboard_imports_without_wandb():

@@ -222,11 +222,12 @@ def test_curriculum_moves_from_text_to_hybrid(llm, stage1, catalogue, make_batch
 
 RELOAD = """
 import sys, torch
+from lightning_sfubm.contracts import Catalogue
 from lightning_sfubm.modules.llm_head import LLMHead
 folder = sys.argv[1]
-given = torch.load(folder + "/given.pt", weights_only=False)
+given = torch.load(folder + "/given.pt", weights_only=True)
 head = LLMHead.load_from_checkpoint(folder + "/head.ckpt", weights_only=True)
-head.attach_stage1(None, given["catalogue"])
+head.attach_stage1(None, Catalogue(**given["catalogue"]))
 torch.save(head.rank(given["batch"]), folder + "/scores.pt")
 """
 
@@ -238,7 +239,7 @@ def test_fresh_process_gives_the_live_models_scores(llm, catalogue, make_batch, 
     trainer = train(head, [make_batch(seed=i) for i in range(4)])
     trainer.save_checkpoint(tmp_path / "head.ckpt")
     live = head.rank(batch)
-    torch.save({"catalogue": catalogue, "batch": batch}, tmp_path / "given.pt")
+    torch.save({"catalogue": vars(catalogue), "batch": batch}, tmp_path / "given.pt")
     subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], check=True, capture_output=True)
     torch.testing.assert_close(torch.load(tmp_path / "scores.pt"), live, atol=1e-5, rtol=0)
 
