@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	@echo "The demo fetches two small models and MovieLens-100K once (about 180 MB), then works for about 15 minutes on 2 cores."
+	@echo "The demo fetches two small models and MovieLens-100K once (about 180 MB), then works for about 21 CPU-minutes (measured on one thread)."
 	@$(BIN)/lightning-sfubm fit --config configs/experiment/demo.yaml --trainer.default_root_dir $(RUN_DIR)
 
 test: $(STAMP)
