@@ -49,6 +49,8 @@ class Experiment:
         title: heading of the report.
         methods: rows of the table, in order; see :data:`lightning_sfubm.methods.METHODS`.
         llm: head of SF-UBM; the other LLM rows are derived from it, so that all share backbone, prompt and budget.
+        baselines: single-domain modules by row (``encoder``, ``id_text`` ...), for baselines with settings of their own;
+            a row not named here trains the encoder and learning rate of ``model``.
         templates: prompt template by domain; others use that of ``llm``.
         llm_epochs: passes over the held-out stage-2 samples.
         llm_batch_size: samples a step.
@@ -69,6 +71,7 @@ class Experiment:
         title: str = "SF-UBM",
         methods: list[str] | None = None,
         llm: LLMHead | None = None,
+        baselines: dict[str, LightningModule] | None = None,
         templates: dict[str, str] | None = None,
         llm_epochs: int = 1,
         llm_batch_size: int = 8,
@@ -88,6 +91,10 @@ class Experiment:
             raise ConfigError(
                 f"experiment.llm is needed for {', '.join(needing)}: configure it or leave these rows out"
             )
+        self.baselines = baselines or {}
+        unknown = [row for row in self.baselines if row not in METHODS or METHODS[row].needs_llm]
+        if unknown:
+            raise ConfigError(f"experiment.baselines names {unknown}, which are not rows of single-domain modules")
         self.title, self.llm, self.templates = title, llm, templates or {}
         self.llm_epochs, self.llm_batch_size, self.llm_eval_batch_size = llm_epochs, llm_batch_size, llm_eval_batch_size
         self.train_candidates, self.align_epochs = train_candidates, align_epochs
@@ -171,16 +178,16 @@ class Experiment:
             if stored.meta.extra.get("config_hash") == config_hash:
                 return
         method = METHODS[key]
-        console.print(f"[dim]{name}: {domain.label(key)}[/dim]")
+        console.print(f"[dim]{name}: {domain.label(method)}[/dim]")
         before = domain.watch.timings.get(f"train {key}", {"cpu_s": 0.0})["cpu_s"]
         with domain.watch(f"train {key}"):
             ranker = method.build(domain)
         cpu = domain.watch.timings[f"train {key}"]["cpu_s"] - before
         extra = {"config_hash": config_hash, "train_cpu_s": domain.train_cpu_s(key, cpu)}
         with domain.watch(f"evaluate {key}"):
-            domain.evaluate(ranker, key, order, extra).save(path)
+            domain.evaluate(ranker, key, method, order, extra).save(path)
             if not method.needs_llm and domain.has_larger_test:
-                domain.evaluate(ranker, key, order, extra, all_users=True).save(
+                domain.evaluate(ranker, key, method, order, extra, all_users=True).save(
                     domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet"
                 )
 

@@ -1,0 +1,176 @@
+"""What a method of the table is, and one domain within an experiment as its methods see it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from lightning_sfubm.contracts import Ranker
+from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
+from lightning_sfubm.evaluation.evaluate import evaluate_ranker
+from lightning_sfubm.evaluation.results import PerUserResults
+from lightning_sfubm.federated.client import Client
+from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.modules.baselines.late_fusion import LateFusion
+from lightning_sfubm.modules.llm_head import LLMHead
+from lightning_sfubm.training import Stopwatch, fit_to_early_stopping
+
+if TYPE_CHECKING:
+    from lightning_sfubm.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: its label, the heading it stands under, and how its ranker is made for one domain."""
+
+    label: str
+    group: str
+    build: Callable[["DomainRun"], Ranker]
+    needs_llm: bool = False
+
+
+class DomainRun:
+    """One domain within an experiment: data, trained stage 1, and what the methods share.
+
+    Args:
+        experiment: its settings.
+        trainer: of the run.
+        template: the stage-1 module as configured, untrained.
+        name: of the domain.
+        client: of the finished federated run.
+        watch: timings.
+        run_dir: folder of the run.
+    """
+
+    def __init__(
+        self,
+        experiment: "Experiment",
+        trainer: FederatedTrainer,
+        template: LightningModule,
+        name: str,
+        client: Client,
+        watch: Stopwatch,
+        run_dir: Path,
+    ) -> None:
+        self.experiment, self.trainer, self.template = experiment, trainer, template
+        self.name, self.client, self.watch, self.run_dir = name, client, watch, run_dir
+
+    @property
+    def data(self) -> DomainDataModule:
+        """The domain's data, with positions held out for stage 2."""
+        return self.client.datamodule  # type: ignore[return-value]
+
+    @property
+    def stage1(self) -> Any:
+        """The trained stage-1 module."""
+        return self.client.module
+
+    @cached_property
+    def full_data(self) -> DomainDataModule:
+        """The same data without a hold-out, for methods that have no second stage."""
+        data = self.data.without_holdout()
+        data.setup("fit")
+        return data
+
+    @cached_property
+    def ranking_data(self) -> RankingDataModule:
+        """Samples of the LLM stage, and the test users on whom all rows are compared."""
+        experiment = self.experiment
+        return RankingDataModule(
+            self.data,
+            batch_size=experiment.llm_batch_size,
+            eval_batch_size=experiment.llm_eval_batch_size,
+            train_candidates=experiment.train_candidates,
+            max_train_users=experiment.max_train_users,
+            max_test_users=experiment.max_test_users,
+            seed=self.data.seed,
+        )
+
+    @cached_property
+    def fusion(self) -> LateFusion:
+        """Late fusion fitted on all held-out samples, more than the LLM may get; the LLM head starts from its weights."""
+        fusion = LateFusion(self.stage1)
+        fusion.fit(self.data.rank_dataloader("train2", 256))
+        return fusion
+
+    def train_cpu_s(self, key: str, cpu_s: float) -> float | None:
+        """CPU seconds a row's training took: for a stage-1 row those of its client, else what was measured."""
+        if key == "stage1":
+            return self.client.train_cpu_s
+        return self.trainer.local_twin(self.template, self.name).train_cpu_s if key == "stage1_local" else cpu_s
+
+    @property
+    def has_larger_test(self) -> bool:
+        """Whether there are test users beyond those all rows are compared on."""
+        limit = self.experiment.max_test_users
+        return limit is not None and limit < len(self.data.splits.eval_users)
+
+    def evaluate(
+        self, ranker: Ranker, key: str, method: Method, order: int, extra: dict[str, Any], all_users: bool = False
+    ) -> PerUserResults:
+        """Rank the stored test candidates."""
+        batches = self.data.rank_dataloader(
+            "test",
+            self.experiment.llm_eval_batch_size if method.needs_llm else self.data.eval_batch_size,
+            max_users=None if all_users else self.experiment.max_test_users,
+            with_seen=True,
+        )
+        return evaluate_ranker(
+            ranker,
+            batches,
+            catalogue=self.data.catalogue,
+            method=key,
+            label=self.label(method),
+            group=method.group,
+            order=order,
+            domain=self.name,
+            split="test",
+            seed=self.trainer.seed,
+            candidate_hash=self.data.candidate_hash["test"],
+            data_fingerprint=self.data.domain.fingerprint,
+            extra=extra,
+            trainable_params=_trained(ranker),
+            device=self.trainer.strategy.root_device,
+        )
+
+    def label(self, method: Method) -> str:
+        """What the table calls a row; the encoder goes by its own name."""
+        return method.label.format(encoder=type(getattr(self.template, "encoder", None)).__name__)
+
+    def fit(self, module: LightningModule, key: str, datamodule: LightningDataModule | None = None) -> None:
+        """Train a single-domain module as stage 1 is trained: to early stopping on validation, the best epoch kept.
+
+        Args:
+            module: trained in place; bound to the domain's catalogue where it has one.
+            key: of the row; names its folder and its progress bar.
+            datamodule: the domain's data without a hold-out where ``None``.
+        """
+        federation = self.trainer.federation
+        assert federation is not None
+        fit_to_early_stopping(
+            self.trainer.make_trainer,
+            module,
+            self.full_data if datamodule is None else datamodule,
+            label=f"{key}, {self.name}",
+            folder=self.folder(key),
+            max_epochs=federation.local_max_epochs,
+            min_epochs=federation.local_min_epochs,
+            patience=federation.patience,
+            monitor=federation.monitor,
+        )
+
+    def folder(self, key: str) -> Path:
+        """Working folder of a method."""
+        return self.run_dir / "clients" / self.name / key
+
+
+def _trained(ranker: Ranker) -> int:
+    """Parameters that some phase of training moved: an LLM's are those with gradients, a stage-1 module's are all."""
+    if not isinstance(ranker, torch.nn.Module):
+        return 0
+    return sum(p.numel() for p in ranker.parameters() if p.requires_grad or not isinstance(ranker, LLMHead))

@@ -1,0 +1,90 @@
+"""Rows of the LLM stage. They are derived from one configured head, so that backbone, prompt and budget are shared."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lightning_sfubm.contracts import Ranker
+from lightning_sfubm.datamodules.item_datamodule import ItemDataModule
+from lightning_sfubm.methods.base import DomainRun, Method
+from lightning_sfubm.modules.llm_head import LLMHead
+from lightning_sfubm.modules.prompt_projector import PromptProjector
+from lightning_sfubm.seeds import derive_seed
+
+
+def _head(run: DomainRun, **changes: Any) -> LLMHead:
+    template = run.experiment.llm
+    assert template is not None
+    names = inspect.signature(type(template).__init__).parameters
+    settings = {k: v for k, v in template.hparams.items() if k in names}
+    settings["template"] = run.experiment.templates.get(run.name, settings["template"])
+    return type(template)(**{**settings, **changes})
+
+
+def _tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
+    torch.manual_seed(derive_seed(run.trainer.seed, "llm", key, run.name))
+    trainer = run.trainer.make_trainer(
+        label=f"{key}, {run.name}",
+        max_epochs=run.experiment.llm_epochs,
+        folder=run.folder(key),
+        client=f"{run.name}-{key}",
+        precision="32-true",  # the head sets its own
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+    )
+    trainer.fit(head, datamodule=run.ranking_data)
+    trainer.save_checkpoint(run.run_dir / "models" / run.name / f"{key}.ckpt", weights_only=True)
+    return head
+
+
+def _zero_shot(subtract_prior: bool) -> Callable[[DomainRun], Ranker]:
+    def build(run: DomainRun) -> Ranker:
+        # All layers: the vocabulary head reads the last one, so a model cut short has no title likelihood to speak of.
+        untuned = {"rank_mode": "score", "subtract_prior": subtract_prior, "tuning": "frozen", "residual": False}
+        untuned["num_layers"] = None
+        head = _head(run, form="branch", **untuned)
+        head.attach_stage1(None, run.data.catalogue)
+        return head
+
+    return build
+
+
+def _text_lora(run: DomainRun) -> Ranker:
+    head = _head(run, user_token=False, item_tokens=False, semantic_token=False, affinity_token=False, residual=False)
+    head.attach_stage1(None, run.data.catalogue)
+    return _tune(run, head, "text_lora")
+
+
+def _align(run: DomainRun) -> str | None:
+    """Train the projectors alone (title alignment); returns their checkpoint, ``None`` where no epochs are asked for."""
+    template, epochs = run.experiment.llm, run.experiment.align_epochs
+    if not epochs:
+        return None
+    assert template is not None
+    projector = PromptProjector(template.hparams["llm"], title_tokens=template.hparams["title_tokens"])
+    projector.attach_stage1(run.stage1, run.data.catalogue)
+    trainer = run.trainer.make_trainer(
+        label=f"alignment, {run.name}", max_epochs=epochs, folder=run.folder("projector")
+    )
+    trainer.fit(projector, datamodule=ItemDataModule(run.data, seed=run.data.seed))
+    path = run.run_dir / "models" / run.name / "projector.ckpt"
+    trainer.save_checkpoint(path, weights_only=True)
+    return str(path)
+
+
+def _sfubm(run: DomainRun) -> Ranker:
+    head = _head(run, projector_checkpoint=_align(run))
+    head.attach_stage1(run.stage1, run.data.catalogue)
+    if head.residual_weights is not None:
+        head.init_residual(run.fusion.weights)
+    return _tune(run, head, "sfubm")
+
+
+LLM: dict[str, Method] = {
+    "zero_shot": Method("Zero-shot LLM", "LLM", _zero_shot(False), needs_llm=True),
+    "zero_shot_prior": Method("Zero-shot LLM, less the title's prior", "LLM", _zero_shot(True), needs_llm=True),
+    "text_lora": Method("Text-only LoRA", "LLM", _text_lora, needs_llm=True),
+    "sfubm": Method("SF-UBM", "Ours, both stages", _sfubm, needs_llm=True),
+}
