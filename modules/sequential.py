@@ -14,6 +14,7 @@ from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs, full_cro
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.sampled import (
     binary_cross_entropy,
+    bpr_max,
     other_items,
     proposal,
     sampled_cross_entropy,
@@ -22,7 +23,7 @@ from lightning_sfubm.modules.stage1 import CatalogueModule, encoder_width
 from lightning_sfubm.seeds import torch_generator
 
 FEATURES = ("id", "text", "id+text")
-LOSSES = ("full", "sampled", "bce")
+LOSSES = ("full", "sampled", "bpr_max", "bce")
 
 
 class SequentialRecommender(CatalogueModule):
@@ -35,9 +36,13 @@ class SequentialRecommender(CatalogueModule):
         features: item vectors from ``"id"``, ``"text"`` (an adaptor over frozen text vectors) or ``"id+text"`` (the sum).
         logits: ``"dot"`` or ``"cosine"`` between state and item vector.
         tau: temperature of cosine logits.
-        loss: ``"full"`` cross-entropy over all items, ``"sampled"`` softmax, or ``"bce"`` with one negative.
-        num_negatives: negatives of the sampled softmax, shared by a batch.
+        loss: ``"full"`` cross-entropy over all items, ``"sampled"`` softmax or ``"bpr_max"`` (GRU4Rec's two losses on shared
+            negatives), or ``"bce"`` with one negative (the original SASRec's).
+        num_negatives: negatives shared by a batch, of ``"sampled"`` and ``"bpr_max"``.
         negative_power: 0 draws them uniformly, 1 by popularity.
+        logq: strength in [0, 1] of the log-Q correction of ``"sampled"``; 0 = none.
+        bpreg: weight of BPR-max's score regularisation.
+        elu_param: alpha of the ELU on BPR-max's scores; 0 = linear.
         lr: peak learning rate of AdamW.
         weight_decay: decoupled weight decay.
         warmup_steps: optimiser steps of linear warm-up.
@@ -62,9 +67,12 @@ class SequentialRecommender(CatalogueModule):
         features: Literal["id", "text", "id+text"] = "id",
         logits: Literal["dot", "cosine"] = "dot",
         tau: float = 0.07,
-        loss: Literal["full", "sampled", "bce"] = "full",
+        loss: Literal["full", "sampled", "bpr_max", "bce"] = "full",
         num_negatives: int = 512,
         negative_power: float = 0.5,
+        logq: float = 1.0,
+        bpreg: float = 1.0,
+        elu_param: float = 0.5,
         lr: float = 3e-3,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
@@ -81,6 +89,10 @@ class SequentialRecommender(CatalogueModule):
             )
         if tau <= 0 or num_negatives < 1:
             raise ConfigError(f"tau={tau} must be positive and num_negatives={num_negatives} at least 1.")
+        if not 0 <= logq <= 1 or bpreg < 0 or elu_param < 0:
+            raise ConfigError(
+                f"logq={logq} must lie in [0, 1], bpreg={bpreg} and elu_param={elu_param} must not be negative."
+            )
         self.save_plain_hyperparameters()
         self.encoder = encoder
         self.features = features
@@ -89,6 +101,9 @@ class SequentialRecommender(CatalogueModule):
         self.loss = loss
         self.num_negatives = num_negatives
         self.negative_power = negative_power
+        self.logq = logq
+        self.bpreg = bpreg
+        self.elu_param = elu_param
         self.num_experts = num_experts
         self.text_dropout = text_dropout
         self.logits_precision: Precision = logits_precision
@@ -134,23 +149,27 @@ class SequentialRecommender(CatalogueModule):
     def _scaled(self, states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         return cosine_inputs(states, table, self.tau) if self.logits == "cosine" else (states, table)
 
+    def _loss(self, states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
+        """The chosen loss of states (V, H) against items (N + 1, H) and targets (V,)."""
+        if self.loss == "full":
+            return full_cross_entropy(states, items, targets, self.logits_precision)
+        generator = torch_generator(self.seed, "negatives", self.global_step)
+        if self.loss == "bce":
+            return binary_cross_entropy(states, items, targets, other_items(targets, self.num_items, generator))
+        weights = self.negative_proposal.cpu()
+        drawn = torch.multinomial(weights, self.num_negatives, replacement=True, generator=generator)
+        drawn = drawn.to(targets.device)
+        if self.loss == "bpr_max":
+            return bpr_max(states, items, targets, drawn, self.bpreg, self.elu_param)
+        return sampled_cross_entropy(states, items, targets, drawn, self.negative_proposal.log(), self.logq)
+
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """Loss of the next item at every position that has one."""
         table = self.items()
         predicting = batch["targets"] != 0
         targets = batch["targets"][predicting]
         states, items = self._scaled(self._encode(batch["history"], table)[predicting], table)
-        if self.loss == "full":
-            loss = full_cross_entropy(states, items, targets, self.logits_precision)
-        else:
-            generator = torch_generator(self.seed, "negatives", self.global_step)
-            if self.loss == "bce":
-                loss = binary_cross_entropy(states, items, targets, other_items(targets, self.num_items, generator))
-            else:
-                weights = self.negative_proposal.cpu()
-                drawn = torch.multinomial(weights, self.num_negatives, replacement=True, generator=generator)
-                log_q = self.negative_proposal.log()
-                loss = sampled_cross_entropy(states, items, targets, drawn.to(targets.device), log_q)
+        loss = self._loss(states, items, targets)
         self.log_losses(batch, loss=loss)
         return loss
 

@@ -1,4 +1,4 @@
-"""GRU4Rec: a recurrent encoder over item embeddings (Hidasi et al., ICLR 2016)."""
+"""GRU4Rec: a recurrent encoder over item embeddings (Hidasi et al., ICLR 2016; Hidasi and Karatzoglou, CIKM 2018)."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,11 @@ class GRU4Rec(nn.Module):
     Args:
         hidden_dim: H, the width of item embeddings and states.
         num_layers: stacked GRU layers.
-        dropout: dropout probability of the input and between layers.
+        dropout: dropout probability of the input, and between layers unless ``hidden_dropout`` is given.
+        hidden_dropout: dropout probability of every layer's output, the last one's included, as in the official code;
+            ``None`` leaves the last one's as it is.
+        project: a linear layer from states to item space; without it the states themselves are compared with the item
+            vectors, as in the official code with its constrained embedding.
 
     Example:
         >>> encoder = GRU4Rec(hidden_dim=8)
@@ -21,16 +25,27 @@ class GRU4Rec(nn.Module):
         torch.Size([3, 5, 8])
     """
 
-    def __init__(self, hidden_dim: int = 64, num_layers: int = 1, dropout: float = 0.2) -> None:
+    def __init__(
+        self,
+        hidden_dim: int = 64,
+        num_layers: int = 1,
+        dropout: float = 0.2,
+        hidden_dropout: float | None = None,
+        project: bool = True,
+    ) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim
         self.num_layers = num_layers
         self.dropout = dropout
+        self.hidden_dropout = hidden_dropout
+        self.project = project
         self.drop = nn.Dropout(dropout)
+        between = dropout if hidden_dropout is None else hidden_dropout
         self.gru = nn.GRU(
-            hidden_dim, hidden_dim, num_layers, batch_first=True, dropout=dropout if num_layers > 1 else 0.0
+            hidden_dim, hidden_dim, num_layers, batch_first=True, dropout=between if num_layers > 1 else 0.0
         )
-        self.out = nn.Linear(hidden_dim, hidden_dim)
+        self.drop_out = nn.Dropout(hidden_dropout or 0.0)
+        self.out = nn.Linear(hidden_dim, hidden_dim) if project else nn.Identity()
 
     def forward(self, item_embeddings: Tensor, mask: Tensor) -> Tensor:
         """Encode histories.
@@ -49,4 +64,4 @@ class GRU4Rec(nn.Module):
         states, _ = self.gru(self.drop(item_embeddings.gather(1, to_front)))
         back = ((steps - padding) % length).unsqueeze(-1).expand_as(states)
         # Padded positions were run last, so their states have seen the whole row: cleared.
-        return self.out(states.gather(1, back) * mask.unsqueeze(-1))
+        return self.out(self.drop_out(states.gather(1, back) * mask.unsqueeze(-1)))

@@ -20,7 +20,9 @@ def proposal(train_counts: Tensor, power: float) -> Tensor:
     return weights / weights.sum()
 
 
-def sampled_cross_entropy(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
+def sampled_cross_entropy(
+    states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor, logq: float = 1.0
+) -> Tensor:
     """Softmax over the target and M shared negatives, corrected for how they were drawn (log-Q correction).
 
     Subtracting the log of the expected count from each negative's logit makes the partition function unbiased (Bengio and
@@ -32,6 +34,7 @@ def sampled_cross_entropy(states: Tensor, table: Tensor, targets: Tensor, negati
         targets: (V,) item ids.
         negatives: (M,) item ids drawn with replacement, shared by all rows.
         log_q: (N + 1,) log-probabilities of the proposal.
+        logq: strength of the correction in [0, 1]; 0 leaves the logits as they are (GRU4Rec's default).
 
     Returns:
         Scalar mean loss; 0 if V is 0.
@@ -40,9 +43,44 @@ def sampled_cross_entropy(states: Tensor, table: Tensor, targets: Tensor, negati
         return states.sum() + 0.0 * table.sum()
     positive = (states * F.embedding(targets, table)).sum(-1, keepdim=True)
     expected = log_q[negatives] + torch.log(torch.tensor(float(len(negatives))))
-    logits = states @ F.embedding(negatives, table).T - expected
+    logits = states @ F.embedding(negatives, table).T - logq * expected
     logits = logits.masked_fill(negatives == targets[:, None], -torch.inf)
     return (torch.cat([positive, logits], 1).logsumexp(1) - positive.squeeze(1)).mean()
+
+
+def bpr_max(
+    states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, bpreg: float = 1.0, elu_param: float = 0.5
+) -> Tensor:
+    """BPR-max: the target against M shared negatives, each weighted by its softmax share (arXiv 1706.03847, eq. 10).
+
+    With r the scores after an ELU and s the softmax over a row's negatives:
+    ``-log(sum_j s_j sigmoid(r_target - r_j)) + bpreg sum_j s_j r_j^2``, computed in logs. Negatives equal to a row's
+    target are masked in that row; a row without any other negative counts 0.
+
+    Args:
+        states: (V, H).
+        table: (N + 1, H).
+        targets: (V,) item ids.
+        negatives: (M,) item ids, shared by all rows.
+        bpreg: weight of the score regularisation, not negative.
+        elu_param: alpha of the ELU, not negative; 0 leaves the scores linear.
+
+    Returns:
+        Scalar mean loss; 0 if V is 0.
+    """
+    if len(states) == 0:
+        return states.sum() + 0.0 * table.sum()
+    positive = (states * F.embedding(targets, table)).sum(-1, keepdim=True)
+    scores = states @ F.embedding(negatives, table).T
+    if elu_param:
+        positive, scores = F.elu(positive, elu_param), F.elu(scores, elu_param)
+    same = negatives == targets[:, None]
+    alone = same.all(1)
+    # A row of nothing but -inf would make the softmax, and with it every gradient, NaN.
+    log_share = scores.masked_fill(same & ~alone[:, None], -torch.inf).log_softmax(1)
+    won = (log_share + F.logsigmoid(positive - scores)).logsumexp(1)
+    penalty = (log_share.exp() * scores.square()).sum(1)
+    return (bpreg * penalty - won).masked_fill(alone, 0.0).mean()
 
 
 def binary_cross_entropy(states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:

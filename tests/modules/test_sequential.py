@@ -20,6 +20,8 @@ VARIANTS = [
     {"features": "text", "logits": "cosine"},
     {"features": "id+text", "num_experts": 2},
     {"loss": "sampled", "num_negatives": 10},
+    {"loss": "sampled", "num_negatives": 10, "logq": 0.0},
+    {"loss": "bpr_max", "num_negatives": 10},
     {"loss": "bce"},
 ]
 
@@ -93,6 +95,9 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
         ({"tau": 0.0}, "tau=0.0"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"loss": "hinge"}, "loss='hinge'"),
+        ({"logq": 1.5}, r"logq=1.5 must lie in \[0, 1\]"),
+        ({"loss": "bpr_max", "bpreg": -1.0}, "bpreg=-1.0"),
+        ({"loss": "bpr_max", "elu_param": -0.5}, "elu_param=-0.5"),
     ):
         with pytest.raises(ConfigError, match=message):
             SequentialRecommender(SASRec(8), **kwargs)

@@ -34,6 +34,7 @@ ENCODERS = {
     "sasrec_wide": lambda: SASRec(8, num_layers=1, num_heads=4, feedforward_dim=32, activation="silu"),
     "gru4rec": lambda: GRU4Rec(8),
     "gru4rec_two_layers": lambda: GRU4Rec(8, num_layers=2),
+    "gru4rec_official": lambda: GRU4Rec(8, num_layers=2, hidden_dropout=0.5, project=False),
     "plug_in": DecayingMean,
 }
 
@@ -124,6 +125,23 @@ def test_gru4rec_equals_row_by_row() -> None:
     for row, length in enumerate(lengths):
         alone = encoder.out(encoder.gru(x[row : row + 1, -length:])[0])
         torch.testing.assert_close(states[row, -length:], alone[0])
+
+
+def test_gru4rec_dropouts() -> None:
+    """Input dropout alone leaves states dense; hidden dropout zeroes states and scales the rest; neither acts in eval."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(64, 6, 8), torch.ones(64, 6, dtype=torch.bool)
+    plain = GRU4Rec(8, dropout=0.0, project=False)
+    dropped = GRU4Rec(8, dropout=0.0, hidden_dropout=0.4, project=False)
+    dropped.load_state_dict(plain.state_dict())
+    states, thinned = plain(x, mask), dropped(x, mask)
+    kept = thinned != 0
+    assert (states != 0).all()
+    assert abs(kept.float().mean() - 0.6) < 0.03  # standard deviation .009
+    torch.testing.assert_close(thinned[kept], states[kept] / 0.6)
+    torch.testing.assert_close(dropped.eval()(x, mask), states)
+    assert GRU4Rec(8, num_layers=2, dropout=0.3).gru.dropout == 0.3
+    assert GRU4Rec(8, num_layers=2, dropout=0.3, hidden_dropout=0.1).gru.dropout == 0.1
 
 
 @pytest.mark.parametrize("name", ["sasrec_pre_norm", "gru4rec"])
