@@ -6,16 +6,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/demo
-# Folder with the real domains (beauty/ ...); only the stage-1 benchmark needs it.
+# Folder with the real domains (beauty/ ...), for the results grids and the stage-1 benchmark.
 DATA ?= data
+# Minutes after which a results grid stops; it goes on when the command is given again.
+BUDGET ?= 600
 
-.PHONY: help demo test lint setup bench clean
+.PHONY: help demo test lint setup bench results clean
 
 help:
 	@echo "make demo   set up and run the main job end to end on real data; prints the path of the report"
 	@echo "make test   set up and run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the benchmarks; writes benchmarks/results/ (DATA=folder of real domains)"
+	@echo "make results  the results grids (DATA=folder of real domains, BUDGET=minutes a grid); can be stopped and given again"
 	@echo "make clean  remove the environment and the build products (not the caches of models and data)"
 
 setup: $(STAMP)
@@ -43,6 +46,11 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop.py --config configs/experiment/demo.yaml
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stage1.py --data-root $(DATA)
+
+results: $(STAMP)
+	@for grid in configs/results/*.yaml; do \
+		$(BIN)/lightning-sfubm results --grid $$grid --root $(DATA) --budget $(BUDGET) --publish docs/results/$$(basename $$grid .yaml) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

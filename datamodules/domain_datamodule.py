@@ -119,6 +119,10 @@ class DomainDataModule(L.LightningDataModule):
         for split in ("val", "test"):
             self._stored(split, self.num_candidates)
 
+    def source_fingerprint(self) -> str:
+        """Hash of the content this domain is read from, before any filtering."""
+        return self.reader.fingerprint(self._root())
+
     def without_holdout(self) -> "DomainDataModule":
         """The same domain with no positions held out for stage 2, for methods that have no second stage."""
         twin = copy.copy(self)

@@ -12,18 +12,21 @@ commands
   test      evaluate a checkpoint on test data
   predict   top items for each user, from a checkpoint
   report    build report.html and report.json again from a finished run folder
+  results   run a grid of pairs, methods and seeds, and build its tables; can be stopped and given again
 
 examples
   lightning-sfubm fit --config configs/experiment/demo.yaml
   lightning-sfubm fit --config configs/experiment/health_beauty.yaml --data.root DIR
   lightning-sfubm fit --config configs/experiment/demo.yaml --ckpt_path last     (go on where it stopped)
   lightning-sfubm report runs/demo
+  lightning-sfubm results --grid configs/results/demo.yaml
 
 'lightning-sfubm COMMAND --help' lists every option; any LightningModule and LightningDataModule can be named by
 class path. Settings of the environment: SFUBM_CACHE moves the cache of models and prepared data.
 """
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
+_OWN = ("report", "results")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,8 +49,13 @@ def main(argv: list[str] | None = None) -> None:
             run(argv)
         elif argv[0] == "report":
             _report(argv[1:])
+        elif argv[0] == "results":
+            from lightning_sfubm.grid.command import results
+
+            results(argv[1:])
         else:
-            raise SFUBMError(f"unknown command '{argv[0]}': use one of {', '.join((*_LIGHTNING, 'report'))}, or --help")
+            known = ", ".join((*_LIGHTNING, *_OWN))
+            raise SFUBMError(f"unknown command '{argv[0]}': use one of {known}, or --help")
     except SFUBMError as error:
         print(f"lightning-sfubm: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -56,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 def main_lightning(argv: list[str] | None = None) -> None:
     """The ``lightning`` command: ours, and whatever else goes to lightning-sdk where that is installed."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in (*_LIGHTNING, "report", "-h", "--help", "-V", "--version"):
+    if not argv or argv[0] in (*_LIGHTNING, *_OWN, "-h", "--help", "-V", "--version"):
         main(argv)
         return
     from importlib.metadata import entry_points

@@ -50,9 +50,14 @@ class _TopLevelOnly(_InstantiatorFn):
 
 
 class SFUBMCLI(LightningCLI):
-    """``LightningCLI`` with ``trainer.federation`` and ``experiment``; explicit flags win over a checkpoint's settings."""
+    """``LightningCLI`` with ``trainer.federation`` and ``experiment``; explicit flags win over a checkpoint's settings.
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    Args:
+        args: those of the command line by default; with a sub-command first where ``run`` is true.
+        run: run the sub-command; otherwise only build ``trainer``, ``model`` and ``datamodule``.
+    """
+
+    def __init__(self, args: list[str] | None = None, run: bool = True) -> None:
         self._argv = list(sys.argv[1:] if args is None else args)
         super().__init__(
             LightningModule,
@@ -66,6 +71,7 @@ class SFUBMCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf+"},
             args=args,
+            run=run,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -174,8 +174,9 @@ class Experiment:
     def _row(self, domain: "DomainRun", key: str, order: int, name: str, config_hash: str, console: Console) -> None:
         path = domain.run_dir / "results" / name / f"{key}.parquet"
         if path.exists() and config_hash:
-            stored = PerUserResults.load(path)
-            if stored.meta.extra.get("config_hash") == config_hash:
+            meta = PerUserResults.load(path).meta
+            same_data = (meta.data_fingerprint, meta.candidate_hash) == domain.data_hashes
+            if same_data and meta.extra.get("config_hash") == config_hash:
                 return
         method = METHODS[key]
         console.print(f"[dim]{name}: {domain.label(method)}[/dim]")

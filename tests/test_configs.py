@@ -12,7 +12,7 @@ from lightning_sfubm.cli import SFUBMCLI
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "results")  # grids: tests/grid
 QUICK = {
     "synthetic": {
         "class_path": "lightning_sfubm.datamodules.synthetic.SyntheticReader",

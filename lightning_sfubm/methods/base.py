@@ -105,6 +105,11 @@ class DomainRun:
         return self.trainer.local_twin(self.template, self.name).train_cpu_s if key == "stage1_local" else cpu_s
 
     @property
+    def data_hashes(self) -> tuple[str, str]:
+        """Fingerprint of the data and hash of the test candidates: rows with others are not of this table."""
+        return self.data.domain.fingerprint, self.data.candidate_hash["test"]
+
+    @property
     def has_larger_test(self) -> bool:
         """Whether there are test users beyond those all rows are compared on."""
         limit = self.experiment.max_test_users
@@ -131,8 +136,8 @@ class DomainRun:
             domain=self.name,
             split="test",
             seed=self.trainer.seed,
-            candidate_hash=self.data.candidate_hash["test"],
-            data_fingerprint=self.data.domain.fingerprint,
+            candidate_hash=self.data_hashes[1],
+            data_fingerprint=self.data_hashes[0],
             extra=extra,
             trainable_params=_trained(ranker),
             device=self.trainer.strategy.root_device,

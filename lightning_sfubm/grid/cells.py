@@ -1,0 +1,81 @@
+"""One JSON for every cell (pair, domain, method, seed): everything a table needs, and each user's result."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_sfubm.errors import DataError
+from lightning_sfubm.evaluation.facts import domain_facts, plain
+from lightning_sfubm.evaluation.results import COLUMNS, PerUserResults, ResultMeta, write_atomically
+
+FORMAT = 1
+Json = dict[str, Any]
+_META = ("candidate_hash", "data_fingerprint", "split", "ties", "num_candidates", "num_items")
+
+
+def cell_path(out: Path, pair: str, domain: str, method: str, seed: int) -> Path:
+    """Where a cell is stored."""
+    return out / "cells" / pair / domain / method / f"seed{seed}.json"
+
+
+def write_cell(path: Path, result: PerUserResults, about: Json) -> None:
+    """Write the cell of a result, atomically.
+
+    Args:
+        path: see :func:`cell_path`.
+        result: per-user results of the row.
+        about: pair, method, run, grid hash, commit, hardware, versions and the like.
+    """
+    row = domain_facts(result.meta.domain, [result])["rows"][0]
+    columns = {name: plain(getattr(result, name).tolist()) for name in COLUMNS}
+    meta = {name: getattr(result.meta, name) for name in _META}
+    cell = {"format": FORMAT, **row, **meta, "domain": result.meta.domain, **about, "per_user": columns}
+    write_atomically(path, json.dumps(plain(cell)).encode())
+
+
+def read_cell(path: Path) -> Json | None:
+    """A cell, or ``None`` where it is missing, torn or of another format: it is then computed again."""
+    try:
+        cell = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return cell if isinstance(cell, dict) and cell.get("format") == FORMAT and "per_user" in cell else None
+
+
+def results_of(cell: Json) -> PerUserResults:
+    """The per-user results of a cell.
+
+    Raises:
+        DataError: columns are missing or do not fit.
+    """
+    meta = ResultMeta(
+        method=cell["method"],
+        domain=cell["domain"],
+        seed=cell["seed"],
+        label=cell["label"],
+        group=cell["group"],
+        **{name: cell[name] for name in _META},
+    )
+    try:
+        columns = {
+            name: np.array([np.nan if value is None else value for value in cell["per_user"][name]], dtype=dtype)
+            for name, dtype in COLUMNS.items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the cell of '{cell['method']}' in '{cell['domain']}' lacks per-user results: {error}"
+        ) from error
+    return PerUserResults(meta, **columns)
+
+
+def without_users(cell: Json) -> Json:
+    """The cell as it may be published: no per-user results, no paths."""
+    return {key: value for key, value in cell.items() if key != "per_user"}
+
+
+def all_cells(out: Path) -> list[Json]:
+    """Every whole cell below an output folder, in the order of their paths."""
+    cells = (read_cell(path) for path in sorted((out / "cells").glob("*/*/*/seed*.json")))
+    return [cell for cell in cells if cell is not None]

@@ -1,0 +1,62 @@
+"""``lightning-sfubm results``: compute what is missing of a grid, then build its tables and figures."""
+
+import argparse
+import json
+from pathlib import Path
+
+from lightning_sfubm.evaluation.results import write_atomically
+from lightning_sfubm.grid.cells import all_cells, cell_path, without_users
+from lightning_sfubm.grid.runner import run_grid
+from lightning_sfubm.grid.spec import load_grid
+from lightning_sfubm.grid.tables import comparisons, markdown, ordered
+from lightning_sfubm.methods import METHODS
+
+
+def results(argv: list[str]) -> None:
+    """Entry point.
+
+    Raises:
+        SFUBMError: a bad grid, data that cannot be read, cells that do not belong together.
+        SystemExit: with code 1 where runs are left over.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning-sfubm results",
+        description="Run a grid of pairs, methods and seeds. Finished cells are skipped and an interrupted run goes on, so the "
+        "command can be stopped and given again. Tables and figures are built from the cells alone.",
+    )
+    parser.add_argument("--grid", required=True, type=Path, help="YAML file, for instance configs/results/demo.yaml")
+    parser.add_argument("--root", help="folder of the real domains, as --data.root of fit")
+    parser.add_argument("--out", type=Path, help="folder of runs and cells; by default runs/results/<name of the grid>")
+    parser.add_argument("--only", action="append", default=[], metavar="PAIR/RUN/SEED", help="pattern; may be repeated")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after so many minutes; go on next time")
+    parser.add_argument("--tables-only", action="store_true", help="build tables from the cells that are there")
+    parser.add_argument(
+        "--publish", type=Path, metavar="DIR", help="also write tables and cells without user data here"
+    )
+    options = parser.parse_args(argv)
+    grid = load_grid(options.grid, set(METHODS))
+    out = options.out or Path("runs") / "results" / options.grid.stem
+    left: list[str] = []
+    if not options.tables_only:
+        budget = None if options.budget is None else 60 * options.budget
+        left = run_grid(grid, out, options.root, options.only, budget)
+    cells = all_cells(out)
+    tables = ordered(grid, cells)
+    facts = comparisons(grid, tables)
+    text = markdown(grid, tables, facts)
+    write_atomically(out / "tables.md", text.encode())
+    from lightning_sfubm.grid.plots import write_plots
+
+    write_plots(tables, out / "plots")
+    if options.publish:
+        write_atomically(options.publish / "tables.md", text.encode())
+        write_atomically(options.publish / "comparisons.json", json.dumps(facts, indent=1).encode())
+        for cell in (cell for methods in tables.values() for seeds in methods.values() for cell in seeds):
+            path = cell_path(options.publish, cell["pair"], cell["domain"], cell["method"], cell["seed"])
+            write_atomically(path, json.dumps(without_users(cell), indent=1).encode())
+        write_plots(tables, options.publish / "plots")
+    print(text)
+    print(f"Tables: {out / 'tables.md'}")
+    if left:
+        print(f"Not complete: {', '.join(left)}. Give the command again to go on.")
+        raise SystemExit(1)

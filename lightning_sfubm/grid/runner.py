@@ -1,0 +1,130 @@
+"""Run a grid: finished cells are skipped, an interrupted run goes on, a failed one is named at the end."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lightning_sfubm.errors import ConfigError, DataError
+from lightning_sfubm.evaluation.environment import environment
+from lightning_sfubm.evaluation.results import PerUserResults, write_atomically
+from lightning_sfubm.grid.cells import cell_path, read_cell, write_cell
+from lightning_sfubm.grid.spec import Grid, Run
+
+MARK = "grid_run.json"  #: in a run's folder: what its rows were computed from
+
+
+def sources(config: Path, root: str | None) -> dict[str, str]:
+    """Hash of the data each domain of a configuration is read from.
+
+    Raises:
+        ConfigError: the configuration has no domains.
+    """
+    from lightning_sfubm.cli import SFUBMCLI
+
+    arguments = ["--config", str(config), *(["--data.root", root] if root else [])]
+    domains = getattr(SFUBMCLI(args=arguments, run=False).datamodule, "domains", None)
+    if not domains:
+        raise ConfigError(f"{config} has no data.domains; a grid needs a federated experiment")
+    return {name: domain.source_fingerprint() for name, domain in domains.items()}
+
+
+def run_grid(grid: Grid, out: Path, root: str | None, only: list[str], budget_s: float | None) -> list[str]:
+    """Compute every missing cell.
+
+    Args:
+        grid: what to run.
+        out: folder of runs and cells.
+        root: data root.
+        only: patterns of ``pair/run/seed``.
+        budget_s: wall-clock seconds after which no run is started and the one at work is stopped; it goes on next time.
+
+    Returns:
+        Keys of the runs that are not complete.
+    """
+    console, started = Console(highlight=False), time.monotonic()
+    chosen = grid.select(only)
+    data = {pair: sources(grid.pairs[pair], root) for pair in dict.fromkeys(run.pair for run in chosen)}
+    incomplete = []
+    for number, run in enumerate(chosen, 1):
+        key = run.hash(data[run.pair])
+        missing = _missing(run, out, list(data[run.pair]), key)
+        if not missing:
+            console.print(f"[dim]{number}/{len(chosen)} {run.key}: done before[/dim]")
+            continue
+        left = None if budget_s is None else budget_s - (time.monotonic() - started)
+        if left is not None and left <= 0:
+            incomplete.append(run.key)
+            continue
+        console.print(f"[bold]{number}/{len(chosen)} {run.key}[/bold]: {', '.join(missing)}")
+        before = time.monotonic()
+        _process(run, out / "runs" / run.key, root, key, left)
+        _export(run, out, key)
+        done = not _missing(run, out, list(data[run.pair]), key)
+        console.print(f"  {'done' if done else 'not complete'} after {time.monotonic() - before:.0f} s")
+        if not done:
+            incomplete.append(run.key)
+    return incomplete
+
+
+def _missing(run: Run, out: Path, domains: list[str], key: str) -> list[str]:
+    """Methods of a run that lack a cell in some domain."""
+    missing = []
+    for method in run.rows.values():
+        cells = [read_cell(cell_path(out, run.pair, domain, method, run.seed)) for domain in domains]
+        if any(cell is None or cell["grid_hash"] != key for cell in cells):
+            missing.append(method)
+    return missing
+
+
+def _arguments(run: Run, root: str | None, folder: Path) -> list[str]:
+    """Options of the ``fit`` that computes a run."""
+    arguments = [item for config in run.configs for item in ("--config", str(config))]
+    arguments += ["--seed_everything", str(run.seed), "--model.init_args.seed", str(run.seed), *run.flags]
+    arguments += ["--trainer.default_root_dir", str(folder)]
+    arguments += ["--experiment.init_args.methods", json.dumps(list(run.rows))]
+    return arguments + (["--data.root", root] if root else [])
+
+
+def _process(run: Run, folder: Path, root: str | None, key: str, timeout: float | None) -> None:
+    """One ``fit`` in a process of its own: memory is measured per run, and a crash ends that run alone."""
+    mark = folder / MARK
+    resumable = mark.exists() and json.loads(mark.read_text()).get("grid_hash") == key
+    arguments = _arguments(run, root, folder)
+    if resumable and (folder / "checkpoints").exists():
+        arguments += ["--ckpt_path", "last"]
+    write_atomically(mark, json.dumps({"grid_hash": key}).encode())
+    command = [sys.executable, "-m", "lightning_sfubm", "fit", *arguments]
+    with (folder / "output.log").open("a", encoding="utf-8") as log:
+        log.write(f"$ lightning-sfubm fit {' '.join(arguments)}\n")
+        log.flush()
+        try:
+            code = subprocess.run(command, stdout=log, stderr=log, timeout=timeout, check=False).returncode
+        except subprocess.TimeoutExpired:
+            log.write("stopped: the budget is used up\n")
+            return
+    if code:
+        tail = (folder / "output.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        Console(highlight=False).print(f"  exit code {code}: {' '.join(tail)} ({folder / 'output.log'})")
+
+
+def _export(run: Run, out: Path, key: str) -> None:
+    """Cells of the rows that are there, those of an interrupted run among them."""
+    folder, facts = out / "runs" / run.key, environment()
+    about: dict[str, Any] = {name: facts[name] for name in ("commit", "hardware", "versions")}
+    about |= {"pair": run.pair, "run": run.name, "grid_hash": key}
+    about["command"] = "lightning-sfubm fit " + " ".join(_arguments(run, "DIR", Path("RUN")))
+    for row, method in run.rows.items():
+        for file in sorted((folder / "results").glob(f"*/{row}.parquet")):
+            try:
+                result = PerUserResults.load(file)
+            except DataError:
+                continue  # torn: computed again
+            label = run.labels.get(method, result.meta.label)
+            path = cell_path(out, run.pair, result.meta.domain, method, run.seed)
+            if (cell := read_cell(path)) is None or cell["grid_hash"] != key:
+                write_cell(path, result, {**about, "method": method, "label": label, "row": row})

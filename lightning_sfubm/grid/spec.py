@@ -1,0 +1,144 @@
+"""The declarative file behind a results table: which runs there are, and which rows each contributes."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from lightning_sfubm.errors import ConfigError
+
+_GRID_KEYS = {"title", "pairs", "runs", "comparisons"}
+_RUN_KEYS = {"rows", "seeds", "config", "flags", "pairs"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process of the grid: a pair of domains, a variant of its configuration, a seed.
+
+    Attributes:
+        pair: name of the pair.
+        name: name of the variant.
+        seed: root seed.
+        configs: configuration files, later ones on top of earlier ones.
+        flags: further options of ``lightning-sfubm fit``.
+        rows: row of the experiment -> name of the method in the table.
+        labels: name of the method -> what the table prints; where missing, the row's own label.
+    """
+
+    pair: str
+    name: str
+    seed: int
+    configs: tuple[Path, ...]
+    flags: tuple[str, ...]
+    rows: dict[str, str]
+    labels: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """``pair/name/seed``: what ``--only`` selects by, and the run's folder."""
+        return f"{self.pair}/{self.name}/{self.seed}"
+
+    def hash(self, sources: dict[str, str]) -> str:
+        """What the cells of this run depend on: configuration files, options, seed and the content of the data."""
+        content = [path.read_text(encoding="utf-8") for path in self.configs]
+        text = json.dumps([content, self.flags, self.seed, sources], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All runs of a results table, in the order they are run.
+
+    Attributes:
+        title: heading of the table.
+        pairs: name -> configuration file.
+        runs: see :class:`Run`.
+        comparisons: pairs of methods whose paired difference the table states.
+    """
+
+    title: str
+    pairs: dict[str, Path]
+    runs: tuple[Run, ...]
+    comparisons: tuple[tuple[str, str], ...]
+
+    def select(self, only: list[str]) -> list[Run]:
+        """Runs whose key matches one of the patterns; all where there are none.
+
+        Raises:
+            ConfigError: a pattern matches nothing.
+        """
+        for pattern in only:
+            if not any(fnmatch(run.key, pattern) for run in self.runs):
+                known = ", ".join(sorted({run.key for run in self.runs})[:6])
+                raise ConfigError(f"--only {pattern} matches no run of the grid; runs are called {known} ...")
+        return [run for run in self.runs if not only or any(fnmatch(run.key, pattern) for pattern in only)]
+
+
+def load_grid(path: Path, known_rows: set[str]) -> Grid:
+    """Read and check a grid file. Paths in it are relative to the working directory, as those of ``--config``.
+
+    Args:
+        path: the YAML file.
+        known_rows: rows an experiment can compute.
+
+    Raises:
+        ConfigError: naming the file and the entry that is missing, unknown or of the wrong kind.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"grid {path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not {"pairs", "runs"} <= content.keys():
+        raise ConfigError(f"grid {path} needs the entries 'pairs' and 'runs'")
+    _check_keys(path, "", content, _GRID_KEYS)
+    pairs = {name: _existing(path, f"pairs.{name}", file) for name, file in content["pairs"].items()}
+    runs: list[Run] = []
+    for name, entry in content["runs"].items():
+        if not isinstance(entry, dict) or not entry.get("rows"):
+            raise ConfigError(f"grid {path}: runs.{name} needs 'rows'")
+        _check_keys(path, f"runs.{name}.", entry, _RUN_KEYS)
+        rows, labels = _rows(path, name, entry["rows"], known_rows)
+        overlays = [_existing(path, f"runs.{name}.config", file) for file in _as_list(entry.get("config"))]
+        for pair in _as_list(entry.get("pairs")) or list(pairs):
+            if pair not in pairs:
+                raise ConfigError(f"grid {path}: runs.{name}.pairs names '{pair}'; pairs are {', '.join(pairs)}")
+            for seed in _as_list(entry.get("seeds")) or [1]:
+                flags = tuple(str(flag) for flag in _as_list(entry.get("flags")))
+                runs.append(Run(pair, name, int(seed), (pairs[pair], *overlays), flags, rows, labels))
+    methods = {method for run in runs for method in run.rows.values()}
+    comparisons = [tuple(pair) for pair in content.get("comparisons") or []]
+    for pair in comparisons:
+        if len(pair) != 2 or not set(pair) <= methods:
+            raise ConfigError(f"grid {path}: comparison {list(pair)} must name two of its methods: {sorted(methods)}")
+    return Grid(content.get("title", path.stem), pairs, tuple(runs), tuple(comparisons))
+
+
+def _rows(path: Path, run: str, rows: Any, known: set[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Rows of a run by method name, and labels. A list keeps the rows' names; a mapping row -> label is a variant."""
+    unknown = [row for row in rows if row not in known]
+    if unknown:
+        raise ConfigError(f"grid {path}: runs.{run}.rows names {unknown}; known rows are {', '.join(sorted(known))}")
+    if isinstance(rows, list):
+        return {row: row for row in rows}, {}
+    names = {row: run if len(rows) == 1 else f"{run}.{row}" for row in rows}
+    return names, {names[row]: str(label) for row, label in rows.items()}
+
+
+def _check_keys(path: Path, where: str, entry: dict[str, Any], known: set[str]) -> None:
+    for key in entry:
+        if key not in known:
+            raise ConfigError(f"grid {path}: unknown entry '{where}{key}'; known are {', '.join(sorted(known))}")
+
+
+def _existing(path: Path, where: str, file: Any) -> Path:
+    if not isinstance(file, str) or not Path(file).is_file():
+        raise ConfigError(f"grid {path}: {where} names {file}, which is not there")
+    return Path(file)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]

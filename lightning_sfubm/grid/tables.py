@@ -1,0 +1,198 @@
+"""Tables of a results grid, built from its cells alone."""
+
+import statistics
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from lightning_sfubm.errors import DataError
+from lightning_sfubm.evaluation.facts import plain
+from lightning_sfubm.evaluation.results import PerUserResults
+from lightning_sfubm.evaluation.significance import bootstrap_ci, holm, mcnemar_exact
+from lightning_sfubm.grid.cells import Json, results_of
+from lightning_sfubm.grid.spec import Grid
+
+COLUMNS = ("hit@1", "ndcg@10", "full_ndcg@10", "valid_ratio")
+SLICES = ("cold target", "short history", "long history")
+
+
+def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, list[Json]]]:
+    """Cells by (pair, domain), then by method in the order of the grid; the seeds of a method in rising order.
+
+    Raises:
+        DataError: the cells of one domain were computed on different data or candidate lists.
+    """
+    order = {m: i for i, m in enumerate(dict.fromkeys(m for run in grid.runs for m in run.rows.values()))}
+    tables: dict[tuple[str, str], dict[str, list[Json]]] = defaultdict(dict)
+    for cell in sorted(cells, key=lambda c: (c["pair"], c["domain"], order.get(c["method"], len(order)), c["seed"])):
+        if cell["method"] in order and cell["pair"] in grid.pairs:
+            tables[cell["pair"], cell["domain"]].setdefault(cell["method"], []).append(cell)
+    for (pair, domain), methods in tables.items():
+        hashes = {cell["candidate_hash"] for seeds in methods.values() for cell in seeds}
+        if len(hashes) > 1:
+            raise DataError(
+                f"cells of {pair}, {domain} stand on {len(hashes)} different candidate lists: the data or its settings "
+                "changed between runs; run the grid again to compute the stale ones"
+            )
+    return dict(tables)
+
+
+def summary(seeds: list[Json]) -> Json:
+    """One table row from the cells of a method: means over seeds, and the spread or the interval of Hit@1."""
+    first = seeds[0]
+    row: Json = {key: first[key] for key in ("method", "label", "group", "users", "trainable_params")}
+    row["seeds"] = [cell["seed"] for cell in seeds]
+    for name in COLUMNS:
+        values = [cell["metrics"][name]["value"] for cell in seeds]
+        row[name] = None if None in values else statistics.mean(values)
+        row[f"{name} sd"] = statistics.stdev(values) if len(values) > 1 and None not in values else None
+    row["hit@1 interval"] = [first["metrics"]["hit@1"]["low"], first["metrics"]["hit@1"]["high"]]
+    row["slices"] = {name: _mean(cell["slices"][name]["hit@1"]["value"] for cell in seeds) for name in SLICES}
+    for name in ("train_cpu_s", "cpu_s", "wall_s", "peak_rss_mb"):
+        row[name] = _mean(cell.get(name) for cell in seeds)
+    return row
+
+
+def _mean(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def comparisons(grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]]) -> list[Json]:
+    """Paired differences in Hit@1, per domain and pooled over the domains of a pair.
+
+    A user's value is the mean over the seeds both methods have; the interval is a bootstrap over users. The test is
+    McNemar's on the first common seed, with Holm's correction over all tests of the grid.
+    """
+    facts: list[Json] = []
+    for a, b in grid.comparisons:
+        pooled: dict[tuple[str, bool], list[tuple[Any, Any]]] = defaultdict(list)
+        for (pair, domain), methods in tables.items():
+            if a not in methods or b not in methods:
+                continue
+            values, first = _paired(methods[a], methods[b])
+            if len(values):
+                facts.append(_fact(pair, domain, a, b, methods, values, first))
+                pooled[pair, domain.endswith(", all users")].append((values, first))
+        for (pair, everyone), parts in pooled.items():
+            if len(parts) > 1:
+                name = "pooled, all users" if everyone else "pooled"
+                methods = next(m for (p, _), m in tables.items() if p == pair and a in m and b in m)
+                values, first = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+                facts.append(_fact(pair, name, a, b, methods, values, first))
+    for fact, p in zip(facts, holm([fact["p_mcnemar"] for fact in facts]), strict=True):
+        fact["p_holm"] = p
+    return plain(facts)
+
+
+def _paired(cells_a: list[Json], cells_b: list[Json]) -> tuple[Any, Any]:
+    """Differences per user (U,): mean over the common seeds, and those of the first common seed."""
+    by_seed = [{cell["seed"]: results_of(cell) for cell in cells} for cells in (cells_a, cells_b)]
+    common = sorted(by_seed[0].keys() & by_seed[1].keys())
+    if not common:
+        return np.zeros(0), np.zeros(0)
+    differences = [_difference(by_seed[0][seed], by_seed[1][seed]) for seed in common]
+    users = set.intersection(*(set(d) for d in differences))
+    table = np.array([[d[user] for user in sorted(users)] for d in differences])
+    return table.mean(0), table[0]
+
+
+def _difference(a: PerUserResults, b: PerUserResults) -> dict[int, float]:
+    _, in_a, in_b = np.intersect1d(a.user, b.user, assume_unique=True, return_indices=True)
+    if not np.array_equal(a.target[in_a], b.target[in_b]):
+        raise DataError(f"'{a.meta.method}' and '{b.meta.method}' disagree about targets in {a.meta.domain}")
+    values = a.hit1[in_a].astype(float) - b.hit1[in_b].astype(float)
+    return dict(zip(a.user[in_a].tolist(), values.tolist(), strict=True))
+
+
+def _fact(pair: str, domain: str, a: str, b: str, methods: dict[str, list[Json]], values: Any, first: Any) -> Json:
+    estimate = bootstrap_ci(values[:, None], resamples=2000)[0]
+    return {
+        "pair": pair,
+        "domain": domain,
+        "a": a,
+        "b": b,
+        "label_a": methods[a][0]["label"],
+        "label_b": methods[b][0]["label"],
+        "difference": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "users": len(values),
+        "seeds": len({c["seed"] for c in methods[a]} & {c["seed"] for c in methods[b]}),
+        "p_mcnemar": mcnemar_exact(int((first > 0).sum()), int((first < 0).sum())),
+    }
+
+
+def markdown(grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]], facts: list[Json]) -> str:
+    """All tables as Markdown."""
+    lines = [f"# {grid.title}", ""]
+    for (pair, domain), methods in tables.items():
+        rows = [summary(seeds) for seeds in methods.values()]
+        lines += [f"## {pair}: {domain}", ""]
+        lines += _table(
+            ["method", "Hit@1", "NDCG@10", "full NDCG@10", "valid", "users", "seeds", "train CPU-s", "rank CPU-s"],
+            [
+                [
+                    row["label"],
+                    _hit(row),
+                    _num(row["ndcg@10"]),
+                    _num(row["full_ndcg@10"], 4),
+                    _num(row["valid_ratio"], 2),
+                    f"{row['users']:,}",
+                    str(len(row["seeds"])),
+                    _num(row["train_cpu_s"], 0),
+                    _num(row["cpu_s"], 0),
+                ]
+                for row in rows
+            ],
+        )
+        lines += ["", "Hit@1 by slice, peak memory of the run, and parameters trained:", ""]
+        lines += _table(
+            ["method", *SLICES, "peak MB", "parameters"],
+            [
+                [
+                    row["label"],
+                    *(_num(row["slices"][name]) for name in SLICES),
+                    _num(row["peak_rss_mb"], 0),
+                    "–" if row["trainable_params"] is None else f"{row['trainable_params']:,}",
+                ]
+                for row in rows
+            ],
+        )
+        lines.append("")
+    if facts:
+        lines += ["## Paired differences in Hit@1", ""]
+        lines += _table(
+            ["pair: domain", "difference", "[95 %]", "p (McNemar)", "p (Holm)", "users", "seeds"],
+            [
+                [
+                    f"{fact['pair']}: {fact['domain']}",
+                    f"{fact['label_a']} − {fact['label_b']}",
+                    f"{fact['difference']:+.3f} [{fact['low']:+.3f}, {fact['high']:+.3f}]",
+                    f"{fact['p_mcnemar']:.2g}",
+                    f"{fact['p_holm']:.2g}",
+                    f"{fact['users']:,}",
+                    str(fact["seeds"]),
+                ]
+                for fact in facts
+            ],
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _hit(row: Json) -> str:
+    if row["hit@1"] is None:
+        return "–"
+    if row["hit@1 sd"] is not None:
+        return f"{row['hit@1']:.3f} ± {row['hit@1 sd']:.3f}"
+    low, high = row["hit@1 interval"]
+    return f"{row['hit@1']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _num(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]

@@ -1,0 +1,236 @@
+"""The results grid: what a grid file may say, what is computed again, and what the tables state."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lightning_sfubm.errors import ConfigError, DataError
+from lightning_sfubm.evaluation.results import PerUserResults, ResultMeta
+from lightning_sfubm.grid import runner
+from lightning_sfubm.grid.cells import all_cells, cell_path, read_cell, results_of, without_users, write_cell
+from lightning_sfubm.grid.command import results
+from lightning_sfubm.grid.spec import Grid, load_grid
+from lightning_sfubm.grid.tables import comparisons, markdown, ordered, summary
+from lightning_sfubm.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+ABOUT = {"pair": "p", "grid_hash": "h", "commit": "c"}
+
+
+def grid_file(folder: Path, **changes: Any) -> Path:
+    (folder / "base.yaml").write_text("seed_everything: 1\n")
+    content = {
+        "title": "T",
+        "pairs": {"p": str(folder / "base.yaml")},
+        "runs": {"main": {"seeds": [1, 2], "rows": ["popularity", "stage1"]}, "v": {"rows": {"stage1": "A variant"}}},
+        "comparisons": [["stage1", "popularity"]],
+    } | changes
+    path = folder / "grid.yaml"
+    path.write_text(json.dumps(content))  # JSON is YAML
+    return path
+
+
+def result(method: str, hits: list[int], domain: str = "a", seed: int = 1, lists: str = "x") -> PerUserResults:
+    n = len(hits)
+    rank = np.where(np.array(hits) > 0, 1.0, 3.0)
+    meta = ResultMeta(method, domain, "test", seed, lists, label=method.title(), group="G", num_candidates=20)
+    ones = np.ones(n, np.int64)
+    return PerUserResults(meta, np.arange(n), ones, np.array(hits) > 0, rank, ones > 0, rank, ones, ones)
+
+
+def stored(out: Path, method: str, hits: list[int], **where: Any) -> Path:
+    made = result(method, hits, **where)
+    path = cell_path(out, "p", made.meta.domain, method, made.meta.seed)
+    write_cell(path, made, {**ABOUT, "method": method, "label": made.meta.label})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"runs": {"main": {"rows": ["stage1", "nonsense"]}}}, "runs.main.rows names ['nonsense']"),
+        ({"runs": {"main": {"rows": ["stage1"], "sead": 1}}}, "unknown entry 'runs.main.sead'"),
+        ({"runs": {"main": {}}}, "runs.main needs 'rows'"),
+        ({"pairs": {"p": "nowhere.yaml"}}, "pairs.p names nowhere.yaml, which is not there"),
+        ({"runs": {"main": {"rows": ["stage1"], "config": "no.yaml"}}}, "runs.main.config names no.yaml"),
+        ({"runs": {"main": {"rows": ["stage1"], "pairs": ["q"]}}}, "runs.main.pairs names 'q'"),
+        ({"comparisons": [["stage1", "sfubm"]]}, "must name two of its methods"),
+        ({"extra": 1}, "unknown entry 'extra'"),
+    ],
+)
+def test_a_bad_grid_is_refused_by_entry(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("[", r"\[").replace("]", r"\]").replace(".", r"\.")):
+        load_grid(grid_file(tmp_path, **changes), set(METHODS))
+
+
+def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "g.yaml"
+    path.write_text("pairs: [")
+    with pytest.raises(ConfigError, match=r"g\.yaml is not readable YAML"):
+        load_grid(path, set(METHODS))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "results").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_grid_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert load_grid(path, set(METHODS)).runs
+    assert path.read_text().startswith(f"# lightning-sfubm results --grid configs/results/{path.name}")
+
+
+def test_runs_and_selection(tmp_path: Path) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    assert [run.key for run in grid.runs] == ["p/main/1", "p/main/2", "p/v/1"]
+    assert grid.runs[2].rows == {"stage1": "v"}
+    assert grid.runs[2].labels == {"v": "A variant"}
+    assert [run.key for run in grid.select(["*/main/*"])] == ["p/main/1", "p/main/2"]
+    with pytest.raises(ConfigError, match="matches no run"):
+        grid.select(["q/*"])
+
+
+def test_the_hash_of_a_run_follows_config_seed_and_data(tmp_path: Path) -> None:
+    first, second, _ = load_grid(grid_file(tmp_path), set(METHODS)).runs
+    sources = {"a": "1"}
+    assert first.hash(sources) == first.hash(dict(sources))
+    assert first.hash(sources) != second.hash(sources)
+    assert first.hash(sources) != first.hash({"a": "2"})
+    before = first.hash(sources)
+    (tmp_path / "base.yaml").write_text("seed_everything: 2\n")
+    assert first.hash(sources) != before
+
+
+def test_a_cell_keeps_every_users_result_and_loses_them_when_published(tmp_path: Path) -> None:
+    path = stored(tmp_path, "stage1", [1, 0, 1])
+    cell = read_cell(path)
+    assert cell is not None
+    again = results_of(cell)
+    assert again.hit1.tolist() == [True, False, True]
+    assert again.rank.tolist() == [1.0, 3.0, 1.0]
+    assert cell["metrics"]["hit@1"]["value"] == pytest.approx(2 / 3)
+    assert "per_user" not in without_users(cell)
+
+
+def test_a_torn_cell_counts_as_missing(tmp_path: Path) -> None:
+    path = stored(tmp_path, "stage1", [1, 0, 1])
+    path.write_text(path.read_text()[:100])
+    assert read_cell(path) is None
+    assert all_cells(tmp_path) == []
+
+
+def tables_of(tmp_path: Path) -> tuple[Grid, Any]:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    for domain in ("a", "b"):
+        stored(tmp_path, "popularity", [0, 0, 1, 0], domain=domain)
+        stored(tmp_path, "popularity", [0, 0, 1, 0], domain=domain, seed=2)
+        stored(tmp_path, "stage1", [1, 1, 1, 0], domain=domain)
+        stored(tmp_path, "stage1", [1, 0, 1, 0], domain=domain, seed=2)
+    return grid, ordered(grid, all_cells(tmp_path))
+
+
+def test_tables_average_seeds_and_comparisons_pool_domains(tmp_path: Path) -> None:
+    grid, tables = tables_of(tmp_path)
+    row = summary(tables["p", "a"]["stage1"])
+    assert row["hit@1"] == pytest.approx(0.625)
+    assert row["hit@1 sd"] == pytest.approx(np.std([0.75, 0.5], ddof=1))
+    facts = comparisons(grid, tables)
+    assert [fact["domain"] for fact in facts] == ["a", "b", "pooled"]
+    assert [fact["difference"] for fact in facts] == pytest.approx([0.375] * 3)
+    assert facts[2]["users"] == 8
+    assert facts[0]["p_mcnemar"] == pytest.approx(0.5)  # first seed: two wins, no loss
+    assert facts[2]["p_mcnemar"] == pytest.approx(0.125)  # four wins, no loss
+    assert all(fact["p_holm"] >= fact["p_mcnemar"] for fact in facts)
+    text = markdown(grid, tables, facts)
+    assert "| Stage1 | 0.625 ± 0.177 |" in text
+    assert "| p: pooled | Stage1 − Popularity | +0.375" in text
+
+
+def test_cells_on_different_candidate_lists_are_not_put_into_one_table(tmp_path: Path) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    stored(tmp_path, "popularity", [0, 1], lists="x")
+    stored(tmp_path, "stage1", [0, 1], lists="y")
+    with pytest.raises(DataError, match="2 different candidate lists"):
+        ordered(grid, all_cells(tmp_path))
+
+
+class FakeFit:
+    """Stands for the process of a run: writes the rows it is asked for, or dies after the first."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.rows_before_death: int | None = None
+
+    def __call__(self, command: list[str], **_: Any) -> Any:
+        self.calls.append(command)
+        folder = Path(command[command.index("--trainer.default_root_dir") + 1])
+        seed = int(command[command.index("--seed_everything") + 1])
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        rows = json.loads(command[command.index("--experiment.init_args.methods") + 1])
+        for row in rows[: self.rows_before_death]:
+            for domain in ("a", "b"):
+                result(row, [0, 1], domain, seed).save(folder / "results" / domain / f"{row}.parquet")
+        return type("Done", (), {"returncode": 0 if self.rows_before_death is None else 1})
+
+
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch) -> FakeFit:
+    fake = FakeFit()
+    monkeypatch.setattr(runner, "sources", lambda config, root: {"a": "1", "b": "1"})
+    monkeypatch.setattr(runner.subprocess, "run", fake)
+    monkeypatch.setattr(runner, "environment", lambda: {"commit": "c", "hardware": {}, "versions": {}})
+    return fake
+
+
+def test_finished_cells_are_skipped_and_stale_ones_computed_again(
+    tmp_path: Path, fit: FakeFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    out = tmp_path / "out"
+    assert runner.run_grid(grid, out, None, [], None) == []
+    assert len(fit.calls) == 3
+    assert not any("--ckpt_path" in call for call in fit.calls)
+    runner.run_grid(grid, out, None, [], None)
+    assert len(fit.calls) == 3
+    cell_path(out, "p", "a", "stage1", 2).write_text("{")  # torn
+    runner.run_grid(grid, out, None, [], None)
+    assert len(fit.calls) == 4
+    assert fit.calls[-1][-2:] == ["--ckpt_path", "last"]
+    monkeypatch.setattr(runner, "sources", lambda config, root: {"a": "2", "b": "1"})  # the data changed
+    runner.run_grid(grid, out, None, ["p/v/1"], None)
+    assert len(fit.calls) == 5
+    assert "--ckpt_path" not in fit.calls[-1]
+
+
+def test_a_run_that_died_keeps_what_it_had_and_goes_on(tmp_path: Path, fit: FakeFit) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    out, fit.rows_before_death = tmp_path / "out", 1
+    assert runner.run_grid(grid, out, None, ["p/main/1"], None) == ["p/main/1"]
+    assert {cell["method"] for cell in all_cells(out)} == {"popularity"}
+    fit.rows_before_death = None
+    assert runner.run_grid(grid, out, None, ["p/main/1"], None) == []
+    assert "--ckpt_path" in fit.calls[-1]
+
+
+def test_no_run_starts_when_the_budget_is_used_up(tmp_path: Path, fit: FakeFit) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    assert runner.run_grid(grid, tmp_path / "out", None, [], 0.0) == ["p/main/1", "p/main/2", "p/v/1"]
+    assert fit.calls == []
+
+
+def test_the_command_builds_tables_figures_and_what_may_be_published(
+    tmp_path: Path, fit: FakeFit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, public = grid_file(tmp_path), tmp_path / "public"
+    results(["--grid", str(path), "--out", str(tmp_path / "out"), "--publish", str(public)])
+    assert "Paired differences in Hit@1" in capsys.readouterr().out
+    assert (public / "plots" / "p_a_hit.png").stat().st_size > 1000
+    published = list((public / "cells").rglob("*.json"))
+    assert len(published) == 10
+    for file in published:
+        cell = json.loads(file.read_text())
+        assert "per_user" not in cell
+        assert str(tmp_path / "out") not in file.read_text()
+        assert cell["command"].startswith("lightning-sfubm fit --config")
+    with pytest.raises(SystemExit):
+        results(["--grid", str(path), "--out", str(tmp_path / "new"), "--budget", "0"])
