@@ -72,9 +72,10 @@ def test_fingerprint_changes_with_model_and_settings(folder, tmp_path):
         HFTextEncoder(folder, precision="32").fingerprint,
         HFTextEncoder(folder, precision="bf16").fingerprint,
         HFTextEncoder(folder, max_tokens=64, precision="32").fingerprint,
+        HFTextEncoder(folder, layers=2, precision="32").fingerprint,
         HFTextEncoder(other, precision="32").fingerprint,
     }
-    assert len(prints) == 4
+    assert len(prints) == 5
     assert HFTextEncoder(folder, precision="32").fingerprint in prints
 
 
@@ -83,11 +84,42 @@ def test_bad_settings():
         HFTextEncoder(precision="half")
     with pytest.raises(ConfigError, match="max_tokens"):
         HFTextEncoder(max_tokens=100, batch_tokens=50)
+    with pytest.raises(ConfigError, match="layers must be at least 1, not 0"):
+        HFTextEncoder(layers=0)
 
 
 def test_limit_beyond_the_models_positions(folder):
     with pytest.raises(ConfigError, match="exceeds the 512 positions"):
         HFTextEncoder(folder, max_tokens=600).encode(["x"])
+
+
+def test_layers_beyond_those_of_the_model(folder):
+    with pytest.raises(ConfigError, match="layers 9 exceeds the"):
+        HFTextEncoder(folder, layers=9).encode(["x"])
+
+
+def test_several_layers_side_by_side(folder, tmp_path):
+    """Each layer pooled on its own, the last one as without the setting; the whole row has length 1."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.from_pretrained(folder, num_hidden_layers=3)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    encoder = HFTextEncoder(folder, layers=2, precision="32")
+    assert encoder.dim == 64
+    vectors = encoder.encode(["some title", "another, longer title", " "])
+    assert vectors.shape == (3, 64)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.tensor([1.0, 1.0, 0.0]))
+    last = HFTextEncoder(folder, precision="32").encode(["some title", "another, longer title"])
+    torch.testing.assert_close(vectors[:2, 32:] * 2**0.5, last)
+
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        states = model(tokenizer("some title", return_tensors="pt")["input_ids"], output_hidden_states=True)
+    plain = torch.nn.functional.normalize(states.hidden_states[-2][0].mean(0), dim=-1)
+    torch.testing.assert_close(vectors[0, :32] * 2**0.5, plain, atol=1e-6, rtol=0)
+    assert (plain - last[0]).abs().max() > 1e-2
 
 
 def test_cache_encodes_each_distinct_text_once(tmp_path):
