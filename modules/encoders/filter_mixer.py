@@ -11,9 +11,9 @@ from lightning_sfubm.errors import ConfigError
 class CausalFilter(nn.Module):
     """A learned filter along the history, one per channel, stored as a spectrum and applied by FFT.
 
-    FMLP-Rec multiplies the spectrum of a row of n = ``max_length`` positions by a learned one: a circular convolution, in which
-    each state reads the whole row, later items included. Here the same spectrum is turned into its kernel of n steps and applied
-    to the past only. On a row padded to n positions the state of the newest item is the same number either way.
+    FMLP-Rec multiplies the spectrum of a row of n = ``max_length`` positions by a learned one: a circular convolution, in
+    which each state reads the whole row, later items included. Here the same spectrum is turned into its kernel of n steps
+    and applied to the past only. On a row padded to n positions the state of the newest item is the same number either way.
 
     Args:
         hidden_dim: H.

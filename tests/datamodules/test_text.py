@@ -103,7 +103,9 @@ def test_several_layers_side_by_side(folder, tmp_path):
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     torch.manual_seed(0)
-    AutoModel.from_config(AutoConfig.from_pretrained(folder, num_hidden_layers=3)).save_pretrained(tmp_path)
+    # Weights large enough that the layers differ by far more than rounding.
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=3, initializer_range=0.2)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     folder = str(tmp_path)
     encoder = HFTextEncoder(folder, layers=2, precision="32")
