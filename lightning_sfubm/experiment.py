@@ -142,8 +142,9 @@ class Experiment:
             figures = self._privacy(trainer.loop)
         _write_json(run_dir / "privacy.json", figures)
         log_privacy(trainer.shared_loggers, figures)
+        shared: dict[str, Any] = {}
         runs = {
-            name: DomainRun(self, trainer, model, name, client, watch, run_dir)
+            name: DomainRun(self, trainer, model, name, client, watch, run_dir, shared)
             for name, client in trainer.loop.clients.items()
         }
         for order, key in enumerate(self.methods):

@@ -45,6 +45,7 @@ class DomainRun:
         client: of the finished federated run.
         watch: timings.
         run_dir: folder of the run.
+        shared: what rows of all domains have in common, such as a model pre-trained on their union.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class DomainRun:
         client: Client,
         watch: Stopwatch,
         run_dir: Path,
+        shared: dict[str, Any],
     ) -> None:
         self.experiment, self.trainer, self.template = experiment, trainer, template
         self.name, self.client, self.watch, self.run_dir = name, client, watch, run_dir
+        self.shared = shared
 
     @property
     def data(self) -> DomainDataModule:

@@ -9,28 +9,28 @@ from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods.base import DomainRun, Method
 from lightning_sfubm.modules.baselines.popularity import Popularity
+from lightning_sfubm.modules.baselines.random_ranker import RandomRanker
+from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
+from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.seeds import derive_seed
+
+
+def _random(run: DomainRun) -> Ranker:
+    return RandomRanker(run.full_data.catalogue, run.trainer.seed)
 
 
 def _popularity(run: DomainRun) -> Ranker:
     return Popularity(run.full_data.catalogue)
 
 
-def _sequential(key: str, features: str) -> Callable[[DomainRun], Ranker]:
+def _sequential(key: str, template: Callable[[DomainRun], SequentialRecommender]) -> Callable[[DomainRun], Ranker]:
+    """A row trained on one domain, as configured under ``experiment.baselines`` or else by ``template``."""
+
     def build(run: DomainRun) -> Ranker:
-        torch.manual_seed(derive_seed(run.trainer.seed, "baseline", features, run.name))
-        template = run.experiment.baselines.get(key)
-        if template is None:
-            encoder = getattr(run.template, "encoder", None)
-            if encoder is None:
-                raise ConfigError(
-                    f"row '{key}' takes its encoder from model.encoder, which this model does not have; "
-                    f"configure it as experiment.baselines.{key}"
-                )
-            lr = run.template.lr
-            template = SequentialRecommender(copy.deepcopy(encoder), features=features, lr=lr)  # type: ignore[arg-type]
-        module = copy.deepcopy(template)
+        torch.manual_seed(derive_seed(run.trainer.seed, "baseline", key, run.name))
+        configured = run.experiment.baselines.get(key)
+        module = template(run) if configured is None else copy.deepcopy(configured)
         module.bind(run.full_data.catalogue)  # type: ignore[operator]
         run.fit(module, key)
         return module  # type: ignore[return-value]
@@ -38,8 +38,37 @@ def _sequential(key: str, features: str) -> Callable[[DomainRun], Ranker]:
     return build
 
 
+def _own_encoder(key: str, features: str) -> Callable[[DomainRun], SequentialRecommender]:
+    def template(run: DomainRun) -> SequentialRecommender:
+        encoder = getattr(run.template, "encoder", None)
+        if encoder is None:
+            raise ConfigError(
+                f"row '{key}' takes its encoder from model.encoder, which this model does not have; "
+                f"configure it as experiment.baselines.{key}"
+            )
+        lr: float = run.template.lr  # type: ignore[assignment]
+        return SequentialRecommender(copy.deepcopy(encoder), features=features, lr=lr)  # type: ignore[arg-type]
+
+    return template
+
+
+def _gru4rec(run: DomainRun) -> SequentialRecommender:
+    return SequentialRecommender(GRU4Rec(hidden_dim=64), lr=3e-3)
+
+
+def _sasrec_bce(run: DomainRun) -> SequentialRecommender:
+    """Loss and dropout of the SASRec paper: one uniform negative for each position."""
+    encoder = SASRec(hidden_dim=64, max_length=run.full_data.max_length, dropout=0.5)
+    return SequentialRecommender(encoder, loss="bce", lr=1e-3)
+
+
 SINGLE_DOMAIN: dict[str, Method] = {
+    "random": Method("Random", "Reference", _random),
     "popularity": Method("Popularity", "Reference", _popularity),
-    "encoder": Method("{encoder} alone", "One domain", _sequential("encoder", "id")),
-    "id_text": Method("ID + text, one encoder", "Controls without an LLM", _sequential("id_text", "id+text")),
+    "gru4rec": Method("GRU4Rec", "One domain", _sequential("gru4rec", _gru4rec)),
+    "sasrec_bce": Method("SASRec, one negative", "One domain", _sequential("sasrec_bce", _sasrec_bce)),
+    "encoder": Method("{encoder} alone", "One domain", _sequential("encoder", _own_encoder("encoder", "id"))),
+    "id_text": Method(
+        "ID + text, one encoder", "Controls without an LLM", _sequential("id_text", _own_encoder("id_text", "id+text"))
+    ),
 }

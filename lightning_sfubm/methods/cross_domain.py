@@ -1,0 +1,72 @@
+"""Rows of published cross-domain methods."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from lightning_sfubm.contracts import Ranker
+from lightning_sfubm.datamodules.union_datamodule import UnionDataModule
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.methods.base import DomainRun, Method
+from lightning_sfubm.modules.baselines.unisrec import UniSRec
+from lightning_sfubm.modules.baselines.unisrec_pretraining import UniSRecPretraining
+from lightning_sfubm.seeds import derive_seed
+
+UNION_BATCH = 256
+
+
+def _unisrec(key: str, mode: str, pretrain: bool = True) -> Callable[[DomainRun], Ranker]:
+    def build(run: DomainRun) -> Ranker:
+        template = run.experiment.baselines.get(key)
+        if template is None:
+            encoder = getattr(run.template, "encoder", None)
+            template = UniSRec(copy.deepcopy(encoder), mode=mode, freeze_encoder=pretrain)  # type: ignore[arg-type]
+        if not isinstance(template, UniSRec):
+            raise ConfigError(f"experiment.baselines.{key} must be a UniSRec, not {type(template).__name__}")
+        torch.manual_seed(derive_seed(run.trainer.seed, "baseline", key, run.name))
+        module = copy.deepcopy(template)
+        module.bind(run.full_data.catalogue)
+        if pretrain:
+            module.load_pretrained(_pretrained(run, template))
+        run.fit(module, key)
+        return module
+
+    return build
+
+
+def _pretrained(run: DomainRun, template: UniSRec) -> dict[str, torch.Tensor]:
+    """Weights pre-trained on the union of all domains, once for all rows of a run that share the settings."""
+    settings = (template.num_experts, template.text_dropout, template.tau, template.lr)
+    name = f"unisrec {settings}"
+    if name not in run.shared:
+        clients = run.trainer.loop.clients if run.trainer.loop is not None else {}
+        domains = {key: client.datamodule.without_holdout() for key, client in clients.items()}  # type: ignore[attr-defined]
+        union = UnionDataModule(domains, batch_size=UNION_BATCH, seed=run.trainer.seed)
+        union.setup("fit")
+        torch.manual_seed(derive_seed(run.trainer.seed, "unisrec", "pretraining"))
+        module = UniSRecPretraining(
+            copy.deepcopy(template.encoder),
+            num_experts=template.num_experts,
+            text_dropout=template.text_dropout,
+            tau=template.tau,
+            lr=template.lr,
+        )
+        run.fit(module, "unisrec_pretraining", union)
+        run.shared[name] = module.shared_state()
+    return run.shared[name]
+
+
+CROSS_DOMAIN: dict[str, Method] = {
+    "unisrec_scratch": Method(
+        "UniSRec without pre-training", "Text, one domain", _unisrec("unisrec_scratch", "inductive", pretrain=False)
+    ),
+    "unisrec_inductive": Method(
+        "UniSRec, inductive", "Text, behaviour of all domains pooled", _unisrec("unisrec_inductive", "inductive")
+    ),
+    "unisrec_transductive": Method(
+        "UniSRec, transductive",
+        "Text, behaviour of all domains pooled",
+        _unisrec("unisrec_transductive", "transductive"),
+    ),
+}
