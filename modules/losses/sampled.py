@@ -51,7 +51,7 @@ def sampled_cross_entropy(
 def bpr_max(
     states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, bpreg: float = 1.0, elu_param: float = 0.5
 ) -> Tensor:
-    """BPR-max: the target against M shared negatives, each weighted by its softmax share (arXiv 1706.03847, eq. 10).
+    """BPR-max: the target against M shared negatives, each weighted by its softmax share (arXiv 1706.03847).
 
     With r the scores after an ELU and s the softmax over a row's negatives:
     ``-log(sum_j s_j sigmoid(r_target - r_j)) + bpreg sum_j s_j r_j^2``, computed in logs. Negatives equal to a row's

@@ -1,4 +1,4 @@
-"""T32 for the sequential baselines: each encoder under each of its losses learns the planted chain of topics."""
+"""T32 for the sequential baselines and the control with text: each learns the planted chain of topics."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +26,7 @@ CASES = {
     "sasrec_pre_norm_full": (original_sasrec, {"loss": "full"}),
     "sasrec_post_norm_bce": (post_norm, {"loss": "bce"}),
     "sasrec_post_norm_full": (post_norm, {"loss": "full"}),
+    "id_text": (post_norm, {"features": "id+text"}),
 }
 
 

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sfubm.contracts import RankBatch
+from lightning_sfubm.errors import DataError
+from lightning_sfubm.modules.baselines.late_fusion import LateFusion
+from lightning_sfubm.modules.layers.affinity import standardise
+from lightning_sfubm.seeds import torch_generator
+
+CANDIDATES, TRUE = 20, torch.tensor([0.8, 1.5, 0.0])
+
+
+class Stage1:
+    """Three affinities: two carry the preference of the user, the third is noise."""
+
+    hidden_dim = 4
+    affinity_names = ("score", "text", "noise")
+
+    def __init__(self, rows: int) -> None:
+        generator = torch_generator(0, "fusion")
+        self.table = standardise(torch.randn(rows, CANDIDATES, 3, generator=generator))
+        chance = (self.table @ TRUE).softmax(1)
+        self.target = torch.multinomial(chance, 1, generator=generator).squeeze(1)
+
+    def affinities(self, batch: RankBatch) -> Tensor:
+        return 7.0 * self.table[batch["user"]] + 3.0  # raw features have a scale and an offset of their own
+
+    def batches(self, low: int, high: int, size: int = 100) -> list[RankBatch]:
+        users = torch.arange(low, high).split(size)
+        return [
+            {"user": u, "target_index": self.target[u], "candidates": torch.zeros(len(u), CANDIDATES)} for u in users
+        ]
+
+
+def hits(scores: Tensor, target: Tensor) -> float:
+    return float((scores.argmax(1) == target).float().mean())
+
+
+def test_weights_are_those_of_the_planted_preference() -> None:
+    """T32: the weights that made the choices are found again, and the fusion beats each of its parts on new users."""
+    stage1 = Stage1(4000)
+    fusion = LateFusion(stage1)
+    assert torch.equal(fusion.weights, torch.tensor([1.0, 0.0, 0.0]))
+    weights = fusion.fit(stage1.batches(0, 3000))
+    torch.testing.assert_close(weights, TRUE, atol=0.1, rtol=0)  # standard error about .02
+    (new,) = stage1.batches(3000, 4000, size=1000)
+    parts = [hits(stage1.affinities(new)[..., f], new["target_index"]) for f in range(3)]
+    fused = hits(fusion.rank(new), new["target_index"])
+    assert fused > max(parts) + 0.05
+    assert parts[2] < 0.08
+    assert hits(stage1.table[3000:] @ TRUE, new["target_index"]) == pytest.approx(fused, abs=0.02)
+
+
+def test_the_fit_is_the_maximum() -> None:
+    stage1 = Stage1(300)
+    fusion = LateFusion(stage1, l2=0.01)
+    weights = fusion.fit(stage1.batches(0, 300)).clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(stage1.table @ weights, stage1.target) + 0.01 * weights.square().sum()
+    (grad,) = torch.autograd.grad(loss, weights)
+    assert grad.abs().max() < 1e-3
+
+
+def test_what_cannot_be_fitted_is_named() -> None:
+    stage1 = Stage1(4)
+    with pytest.raises(DataError, match="no samples to choose its weights from"):
+        LateFusion(stage1).fit([])
+    assert sum(p.numel() for p in LateFusion(stage1).parameters()) == 0
