@@ -28,6 +28,15 @@ FORMS: dict[str, dict[str, tuple[set[str], set[str]]]] = {
         "answer": ({"title"}, {"title"}),
         "no_history": (set(), set()),
     },
+    "binary": {
+        "opening": (set(), set()),
+        "history": ({"title"}, {"title"}),
+        "disliked": (set(), set()),
+        "question": (set(), set()),
+        "candidate": ({"title"}, {"title"}),
+        "answer_yes": (set(), set()),
+        "answer_no": (set(), set()),
+    },
 }
 FIELD = re.compile(r"\{(\w+)\}")
 
@@ -37,7 +46,7 @@ class PromptTemplate:
     """The texts of one prompt form with the domain's words filled in; ``{title}``, ``{user}``, ``{item}`` remain.
 
     Attributes:
-        form: ``branch`` or ``list``.
+        form: ``branch``, ``list`` or ``binary`` (one title, to be answered with yes or no).
         noun: what an item is called.
         texts: name of the text (see :data:`FORMS`) -> text.
         chat: wrap the prompt in the tokenizer's chat format.
@@ -56,7 +65,7 @@ def load_template(name: str, form: str) -> PromptTemplate:
 
     Args:
         name: a shipped template (``movies``, ``books``, ``shopping`` ...) or the path of a YAML file.
-        form: ``branch`` or ``list``.
+        form: ``branch``, ``list`` or ``binary``.
 
     Raises:
         ConfigError: naming the file and the entry, if a file cannot be read, an entry is unknown, of the wrong type,

@@ -60,6 +60,7 @@ class PromptBuilder:
         candidate_tokens: keep the places of the candidates' soft tokens.
 
     Attributes:
+        answer_ids: ``binary``: the token of a yes and that of a no.
         cut_titles: number of titles cut.
         unnamed: number of blank titles; they are spoken of as "unnamed <noun>".
     """
@@ -97,19 +98,25 @@ class PromptBuilder:
     # ------------------------------------------------------------------------------------------------ segments
 
     def _build_segments(self) -> None:
-        texts = self.template.texts
+        texts, form = self.template.texts, self.template.form
         head, tail = self._wrapping()
-        segments = {name: [self._fixed(texts[name])] for name in ("opening", "question", "no_history")}
+        fixed = ("opening", "question", "no_history", "choices", "disliked")
+        segments = {name: [self._fixed(texts[name])] for name in fixed if name in texts}
         segments["opening"][0] = head + segments["opening"][0]
-        segments["no_history"][0] = head + segments["no_history"][0] + tail
-        segments["question"][0] = segments["question"][0] + tail
         segments["history"] = self._per_item(texts["history"], self._codes["history"])
-        if self.template.form == "branch":
-            segments["branch"] = self._per_item(texts["candidate"], self._codes["candidate"])
+        if form == "binary":
+            # the title belongs to the question, so the chat format closes after it
+            lead, self.answer_ids = self._answer_tokens()
+            judged = self._per_item(texts["candidate"], [])
+            segments["branch"] = [row + tail + lead for row in judged]
         else:
+            segments["question"][0] = segments["question"][0] + tail
+            segments["no_history"][0] = head + segments["no_history"][0] + tail
+        if form == "branch":
+            segments["branch"] = self._per_item(texts["candidate"], self._codes["candidate"])
+        elif form == "list":
             if self.tokenizer.eos_token_id is None:
                 raise ConfigError("the list prompt form needs a tokenizer with an end-of-sequence token")
-            segments["choices"] = [self._fixed(texts["choices"])]
             segments["choice"] = self._per_item(texts["choice"], self._codes["candidate"])
             answers = self._per_item(texts["answer"], [])
             segments["branch"] = [[*answer, self.tokenizer.eos_token_id] for answer in answers]
@@ -122,6 +129,18 @@ class PromptBuilder:
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]])
         self._flat = np.array([token for row in flat for token in row], dtype=np.int64)
         self._answers = segments["branch"]
+
+    def _answer_tokens(self) -> tuple[list[int], tuple[int, int]]:
+        """Tokens that the answers yes and no both begin with, and the first ones in which they differ.
+
+        In a chat format the answer opens the reply, so it loses its leading space.
+        """
+        texts = [self.template.texts[name] for name in ("answer_yes", "answer_no")]
+        yes, no = self._ids([text.lstrip() if self.template.chat else text for text in texts])
+        for index, pair in enumerate(zip(yes, no, strict=False)):
+            if pair[0] != pair[1]:
+                return yes[:index], pair
+        raise ConfigError(f"the answers {texts[0]!r} and {texts[1]!r} begin with the same tokens; reword one of them")
 
     def _wrapping(self) -> tuple[list[int], list[int]]:
         """Token ids before and after the prompt: the chat format, or whatever the tokenizer puts in front of a text."""
@@ -189,7 +208,12 @@ class PromptBuilder:
         return [[self._answers[item] for item in row] for row in candidates]
 
     def build(
-        self, history: Tensor, candidates: Tensor, branches: Tensor | None = None, with_history: bool = True
+        self,
+        history: Tensor,
+        candidates: Tensor,
+        branches: Tensor | None = None,
+        with_history: bool = True,
+        disliked: Tensor | None = None,
     ) -> PromptBatch:
         """Prompts for a batch.
 
@@ -197,7 +221,8 @@ class PromptBuilder:
             history: (B, L) left-padded with 0; the newest ``history_length`` items are mentioned.
             candidates: (B, C); they stand in the prompt in the ``list`` form.
             branches: (B, C') items whose branch follows the prefix: the candidates by default; C' may be 0.
-            with_history: False for the same question about nobody: the prior of the candidates.
+            with_history: False for the same question about nobody: the prior of the candidates (not in ``binary``).
+            disliked: (B, M) items said to be disliked, padded with 0 (``binary`` only).
         """
         past = history.cpu().numpy()[:, -self.history_length :]
         choices = candidates.cpu().numpy()
@@ -225,6 +250,10 @@ class PromptBuilder:
             if self.template.form == "list":
                 fixed("choices")
                 per_item("choice", choices, numbered=True)
+            elif self.template.form == "binary":
+                fixed("disliked")
+                if disliked is not None:
+                    per_item("history", disliked.cpu().numpy(), numbered=False)
             fixed("question")
         else:
             fixed("no_history")
