@@ -133,7 +133,7 @@ class FFMSR(CatalogueModule):
         """Create the item tables.
 
         Raises:
-            ConfigError: if the catalogue has no text vectors, or not those of ``text_layers`` layers.
+            ConfigError: if the catalogue has no text vectors, or ``text_layers`` does not divide their length.
         """
         if not text_dim:
             raise ConfigError("FFMSR needs text vectors, but the datamodule has no text encoder.")
@@ -156,7 +156,11 @@ class FFMSR(CatalogueModule):
         )
 
     def load_catalogue(self, catalogue: Catalogue) -> None:
-        """Take the text vectors of the catalogue."""
+        """Take the text vectors of the catalogue.
+
+        Raises:
+            ConfigError: if they are not those of ``text_layers`` layers.
+        """
         assert catalogue.text_embeddings is not None
         self.items.load_text(catalogue.text_embeddings)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_sfubm.errors import MessageError
+from lightning_sfubm.errors import ConfigError, MessageError
 from lightning_sfubm.modules.layers.cache import VersionCache
 from lightning_sfubm.modules.layers.items import id_table
 from lightning_sfubm.modules.layers.whitening import WhiteningExperts
@@ -96,9 +96,18 @@ class FFMSRItems(nn.Module):
         self._cache = VersionCache(self)
 
     def load_text(self, vectors: Tensor) -> None:
-        """Take text vectors (N + 1, D); each layer's part is brought to the same length."""
-        parts = F.normalize(vectors.unflatten(1, (self.text_layers, -1)), dim=-1)
-        self.text.copy_(parts.flatten(1) / math.sqrt(self.text_layers))
+        """Take text vectors (N + 1, D).
+
+        Raises:
+            ConfigError: if they are no layers side by side, which would all have the same length within an item.
+        """
+        lengths = vectors.unflatten(1, (self.text_layers, -1)).norm(dim=-1)
+        if (lengths.amax(1) - lengths.amin(1)).max() > 1e-3:
+            raise ConfigError(
+                f"FFMSR: the text vectors are not text_layers={self.text_layers} layers side by side; "
+                "set text_layers and the text encoder's 'layers' to the same number."
+            )
+        self.text.copy_(vectors)
 
     def receive(self, vectors: Tensor) -> None:
         """Take the server's vectors (N, D / layers).

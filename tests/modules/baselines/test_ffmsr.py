@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.contracts import Catalogue, CatalogueRanker, FederatedModule, RankBatch, TrainBatch
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
 from lightning_sfubm.federated.aggregation import KMeans
 from lightning_sfubm.federated.checkpoint import find_state
@@ -37,10 +39,28 @@ def centroids(num_items: int = 30, dim: int = 4) -> torch.Tensor:
     return F.normalize(torch.randn(num_items, dim, generator=torch_generator(0, "centroids")), dim=1)
 
 
+class Layers:
+    """Two bags of words with directions of their own, side by side: what a text encoder with ``layers=2`` returns."""
+
+    dim = 32
+    fingerprint = "two hashing layers"
+
+    def __init__(self) -> None:
+        self.parts = [HashingTextEncoder(dim=16, seed=seed) for seed in range(2)]
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        return torch.cat([part.encode(texts) for part in self.parts], 1) / 2**0.5
+
+
+def layered(catalogue: Catalogue, layers: int) -> Catalogue:
+    parts = F.normalize(catalogue.text_embeddings.unflatten(1, (layers, -1)), dim=-1)
+    return replace(catalogue, text_embeddings=parts.flatten(1) / layers**0.5)
+
+
 def build(catalogue: Catalogue, received: bool = True, **kwargs) -> FFMSR:
     torch.manual_seed(0)
     module = FFMSR(SASRec(8, num_layers=1, num_heads=1), **{**SMALL, **kwargs})
-    module.bind(catalogue)
+    module.bind(layered(catalogue, module.text_layers))
     if received:
         module.receive_semantics(centroids(dim=12 // module.text_layers))
     return module
@@ -271,6 +291,9 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
             FFMSR(SASRec(8), **kwargs)
     with pytest.raises(ConfigError, match="12 dimensions cannot be text_layers=5"):
         FFMSR(SASRec(8), text_layers=5).bind(catalogue)
+    for layers in (1, 2):  # vectors of fewer layers than expected, whose length happens to be divisible
+        with pytest.raises(ConfigError, match="not text_layers=3 layers side by side"):
+            FFMSR(SASRec(8)).bind(layered(catalogue, layers))
     with pytest.raises(ConfigError, match="needs text vectors"):
         FFMSR(SASRec(8)).bind(Catalogue("t", 3, ["", "a", "b", "c"], None, torch.ones(4)))
 
@@ -289,21 +312,32 @@ def test_defaults_are_the_documented_ones() -> None:
 # ------------------------------------------------------------------ whole runs
 
 
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DomainDataModule:
+    """300 users whose next item follows a planted chain of topics; chance of Hit@1 is .05."""
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    reader = SyntheticReader(num_items=60, order=0.95)
+    data = DomainDataModule("planted", reader, text_encoder=Layers(), batch_size=32, max_length=20)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
 @pytest.mark.parametrize("encoder", [SASRec(16, dropout=0.1), FilterMixer(16, dropout=0.1)], ids=["sasrec", "fmlp"])
 def test_learns_and_reloads(
-    synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer], tmp_path: Path, encoder: torch.nn.Module
+    planted: DomainDataModule, make_trainer: Callable[..., L.Trainer], tmp_path: Path, encoder: torch.nn.Module
 ) -> None:
     """T32, and T3: far over chance (.05), equal after a reload without a datamodule."""
     L.seed_everything(0, verbose=False)
     module = FFMSR(copy.deepcopy(encoder), text_layers=2, num_experts=2, filter_dropout=0.1, text_dropout=0.0, lr=1e-2)
-    module.bind(synthetic.catalogue)
+    module.bind(planted.catalogue)
     module.receive_semantics(module.semantics())
     module.set_phase("finetune")
     trainer = make_trainer(max_epochs=8)
-    trainer.fit(module, synthetic)
+    trainer.fit(module, planted)
     logged = set(trainer.callback_metrics)
     assert {"val/hit@1", "val/full_ndcg@10", "train/ce", "train/orthogonal_text", "train/orthogonal_prompt"} <= logged
-    scores = trainer.test(module, synthetic, verbose=False)[0]
+    scores = trainer.test(module, planted, verbose=False)[0]
     assert scores["test/hit@1"] > 0.3
     assert scores["test/full_ndcg@10"] > 0.2
 
@@ -312,11 +346,18 @@ def test_learns_and_reloads(
     content = torch.load(path, weights_only=True)
     again = FFMSR.load_from_checkpoint(path, weights_only=True).eval()
     assert (again.phase, type(again.encoder)) == ("finetune", type(encoder))
-    batch = next(iter(synthetic.test_dataloader()))
+    batch = next(iter(planted.test_dataloader()))
     torch.testing.assert_close(again.affinities(batch), module.eval().affinities(batch), rtol=0, atol=0)
     assert torch.equal(again.semantics(), module.semantics())
     with pytest.raises(CheckpointError, match="lacks 'encoder"):
         FFMSR(GRU4Rec(16), text_layers=2, num_experts=2).on_load_checkpoint(content)
+
+
+def federation(federated_data: Any, **settings: Any) -> Any:
+    data = federated_data(**settings)
+    for domain in data.domains.values():
+        domain.text_encoder = Layers()
+    return data
 
 
 def client_model() -> FFMSR:
@@ -328,7 +369,7 @@ def test_a_federated_run_with_kmeans(federated_data: Any, federated_trainer: Any
     """One upload a client, answers are shared centroids, each client learns, its checkpoint ranks as the run does."""
     model, server = client_model(), KMeans(num_clusters=6, min_members=2)
     trainer = federated_trainer(exchange="semantics", aggregator=server, local_max_epochs=10, patience=10)
-    trainer.fit(model, datamodule=federated_data(num_users=200))
+    trainer.fit(model, datamodule=federation(federated_data, num_users=200))
 
     ledger = [json.loads(line) for line in (trainer.run_dir / "ledger.jsonl").read_text().splitlines()]
     assert sorted((e["direction"], e["kind"], e["client"]) for e in ledger) == [
@@ -367,13 +408,13 @@ def test_a_resumed_run_keeps_what_the_server_sent(federated_data: Any, federated
     """T1: the answer came before the first round and is not asked for again."""
     settings = {"exchange": "semantics", "aggregator": KMeans(num_clusters=6, min_members=2)}
     straight = federated_trainer("straight", **settings)
-    straight.fit(client_model(), datamodule=federated_data())
+    straight.fit(client_model(), datamodule=federation(federated_data))
     broken = federated_trainer("broken", callbacks=[PrivacyNoise(0.05), Dies()], **settings)
     with pytest.raises(KeyboardInterrupt):
-        broken.fit(client_model(), datamodule=federated_data())
+        broken.fit(client_model(), datamodule=federation(federated_data))
     torch.manual_seed(999)  # a new process has another global stream
     resumed = federated_trainer("broken", **settings)
-    resumed.fit(client_model(), datamodule=federated_data(), ckpt_path="last")
+    resumed.fit(client_model(), datamodule=federation(federated_data), ckpt_path="last")
     for name, client in straight.loop.clients.items():
         first, second = client.module.state_dict(), resumed.loop.clients[name].module.state_dict()
         assert first["items.global_text"].any()
