@@ -16,8 +16,8 @@ class ALLMRec(PublishedHead):
         num_layers: ``None`` keeps all; the vocabulary head reads the last one.
         template: see there.
         rank_mode: ``generate`` (the published way), ``constrained`` or ``score``.
-        latents: ``items``, from the recommender's embeddings (the default of the paper), or ``texts``, from the text
-            vectors (its variant for items that the recommender does not know).
+        latents: ``items``, from the recommender's embeddings (the published way), or ``texts``, from the text vectors
+            (for items that the recommender does not know).
         history_length: published value 10.
         title_tokens: see there.
         projector_learning_rate: see there.

@@ -39,7 +39,7 @@ class Autoencoder(nn.Module):
 
 
 class ALLMRecAlignment(CatalogueModule):
-    """Aligns the item embeddings of a frozen, trained recommender with text vectors (arXiv 2404.11343, section 4.1).
+    """Aligns the item embeddings of a frozen, trained recommender with text vectors (arXiv 2404.11343).
 
     With E an item's collaborative embedding, Q its text vector, f_I and f_T the two autoencoders, at every position of
     the training sequences, for the item that followed and for one drawn item:
@@ -185,7 +185,7 @@ class ALLMRecAlignment(CatalogueModule):
         collaborative, text = table[items], self.text[items]
         item_latents, text_latents = self.item_autoencoder.encode(collaborative), self.text_autoencoder.encode(text)
         reconstructed = self.item_autoencoder.decode(item_latents)
-        # The paper sums the means over taken and drawn items: twice the mean over both.
+        # As published, the means over taken and over drawn items are summed: twice the mean over both.
         matching = 2 * F.mse_loss(item_latents, text_latents)
         item_loss = 2 * F.mse_loss(reconstructed, collaborative)
         text_loss = 2 * F.mse_loss(self.text_autoencoder.decode(text_latents), text)
