@@ -61,6 +61,7 @@ class FKDDistiller(CatalogueModule):
         ConfigError: if a setting is unknown or out of range.
     """
 
+    method_name = "SF-UBM"  #: what tables call the method
     side_branches = ("teacher", "student")
     affinity_names = ("score", "teacher", *TEXT_AFFINITIES)
     student_started: Tensor

@@ -45,6 +45,8 @@ def generated(value: Any, index: int = 0) -> Any:
                 changed[key] = 0
             elif key == "text_encoder":
                 changed[key] = QUICK["hashing"]
+            elif key == "text_layers":  # the generated vectors are of one layer
+                changed[key] = 1
             else:
                 changed[key] = generated(entry, place if key != "init_args" else index)
         return changed

@@ -134,7 +134,7 @@ class DomainRun:
             catalogue=self.data.catalogue,
             method=key,
             label=self.label(method),
-            group=method.group,
+            group=self._named(method.group),
             order=order,
             domain=self.name,
             split="test",
@@ -147,8 +147,13 @@ class DomainRun:
         )
 
     def label(self, method: Method) -> str:
-        """What the table calls a row; the encoder goes by its own name."""
-        return method.label.format(encoder=type(getattr(self.template, "encoder", None)).__name__)
+        """What the table calls a row."""
+        return self._named(method.label)
+
+    def _named(self, text: str) -> str:
+        """The text with the names of the encoder and of the federated method filled in."""
+        encoder = type(getattr(self.template, "encoder", None)).__name__
+        return text.format(encoder=encoder, model=getattr(self.template, "method_name", type(self.template).__name__))
 
     def fit(self, module: LightningModule, key: str, datamodule: LightningDataModule | None = None) -> None:
         """Train a single-domain module as stage 1 is trained: to early stopping on validation, the best epoch kept.

@@ -1,4 +1,4 @@
-"""Rows of SF-UBM's first stage, and the control that fuses it with text without an LLM."""
+"""Rows of the federated method's first stage, and the control that fuses it with text without an LLM."""
 
 from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.methods.base import DomainRun, Method
@@ -17,7 +17,7 @@ def _late_fusion(run: DomainRun) -> Ranker:
 
 
 STAGE1: dict[str, Method] = {
-    "stage1_local": Method("Stage 1 without federation", "Ours, stage 1", _stage1_local),
-    "stage1": Method("SF-UBM stage 1", "Ours, stage 1", _stage1),
+    "stage1_local": Method("{model} stage 1 without federation", "{model}, stage 1", _stage1_local),
+    "stage1": Method("{model} stage 1", "{model}, stage 1", _stage1),
     "late_fusion": Method("Late fusion of stage 1 and text", "Controls without an LLM", _late_fusion),
 }

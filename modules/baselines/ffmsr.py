@@ -75,6 +75,7 @@ class FFMSR(CatalogueModule):
         >>> model = FFMSR(SASRec(hidden_dim=64), text_layers=3)
     """
 
+    method_name = "FFMSR"  #: what tables call the method
     affinity_names = ("score", *TEXT_AFFINITIES)
 
     def __init__(
