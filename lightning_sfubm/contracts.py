@@ -100,7 +100,11 @@ class Stage1(Protocol):
     """
 
     hidden_dim: int
-    affinity_names: tuple[str, ...]
+
+    @property
+    def affinity_names(self) -> tuple[str, ...]:
+        """Names of the columns of :meth:`affinities`."""
+        ...
 
     def user_states(self, batch: RankBatch) -> Tensor:
         """(B, H) state after the newest item."""

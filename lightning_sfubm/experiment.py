@@ -49,8 +49,8 @@ class Experiment:
         title: heading of the report.
         methods: rows of the table, in order; see :data:`lightning_sfubm.methods.METHODS`.
         llm: head of SF-UBM; the other LLM rows are derived from it, so that all share backbone, prompt and budget.
-        baselines: single-domain modules by row (``encoder``, ``id_text`` ...), for baselines with settings of their own;
-            a row not named here trains the encoder and learning rate of ``model``.
+        baselines: modules by row (``encoder``, ``id_text``, ``tallrec`` ...), for baselines with settings of their own; a
+            sequential row not named here takes encoder and learning rate of ``model``, an LLM row the settings of ``llm``.
         templates: prompt template by domain; others use that of ``llm``.
         llm_epochs: passes over the held-out stage-2 samples.
         llm_batch_size: samples a step.
@@ -92,9 +92,9 @@ class Experiment:
                 f"experiment.llm is needed for {', '.join(needing)}: configure it or leave these rows out"
             )
         self.baselines = baselines or {}
-        unknown = [row for row in self.baselines if row not in METHODS or METHODS[row].needs_llm]
+        unknown = [row for row in self.baselines if row not in METHODS]
         if unknown:
-            raise ConfigError(f"experiment.baselines names {unknown}, which are not rows of single-domain modules")
+            raise ConfigError(f"experiment.baselines names {unknown}; known rows are {', '.join(METHODS)}")
         self.title, self.llm, self.templates = title, llm, templates or {}
         self.llm_epochs, self.llm_batch_size, self.llm_eval_batch_size = llm_epochs, llm_batch_size, llm_eval_batch_size
         self.train_candidates, self.align_epochs = train_candidates, align_epochs

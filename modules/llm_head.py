@@ -105,6 +105,8 @@ class LLMHead(InjectedLM):
         precision: str = "auto",
         seed: int = 0,
     ) -> None:
+        if form not in RANK_MODES:
+            raise ConfigError(f"prompt form '{form}' is not one of {sorted(RANK_MODES)}")
         prompt = load_template(template, form)
         super().__init__(prompt)
         if tuning not in ("lora", "frozen"):

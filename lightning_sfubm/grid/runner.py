@@ -1,9 +1,11 @@
 """Run a grid: finished cells are skipped, an interrupted run goes on, a failed one is named at the end."""
 
 import json
+import logging
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,10 @@ def sources(config: Path, root: str | None) -> dict[str, str]:
     from lightning_sfubm.cli import SFUBMCLI
 
     arguments = ["--config", str(config), *(["--data.root", root] if root else [])]
-    domains = getattr(SFUBMCLI(args=arguments, run=False).datamodule, "domains", None)
+    logging.getLogger("lightning").setLevel(logging.ERROR)  # nothing is trained here: no word on devices and seeds
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        domains = getattr(SFUBMCLI(args=arguments, run=False).datamodule, "domains", None)
     if not domains:
         raise ConfigError(f"{config} has no data.domains; a grid needs a federated experiment")
     return {name: domain.source_fingerprint() for name, domain in domains.items()}

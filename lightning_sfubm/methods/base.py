@@ -83,12 +83,20 @@ class DomainRun:
     @cached_property
     def ranking_data(self) -> RankingDataModule:
         """Samples of the LLM stage, and the test users on whom all rows are compared."""
+        return self._ranking_data(self.experiment.train_candidates)
+
+    @cached_property
+    def list_data(self) -> RankingDataModule:
+        """The same samples with all candidates, for prompts that list them."""
+        return self._ranking_data(self.data.num_candidates)
+
+    def _ranking_data(self, train_candidates: int) -> RankingDataModule:
         experiment = self.experiment
         return RankingDataModule(
             self.data,
             batch_size=experiment.llm_batch_size,
             eval_batch_size=experiment.llm_eval_batch_size,
-            train_candidates=experiment.train_candidates,
+            train_candidates=train_candidates,
             max_train_users=experiment.max_train_users,
             max_test_users=experiment.max_test_users,
             seed=self.data.seed,

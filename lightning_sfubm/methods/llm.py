@@ -23,7 +23,15 @@ def _head(run: DomainRun, **changes: Any) -> LLMHead:
     return type(template)(**{**settings, **changes})
 
 
-def _tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
+def tune(run: DomainRun, head: LLMHead, key: str, list_form: bool = False) -> LLMHead:
+    """Tune a head on the domain's stage-2 samples and store it.
+
+    Args:
+        run: the domain.
+        head: with stage 1 attached.
+        key: of the row.
+        list_form: the candidates stand in the prompt, so that a sample has as many in training as in ranking.
+    """
     torch.manual_seed(derive_seed(run.trainer.seed, "llm", key, run.name))
     trainer = run.trainer.make_trainer(
         label=f"{key}, {run.name}",
@@ -34,7 +42,7 @@ def _tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
         gradient_clip_val=1.0,
         limit_val_batches=0,
     )
-    trainer.fit(head, datamodule=run.ranking_data)
+    trainer.fit(head, datamodule=run.list_data if list_form else run.ranking_data)
     trainer.save_checkpoint(run.run_dir / "models" / run.name / f"{key}.ckpt", weights_only=True)
     return head
 
@@ -54,7 +62,7 @@ def _zero_shot(subtract_prior: bool) -> Callable[[DomainRun], Ranker]:
 def _text_lora(run: DomainRun) -> Ranker:
     head = _head(run, user_token=False, item_tokens=False, semantic_token=False, affinity_token=False, residual=False)
     head.attach_stage1(None, run.data.catalogue)
-    return _tune(run, head, "text_lora")
+    return tune(run, head, "text_lora")
 
 
 def _align(run: DomainRun) -> str | None:
@@ -79,7 +87,7 @@ def _sfubm(run: DomainRun) -> Ranker:
     head.attach_stage1(run.stage1, run.data.catalogue)
     if head.residual_weights is not None:
         head.init_residual(run.fusion.weights)
-    return _tune(run, head, "sfubm")
+    return tune(run, head, "sfubm")
 
 
 LLM: dict[str, Method] = {

@@ -52,6 +52,12 @@ def _own_encoder(key: str, features: str) -> Callable[[DomainRun], SequentialRec
     return template
 
 
+def recommender_template(run: DomainRun) -> SequentialRecommender:
+    """An untrained recommender with the settings of row ``encoder``."""
+    configured = run.experiment.baselines.get("encoder")
+    return _own_encoder("encoder", "id")(run) if configured is None else copy.deepcopy(configured)  # type: ignore[return-value]
+
+
 def _gru4rec(run: DomainRun) -> SequentialRecommender:
     return SequentialRecommender(GRU4Rec(hidden_dim=64), lr=3e-3)
 

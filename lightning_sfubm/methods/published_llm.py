@@ -1,0 +1,82 @@
+"""Rows of published LLM recommenders, on the backbone, samples and test users of the other LLM rows."""
+
+import copy
+import inspect
+from collections.abc import Callable
+
+import torch
+
+from lightning_sfubm.contracts import Ranker
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.methods.base import DomainRun, Method
+from lightning_sfubm.methods.llm import tune
+from lightning_sfubm.methods.single_domain import recommender_template
+from lightning_sfubm.modules.baselines.a_llmrec import ALLMRec
+from lightning_sfubm.modules.baselines.a_llmrec_alignment import ALLMRecAlignment
+from lightning_sfubm.modules.baselines.llara import LLaRA
+from lightning_sfubm.modules.baselines.published_head import PublishedHead
+from lightning_sfubm.modules.baselines.tallrec import TALLRec
+from lightning_sfubm.modules.sequential import SequentialRecommender
+from lightning_sfubm.seeds import derive_seed
+
+
+def _head(run: DomainRun, key: str, kind: type[PublishedHead]) -> PublishedHead:
+    """The method's head: as configured under ``experiment.baselines``, else its defaults on the shared backbone."""
+    assert run.experiment.llm is not None
+    configured = run.experiment.baselines.get(key)
+    if configured is not None and not isinstance(configured, kind):
+        raise ConfigError(f"experiment.baselines.{key} must be a {kind.__name__}, not {type(configured).__name__}")
+    shared = run.experiment.llm.hparams
+    template = run.experiment.templates.get(run.name, shared["template"])
+    own = {} if configured is None else dict(vars(configured.settings))
+    return kind.from_head({**shared, **own}, template=template, **_offered(kind, own))
+
+
+def _offered(kind: type[PublishedHead], settings: dict[str, object]) -> dict[str, object]:
+    names = inspect.signature(kind.__init__).parameters
+    return {name: value for name, value in settings.items() if name in names and name != "template"}
+
+
+def _recommender(run: DomainRun) -> SequentialRecommender:
+    """The sequential recommender that LLaRA and A-LLMRec build on, trained without the positions held out for the LLM."""
+    name = f"recommender {run.name}"
+    if name not in run.shared:
+        torch.manual_seed(derive_seed(run.trainer.seed, "baseline", "recommender", run.name))
+        module = recommender_template(run)
+        module.bind(run.data.catalogue)
+        run.fit(module, "recommender", run.data)
+        run.shared[name] = module
+    return run.shared[name]
+
+
+def _tallrec(run: DomainRun) -> Ranker:
+    head = _head(run, "tallrec", TALLRec)
+    head.attach_stage1(None, run.data.catalogue)
+    return tune(run, head, "tallrec", list_form=True)
+
+
+def _llara(run: DomainRun) -> Ranker:
+    head = _head(run, "llara", LLaRA)
+    head.attach_stage1(_recommender(run), run.data.catalogue)
+    return tune(run, head, "llara", list_form=True)
+
+
+def _a_llmrec(run: DomainRun) -> Ranker:
+    torch.manual_seed(derive_seed(run.trainer.seed, "baseline", "a_llmrec", run.name))
+    alignment = ALLMRecAlignment(seed=run.trainer.seed)
+    alignment.attach_recommender(copy.deepcopy(_recommender(run)), run.data.catalogue)
+    run.fit(alignment, "a_llmrec_alignment", run.data)
+    head = _head(run, "a_llmrec", ALLMRec)
+    head.attach_stage1(alignment, run.data.catalogue)
+    return tune(run, head, "a_llmrec", list_form=True)
+
+
+def _method(label: str, build: Callable[[DomainRun], Ranker]) -> Method:
+    return Method(label, "LLM, one domain", build, needs_llm=True)
+
+
+PUBLISHED_LLM: dict[str, Method] = {
+    "tallrec": _method("TALLRec", _tallrec),
+    "llara": _method("LLaRA", _llara),
+    "a_llmrec": _method("A-LLMRec", _a_llmrec),
+}
