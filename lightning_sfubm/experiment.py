@@ -135,8 +135,12 @@ class Experiment:
             datamodule.prepare_data()
             datamodule.setup("fit")
         self._write_cards(datamodule, run_dir, console)
-        console.print(f"\n[bold]Stage 1[/bold]: {len(datamodule.domains)} domains, federated rounds, then FKD locally")  # type: ignore[attr-defined]
-        trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        if any(METHODS[key].needs_stage1 for key in self.methods):
+            domains = len(datamodule.domains)  # type: ignore[attr-defined]
+            console.print(f"\n[bold]Stage 1[/bold]: {domains} domains, federated rounds, then FKD locally")
+            trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+        else:
+            trainer.prepare(model, datamodule)
         assert trainer.loop is not None
         with watch("privacy figures"):
             figures = self._privacy(trainer.loop)

@@ -123,6 +123,11 @@ class FederatedTrainer(L.Trainer):
         callbacks = [*self._user_callbacks, RoundLogger(quiet=self._flags.get("enable_progress_bar") is False)]
         return FederatedLoop(federation, clients, callbacks, self.run_dir, self.seed, self.shared_loggers)
 
+    def prepare(self, model: L.LightningModule, datamodule: Any) -> None:
+        """Set up clients and loop without running it, for methods that take part in no federation."""
+        _quiet_lightning()
+        self.loop = self.build_loop(model, datamodule)
+
     def local_twin(self, model: L.LightningModule, client: str) -> Client:
         """The client as trained by the same schedule without any message: the "no transfer" control.
 
@@ -161,8 +166,8 @@ class FederatedTrainer(L.Trainer):
         if self.federation is None:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
             return
-        _quiet_lightning()
-        self.loop = self.build_loop(model, datamodule)
+        self.prepare(model, datamodule)
+        assert self.loop is not None
         if ckpt_path is not None:
             self.loop.resume(self._states(ckpt_path))
         self.loop.run()

@@ -32,6 +32,7 @@ class Method:
     group: str
     build: Callable[["DomainRun"], Ranker]
     needs_llm: bool = False
+    needs_stage1: bool = False  #: whether the federated rounds have to be run for it
 
 
 class DomainRun:

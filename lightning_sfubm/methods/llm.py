@@ -94,5 +94,5 @@ LLM: dict[str, Method] = {
     "zero_shot": Method("Zero-shot LLM", "LLM", _zero_shot(False), needs_llm=True),
     "zero_shot_prior": Method("Zero-shot LLM, less the title's prior", "LLM", _zero_shot(True), needs_llm=True),
     "text_lora": Method("Text-only LoRA", "LLM", _text_lora, needs_llm=True),
-    "sfubm": Method("{model}", "{model}, both stages", _sfubm, needs_llm=True),
+    "sfubm": Method("{model}", "{model}, both stages", _sfubm, needs_llm=True, needs_stage1=True),
 }

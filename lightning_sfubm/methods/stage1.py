@@ -18,6 +18,8 @@ def _late_fusion(run: DomainRun) -> Ranker:
 
 STAGE1: dict[str, Method] = {
     "stage1_local": Method("{model} stage 1 without federation", "{model}, stage 1", _stage1_local),
-    "stage1": Method("{model} stage 1", "{model}, stage 1", _stage1),
-    "late_fusion": Method("Late fusion of stage 1 and text", "Controls without an LLM", _late_fusion),
+    "stage1": Method("{model} stage 1", "{model}, stage 1", _stage1, needs_stage1=True),
+    "late_fusion": Method(
+        "Late fusion of stage 1 and text", "Controls without an LLM", _late_fusion, needs_stage1=True
+    ),
 }

@@ -100,6 +100,14 @@ def test_methods_without_an_llm_need_none(tmp_path: Path, federated_data: Any, f
     assert {p.stem for p in (report.parent / "results" / "alpha").glob("*.parquet")} == {"popularity", "stage1"}
 
 
+def test_rows_outside_the_federation_need_no_rounds(federated_data: Any, federated_trainer: Any) -> None:
+    trainer = federated_trainer(rounds=1)
+    report = Experiment(methods=["random", "encoder"]).run(trainer, small_distiller(), federated_data())
+    assert {p.stem for p in (report.parent / "results" / "alpha").glob("*.parquet")} == {"random", "encoder"}
+    assert trainer.loop.counters.round == 0
+    assert not (report.parent / "ledger.jsonl").exists()
+
+
 def test_a_wandb_run_holds_rounds_clients_privacy_and_the_table(
     offline_wandb: Path,  # noqa: F811
     federated_data: Any,
