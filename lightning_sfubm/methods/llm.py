@@ -82,17 +82,34 @@ def _align(run: DomainRun) -> str | None:
     return str(path)
 
 
-def _sfubm(run: DomainRun) -> Ranker:
-    head = _head(run, projector_checkpoint=_align(run))
-    head.attach_stage1(run.stage1, run.data.catalogue)
-    if head.residual_weights is not None:
-        head.init_residual(run.fusion.weights)
-    return tune(run, head, "sfubm")
+def _sfubm(key: str = "sfubm", **changes: Any) -> Callable[[DomainRun], Ranker]:
+    """Both stages, or an ablation of the second: the head with some settings changed."""
+
+    def build(run: DomainRun) -> Ranker:
+        head = _head(run, projector_checkpoint=_align(run), **changes)
+        head.attach_stage1(run.stage1, run.data.catalogue)
+        if head.residual_weights is not None:
+            head.init_residual(run.fusion.weights)
+        return tune(run, head, key)
+
+    return build
+
+
+def _ablation(key: str, label: str, **changes: Any) -> Method:
+    return Method(
+        f"{{model}}, {label}", "Ablations of stage 2", _sfubm(key, **changes), needs_llm=True, needs_stage1=True
+    )
 
 
 LLM: dict[str, Method] = {
     "zero_shot": Method("Zero-shot LLM", "LLM", _zero_shot(False), needs_llm=True),
     "zero_shot_prior": Method("Zero-shot LLM, less the title's prior", "LLM", _zero_shot(True), needs_llm=True),
     "text_lora": Method("Text-only LoRA", "LLM", _text_lora, needs_llm=True),
-    "sfubm": Method("{model}", "{model}, both stages", _sfubm, needs_llm=True, needs_stage1=True),
+    "sfubm": Method("{model}", "{model}, both stages", _sfubm(), needs_llm=True, needs_stage1=True),
+    "sfubm_no_user_token": _ablation("sfubm_no_user_token", "no user token", user_token=False),
+    "sfubm_no_item_tokens": _ablation("sfubm_no_item_tokens", "no ID embeddings", item_tokens=False),
+    "sfubm_no_semantic_token": _ablation("sfubm_no_semantic_token", "no semantic embeddings", semantic_token=False),
+    "sfubm_affinity_token": _ablation("sfubm_affinity_token", "affinities as tokens", affinity_token=True),
+    "sfubm_no_residual": _ablation("sfubm_no_residual", "no stage-1 score", residual=False),
+    "sfubm_frozen": _ablation("sfubm_frozen", "LLM frozen", tuning="frozen"),
 }
