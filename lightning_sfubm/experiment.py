@@ -57,6 +57,7 @@ class Experiment:
         llm_eval_batch_size: users a ranking batch.
         train_candidates: candidates of a training sample.
         align_epochs: title alignment of the projectors before tuning; 0 = none.
+        calibration_users: validation users by whom the tuned head's addition to stage 1 is weighed; 0 = as tuned.
         max_train_users: users whose held-out positions tune the LLM; ``None`` = all.
         max_test_users: users on whom *all* rows of the table are compared; ``None`` = all. Methods without an LLM are
             evaluated on all users besides, in a table of their own.
@@ -78,6 +79,7 @@ class Experiment:
         llm_eval_batch_size: int = 16,
         train_candidates: int = 8,
         align_epochs: int = 0,
+        calibration_users: int = 200,
         max_train_users: int | None = None,
         max_test_users: int | None = None,
         sigmas: list[float] | None = None,
@@ -98,6 +100,7 @@ class Experiment:
         self.title, self.llm, self.templates = title, llm, templates or {}
         self.llm_epochs, self.llm_batch_size, self.llm_eval_batch_size = llm_epochs, llm_batch_size, llm_eval_batch_size
         self.train_candidates, self.align_epochs = train_candidates, align_epochs
+        self.calibration_users = calibration_users
         self.max_train_users, self.max_test_users = max_train_users, max_test_users
         self.sigmas = [0.01, 0.05, 0.1, 0.2] if sigmas is None else sigmas
 

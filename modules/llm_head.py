@@ -1,6 +1,6 @@
 """The LLM stage: a causal LM ranks candidates, reading titles and, through soft tokens, what stage 1 has learned."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_sfubm.datamodules.prompts import PromptBatch
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, ranking_metrics
 from lightning_sfubm.evaluation.parsing import TitleParser
+from lightning_sfubm.modules.llm.calibration import fit_factor
 from lightning_sfubm.modules.llm.injected import InjectedLM
 from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
 from lightning_sfubm.modules.llm.optim import adamw_with_warmup
@@ -186,6 +187,36 @@ class LLMHead(InjectedLM):
         states = self._states(prompts, self._embed(prompts, batch, self._affinities(batch)))
         sums, counts = branch_log_likelihood(self.lm, states, prompts)
         return -sums.sum() / counts.sum()
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[RankBatch]) -> float:
+        """Scale what the LLM adds to the residual by the factor that fits validation data best.
+
+        Tuned on a few hundred samples, the head is surer of itself than it should be. One number, chosen by conditional
+        likelihood over users it was not tuned on, puts that right; it is 0 where the LLM adds nothing [choice].
+
+        Args:
+            batches: validation samples.
+
+        Returns:
+            The factor, at least 0; the head's weights are multiplied by it.
+
+        Raises:
+            ConfigError: this head has no residual, so there is nothing to weigh it against.
+        """
+        if self.head is None or self.residual_weights is None:
+            raise ConfigError("only a head with a residual can be calibrated (form branch, rank_mode head, stage 1)")
+        added, base, targets = [], [], []
+        with self._evaluating():
+            for batch in batches:
+                affinities = self._affinities(batch)
+                assert affinities is not None
+                base.append(affinities @ self.residual_weights)
+                added.append(self(batch) - base[-1])
+                targets.append(batch["target_index"])
+        factor = fit_factor(torch.cat(base), torch.cat(added), torch.cat(targets))
+        self.head.weight.mul_(factor)
+        return factor
 
     # ------------------------------------------------------------------------------------------------ ranking
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.datamodules.item_datamodule import ItemDataModule
@@ -43,6 +44,9 @@ def tune(run: DomainRun, head: LLMHead, key: str, list_form: bool = False) -> LL
         limit_val_batches=0,
     )
     trainer.fit(head, datamodule=run.list_data if list_form else run.ranking_data)
+    if head.residual_weights is not None and run.experiment.calibration_users:
+        factor = head.calibrate(run.ranking_data.val_dataloader())
+        Console(highlight=False).print(f"  what the LLM adds, weighed on validation users: times {factor:.2f}")
     trainer.save_checkpoint(run.run_dir / "models" / run.name / f"{key}.ckpt", weights_only=True)
     return head
 
