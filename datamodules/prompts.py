@@ -130,6 +130,44 @@ class PromptBuilder:
         self._flat = np.array([token for row in flat for token in row], dtype=np.int64)
         self._answers = segments["branch"]
 
+    def fit_context(self, context: int, num_candidates: int) -> int:
+        """Shorten titles, all to the same limit, until the longest possible prompt fits; candidates are never left out.
+
+        Args:
+            context: tokens the model takes.
+            num_candidates: C.
+
+        Returns:
+            Number of titles cut, as :attr:`cut_titles`.
+
+        Raises:
+            ConfigError: not even titles of one token fit.
+        """
+        while (excess := self._longest(num_candidates) - context) > 0:
+            mentioned = self.history_length + 1 + (num_candidates if self.template.form == "list" else 0)
+            shorter = self.title_tokens - -(-excess // mentioned)
+            if shorter < 1 and self.title_tokens == 1:
+                raise ConfigError(
+                    f"the prompt needs {context + excess} tokens with titles of one token, but the model takes {context}; "
+                    f"lower history_length (now {self.history_length}) or the number of candidates"
+                )
+            self.title_tokens = max(1, shorter)
+            self._tokenised.clear()
+            self._build_segments()
+        return self.cut_titles
+
+    def _longest(self, num_candidates: int) -> int:
+        """Tokens of the longest prompt that these titles can make."""
+        ends = [*self._first.values(), len(self._lengths)][1:]
+        most = {
+            name: int(self._lengths[start:end].max())
+            for (name, start), end in zip(self._first.items(), ends, strict=True)
+        }
+        times = {"history": self.history_length, "choice": num_candidates, "no_history": 0}
+        if self.template.form == "binary":
+            times["history"] *= 2  # liked and disliked
+        return sum(length * times.get(name, 1) for name, length in most.items())
+
     def _answer_tokens(self) -> tuple[list[int], tuple[int, int]]:
         """Tokens that the answers yes and no both begin with, and the first ones in which they differ.
 

@@ -140,6 +140,7 @@ class LLMHead(InjectedLM):
     def _build(self, batch: RankBatch, **options: Any) -> PromptBatch:
         if self.catalogue is None:
             raise ConfigError("the LLM head has no catalogue yet; call attach_stage1(stage1 or None, catalogue)")
+        self._fit_context(batch["candidates"].shape[1])
         text_only = self.training and self.settings.curriculum > 0 and self._draws_text_only()
         builder = self.text_prompts if text_only else self.prompts
         return builder.build(batch["history"], batch["candidates"], **options).to(self.device)

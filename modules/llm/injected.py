@@ -1,5 +1,6 @@
 """A causal LM with soft tokens from a frozen stage 1: assembly, injection, checkpoints. No task of its own."""
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,6 +164,23 @@ class InjectedLM(L.LightningModule):
             *shared, soft and hp.user_token, in_items, in_items or (soft and hp.affinity_token)
         )
         self.text_prompts = PromptBuilder(*shared, False, False, False) if soft else self.prompts
+        self._fitted_candidates = 0
+
+    def _fit_context(self, num_candidates: int) -> None:
+        """Shorten titles where the longest prompt with this many candidates would not fit the model, and say so."""
+        context = getattr(self.lm.config, "max_position_embeddings", None)
+        if context is None or num_candidates <= self._fitted_candidates:
+            return
+        self._fitted_candidates = num_candidates
+        before = self.prompts.title_tokens
+        for prompts in {id(p): p for p in (self.prompts, self.text_prompts)}.values():
+            cut = prompts.fit_context(int(context), num_candidates)
+        if self.prompts.title_tokens < before:
+            warnings.warn(
+                f"prompts with {num_candidates} candidates do not fit the model's {context} tokens: titles are cut to "
+                f"{self.prompts.title_tokens} tokens instead of {before} ({cut} of {self.prompts.num_items} are longer)",
+                stacklevel=2,
+            )
 
     def setup(self, stage: str) -> None:
         """Take catalogue and stage 1 from the datamodule and ``stage1_checkpoint`` where nothing was attached."""

@@ -203,3 +203,30 @@ def test_unknown_template_form_and_sizes(tokenizer):
         load_template("movies", "tree")
     with pytest.raises(ConfigError, match="history_length"):
         builder(tokenizer, history_length=0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["branch", "list"]), st.integers(60, 400), st.integers(2, 20))
+def test_titles_are_shortened_until_the_longest_prompt_fits(form, context, candidates):
+    titles = ["", *(" ".join(f"word{i}{j}" for j in range(1 + 3 * i)) for i in range(24))]
+    made = PromptBuilder(_tokenizer(), load_template("movies", form), titles, 5, 30)
+    try:
+        cut = made.fit_context(context, candidates)
+    except ConfigError:  # not even titles of one token fit
+        assert made.title_tokens == 1
+        assert made._longest(candidates) > context
+        return
+    rows = torch.arange(1, candidates + 1).unsqueeze(0) + 24 - candidates
+    batch = made.build(torch.tensor([[20, 21, 22, 23, 24]]), rows)
+    assert int(batch.positions.max()) < context
+    assert batch.branch_end.shape[1] == candidates  # none left out
+    assert cut == made.cut_titles
+    roomy = PromptBuilder(_tokenizer(), load_template("movies", form), titles, 5, 30)
+    assert made.title_tokens == 30 or roomy._longest(candidates) > context  # not shortened without need
+
+
+def test_titles_that_fit_stay_as_they_are(tokenizer):
+    made = builder(tokenizer)
+    before = made.build(torch.tensor([[1, 2]]), torch.tensor([[4, 1]])).tokens
+    made.fit_context(2048, 20)
+    assert torch.equal(before, made.build(torch.tensor([[1, 2]]), torch.tensor([[4, 1]])).tokens)

@@ -101,6 +101,31 @@ def test_text_only_needs_no_stage1(llm, catalogue, make_batch):
         head.init_residual(torch.ones(2))
 
 
+def test_a_short_context_shortens_titles_and_says_so(llm, catalogue, make_batch):
+    head = make(llm, None, catalogue)
+    batch = make_batch()
+    head.lm.config.max_position_embeddings = head.prompts._longest(batch["candidates"].shape[1]) - 3
+    before = head.prompts.title_tokens
+    with pytest.warns(UserWarning, match="titles are cut to"):
+        scores = head.rank(batch)
+    assert scores.shape == batch["candidates"].shape
+    assert head.prompts.title_tokens < before
+
+
+def test_calibration_scales_what_the_llm_adds(llm, stage1, catalogue, make_batch):
+    head = make(llm, stage1, catalogue)
+    batch = make_batch()
+    with torch.no_grad():
+        head.head.weight.normal_(std=0.1)
+        base = head._affinities(batch) @ head.residual_weights
+        added = head.rank(batch) - base
+    factor = head.calibrate([batch])
+    assert 0 <= factor <= 4
+    torch.testing.assert_close(head.rank(batch), base + factor * added, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ConfigError, match="only a head with a residual"):
+        make(llm, None, catalogue).calibrate([batch])
+
+
 def test_zero_shot_minus_prior(llm, catalogue, make_batch):
     batch = make_batch()
     plain = make(llm, None, catalogue, rank_mode="score").rank(batch)
