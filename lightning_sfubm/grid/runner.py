@@ -17,7 +17,7 @@ from lightning_sfubm.evaluation.results import PerUserResults, write_atomically
 from lightning_sfubm.grid.cells import cell_path, read_cell, write_cell
 from lightning_sfubm.grid.spec import Grid, Run
 
-MARK = "grid_run.json"  #: in a run's folder: what its rows were computed from
+MARK = "grid_run.json"  #: in a run's folder: what its rows were computed from, by which code, on which machine
 
 
 def sources(config: Path, root: str | None) -> dict[str, str]:
@@ -102,7 +102,9 @@ def _process(run: Run, folder: Path, root: str | None, key: str, timeout: float 
     arguments = _arguments(run, root, folder)
     if resumable and (folder / "checkpoints").exists():
         arguments += ["--ckpt_path", "last"]
-    write_atomically(mark, json.dumps({"grid_hash": key}).encode())
+    facts = environment()
+    about = {"grid_hash": key, **{name: facts[name] for name in ("commit", "hardware", "versions")}}
+    write_atomically(mark, json.dumps(about).encode())
     command = [sys.executable, "-m", "lightning_sfubm", "fit", *arguments]
     with (folder / "output.log").open("a", encoding="utf-8") as log:
         log.write(f"$ lightning-sfubm fit {' '.join(arguments)}\n")
@@ -119,9 +121,9 @@ def _process(run: Run, folder: Path, root: str | None, key: str, timeout: float 
 
 def _export(run: Run, out: Path, key: str) -> None:
     """Cells of the rows that are there, those of an interrupted run among them."""
-    folder, facts = out / "runs" / run.key, environment()
-    about: dict[str, Any] = {name: facts[name] for name in ("commit", "hardware", "versions")}
-    about |= {"pair": run.pair, "run": run.name, "grid_hash": key}
+    folder = out / "runs" / run.key
+    about: dict[str, Any] = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    about |= {"pair": run.pair, "run": run.name}
     about["command"] = "lightning-sfubm fit " + " ".join(_arguments(run, "DIR", Path("RUN")))
     for row, method in run.rows.items():
         for file in sorted((folder / "results").glob(f"*/{row}.parquet")):
@@ -129,6 +131,7 @@ def _export(run: Run, out: Path, key: str) -> None:
                 result = PerUserResults.load(file)
             except DataError:
                 continue  # torn: computed again
+            result.meta.domain = file.parent.name  # "<domain>, all users" is a table of its own
             label = run.labels.get(method, result.meta.label)
             path = cell_path(out, run.pair, result.meta.domain, method, run.seed)
             if (cell := read_cell(path)) is None or cell["grid_hash"] != key:

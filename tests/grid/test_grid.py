@@ -170,6 +170,9 @@ class FakeFit:
         for row in rows[: self.rows_before_death]:
             for domain in ("a", "b"):
                 result(row, [0, 1], domain, seed).save(folder / "results" / domain / f"{row}.parquet")
+                result(row, [0, 1, 1], domain, seed).save(
+                    folder / "results" / f"{domain}, all users" / f"{row}.parquet"
+                )
         return type("Done", (), {"returncode": 0 if self.rows_before_death is None else 1})
 
 
@@ -226,7 +229,8 @@ def test_the_command_builds_tables_figures_and_what_may_be_published(
     assert "Paired differences in Hit@1" in capsys.readouterr().out
     assert (public / "plots" / "p_a_hit.png").stat().st_size > 1000
     published = list((public / "cells").rglob("*.json"))
-    assert len(published) == 10
+    assert len(published) == 20
+    assert len(json.loads((public / "comparisons.json").read_text())) == 6  # two domains and both together, twice
     for file in published:
         cell = json.loads(file.read_text())
         assert "per_user" not in cell
