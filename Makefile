@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	@echo "The demo fetches two small models and MovieLens-100K once (about 180 MB), then works for about 21 CPU-minutes (measured on one thread)."
+	@echo "The demo fetches two small models and MovieLens-100K once (about 180 MB), then works for about 10 minutes on 2 cores (16 CPU-minutes)."
 	@$(BIN)/lightning-sfubm fit --config configs/experiment/demo.yaml --trainer.default_root_dir $(RUN_DIR)
 
 test: $(STAMP)
