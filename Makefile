@@ -48,9 +48,9 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stage1.py --data-root $(DATA)
 
 results: $(STAMP)
-	@for grid in configs/results/*.yaml; do \
-		$(BIN)/lightning-sfubm results --grid $$grid --root $(DATA) --budget $(BUDGET) --publish docs/results/$$(basename $$grid .yaml) || exit 1; \
-	done
+	@status=0; for grid in configs/results/*.yaml; do \
+		$(BIN)/lightning-sfubm results --grid $$grid --root $(DATA) --budget $(BUDGET) --publish docs/results/$$(basename $$grid .yaml) || status=1; \
+	done; exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -93,6 +93,7 @@ def _peak_gb() -> float:
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--interactions", type=int, default=5_000_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data.json")

@@ -192,6 +192,7 @@ def ranking(layers: int | None, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     quick = "--quick" in sys.argv

@@ -48,6 +48,7 @@ class Parsed(SFUBMCLI):
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     with tempfile.TemporaryDirectory() as folder:
         quiet = ["--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false"]
         cli = Parsed(args=["fit", *sys.argv[1:], *quiet])

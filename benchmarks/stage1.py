@@ -168,6 +168,7 @@ def train_for(data: DomainDataModule, seconds: float) -> tuple[SequentialRecomme
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True, help="folder that holds beauty/")
     parser.add_argument("--rounds", type=int, default=5)

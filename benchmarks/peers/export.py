@@ -51,6 +51,7 @@ def flat(items: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.nd
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", required=True, dest="root", type=lambda path: str(Path(path).resolve()))
     parser.add_argument("--folder", required=True, help="folder of the domain under the data root")

@@ -132,6 +132,7 @@ def compare(libraries: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", required=True)
     parser.add_argument("--out", required=True, help="folder with the runs")

@@ -28,6 +28,7 @@ def make_score(module: SequentialRecommender) -> Score:
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     ours = {"loss": "full", "num_negatives": 512, "windows": "last"}
     arguments = parse("ours", ("sasrec", "gru4rec"), __doc__, lr=3e-3, dropout=0.2, batch_size=128, **ours)
     recorder = recorder_of(arguments, "lightning-sfubm")

@@ -82,6 +82,7 @@ def make_score(model: Any, to_recbole: torch.Tensor) -> Score:
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     arguments = parse("recbole", tuple(MODELS), __doc__, lr=1e-3, dropout=0.5, batch_size=2048)
     arguments.out = str(Path(arguments.out).resolve())
     recorder = recorder_of(arguments, "recbole")

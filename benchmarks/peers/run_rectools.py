@@ -33,6 +33,7 @@ def interactions(export: Export) -> pd.DataFrame:
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     arguments = parse("rectools", ("sasrec",), __doc__, lr=1e-3, dropout=0.2, batch_size=128)
     recorder = recorder_of(arguments, "rectools")
     num_items, length = recorder.export.num_items, arguments.max_length

@@ -35,6 +35,7 @@ def to_replay(rows: torch.Tensor, num_items: int, transforms: list[torch.nn.Modu
 
 
 def main() -> None:
+    """Command line; see the head of this file."""
     arguments = parse("replay", ("sasrec",), __doc__, lr=1e-3, dropout=0.3, batch_size=128)
     recorder = recorder_of(arguments, "replay-rec")
     export = recorder.export

@@ -71,7 +71,7 @@ def results_of(cell: Json) -> PerUserResults:
 
 
 def without_users(cell: Json) -> Json:
-    """The cell as it may be published: no per-user results, no paths."""
+    """The cell as it may be published, without per-user results."""
     return {key: value for key, value in cell.items() if key != "per_user"}
 
 
