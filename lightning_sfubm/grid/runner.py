@@ -123,7 +123,7 @@ def _export(run: Run, out: Path, key: str) -> None:
     """Cells of the rows that are there, those of an interrupted run among them."""
     folder = out / "runs" / run.key
     about: dict[str, Any] = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    about |= {"pair": run.pair, "run": run.name}
+    about |= {"pair": run.pair, "run": run.name, "settings_hash": run.settings_hash()}
     about["command"] = "lightning-sfubm fit " + " ".join(_arguments(run, "DIR", Path("RUN")))
     for row, method in run.rows.items():
         for file in sorted((folder / "results").glob(f"*/{row}.parquet")):

@@ -42,9 +42,13 @@ class Run:
 
     def hash(self, sources: dict[str, str]) -> str:
         """What the cells of this run depend on: configuration files, options, seed and the content of the data."""
-        content = [path.read_text(encoding="utf-8") for path in self.configs]
-        text = json.dumps([content, self.flags, self.seed, sources], sort_keys=True)
+        text = json.dumps([self.settings_hash(), sources], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def settings_hash(self) -> str:
+        """Configuration files, options and seed alone: tells a table, which has no data at hand, what is out of date."""
+        content = [path.read_text(encoding="utf-8") for path in self.configs]
+        return hashlib.sha256(json.dumps([content, self.flags, self.seed]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,16 @@ SLICES = ("cold target", "short history", "long history")
 def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, list[Json]]]:
     """Cells by (pair, domain), then by method in the order of the grid; the seeds of a method in rising order.
 
+    Cells that are not of the grid, or were computed under other settings than it has now, are left out.
+
     Raises:
         DataError: the cells of one domain were computed on different data or candidate lists.
     """
     order = {m: i for i, m in enumerate(dict.fromkeys(m for run in grid.runs for m in run.rows.values()))}
+    settings = {(r.pair, m, r.seed): r.settings_hash() for r in grid.runs for m in r.rows.values()}
     tables: dict[tuple[str, str], dict[str, list[Json]]] = defaultdict(dict)
     for cell in sorted(cells, key=lambda c: (c["pair"], c["domain"], order.get(c["method"], len(order)), c["seed"])):
-        if cell["method"] in order and cell["pair"] in grid.pairs:
+        if settings.get((cell["pair"], cell["method"], cell["seed"])) == cell["settings_hash"]:
             tables[cell["pair"], cell["domain"]].setdefault(cell["method"], []).append(cell)
     for (pair, domain), methods in tables.items():
         hashes = {cell["candidate_hash"] for seeds in methods.values() for cell in seeds}

@@ -44,7 +44,9 @@ def result(method: str, hits: list[int], domain: str = "a", seed: int = 1, lists
 def stored(out: Path, method: str, hits: list[int], **where: Any) -> Path:
     made = result(method, hits, **where)
     path = cell_path(out, "p", made.meta.domain, method, made.meta.seed)
-    write_cell(path, made, {**ABOUT, "method": method, "label": made.meta.label})
+    runs = load_grid(grid_file(out), set(METHODS)).runs
+    of = {run.seed: run.settings_hash() for run in runs if run.name == "main"}[made.meta.seed]
+    write_cell(path, made, {**ABOUT, "method": method, "label": made.meta.label, "settings_hash": of})
     return path
 
 
@@ -152,6 +154,14 @@ def test_cells_on_different_candidate_lists_are_not_put_into_one_table(tmp_path:
     stored(tmp_path, "stage1", [0, 1], lists="y")
     with pytest.raises(DataError, match="2 different candidate lists"):
         ordered(grid, all_cells(tmp_path))
+
+
+def test_cells_of_other_settings_are_left_out_of_the_table(tmp_path: Path) -> None:
+    stored(tmp_path, "popularity", [0, 1])
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    assert set(ordered(grid, all_cells(tmp_path))["p", "a"]) == {"popularity"}
+    (tmp_path / "base.yaml").write_text("seed_everything: 2\n")
+    assert ordered(grid, all_cells(tmp_path)) == {}
 
 
 class FakeFit:
