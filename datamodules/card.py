@@ -15,6 +15,8 @@ RULES = {
     "rows_without_id_or_order": "interactions without user, item or order: dropped",
     "items_listed_twice": "items listed more than once: the first line is kept",
     "users_out_of_range": "users outside user_range: dropped",
+    "users_out_of_fold": "users outside user_fold: dropped",
+    "items_not_sold": "interactions with items outside item_share: dropped",
     "unknown_items": "interactions with items that are not in the items table: dropped",
     "users_sorted": "users whose rows were not in time order: sorted, ties keep source order",
     "duplicates": "rows equal in user, item and order: the first is kept",

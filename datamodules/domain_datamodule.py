@@ -41,6 +41,9 @@ class DomainDataModule(L.LightningDataModule):
         k_core: every user and item keeps at least this many interactions; 0 = off.
         max_users: seeded subset of users, drawn after the k-core.
         user_range: keep users whose source id, an integer, lies in ``[low, high)``; applied before the k-core.
+        user_fold: ``(i, n)``: keep the users of fold i of n disjoint ones, by a hash of their ids; before the k-core.
+        item_share: keep this share of the items, by a hash that differs between folds; before the k-core.
+        train_users: seeded subset of users whose sequences train and validate; test takes all. A young shop in small.
         max_length: L, longest history.
         windows: ``"last"`` trains on the latest L + 1 items of a user, ``"all"`` on consecutive windows over all.
         batch_size: training sequences a batch.
@@ -62,6 +65,9 @@ class DomainDataModule(L.LightningDataModule):
         k_core: int = 5,
         max_users: int | None = None,
         user_range: tuple[int, int] | None = None,
+        user_fold: tuple[int, int] | None = None,
+        item_share: float = 1.0,
+        train_users: int | None = None,
         max_length: int = 50,
         windows: Windows = "last",
         batch_size: int = 128,
@@ -78,6 +84,7 @@ class DomainDataModule(L.LightningDataModule):
         self.reader = reader
         self.root = root
         self.text_encoder = text_encoder
+        self.train_users = train_users
         self.max_length = max_length
         self.windows: Windows = windows
         self.batch_size = batch_size
@@ -90,7 +97,7 @@ class DomainDataModule(L.LightningDataModule):
         self.seed = seed
         # Without a subset the seed does not touch the prepared domain: all seeds share one cache entry.
         subset_seed = seed if max_users is not None else 0
-        self.settings = PreprocessSettings(k_core, user_range, max_users, subset_seed)
+        self.settings = PreprocessSettings(k_core, user_range, max_users, subset_seed, user_fold, item_share)
         self._domain: Domain | None = None
         self._candidates: dict[tuple[str, int], CandidateLists] = {}
 
@@ -105,7 +112,12 @@ class DomainDataModule(L.LightningDataModule):
             return
         domain = prepared_domain(self.reader, self._root(), self.name, self.settings)
         self._splits = leave_one_out(
-            domain.offsets, self.stage2_positions, self.stage2_users, self.seed, domain.fingerprint
+            domain.offsets,
+            self.stage2_positions,
+            self.stage2_users,
+            self.seed,
+            domain.fingerprint,
+            self.train_users,
         )
         self._groups = title_groups(domain.titles)
         self._catalogue = Catalogue(
@@ -214,11 +226,11 @@ class DomainDataModule(L.LightningDataModule):
             positions, users = getattr(splits, split), splits.eval_users
         else:
             raise ConfigError(f"split must be 'train2', 'val' or 'test', not {split!r}")
-        rows = np.arange(len(users))
+        rows = np.arange(len(users)) if split == "test" else np.flatnonzero(splits.trained[users])
         if max_users is not None:
-            distinct = np.unique(users)
+            distinct = np.unique(users[rows])
             chosen = numpy_generator(seed, "rank users", domain.fingerprint).permutation(distinct)[:max_users]
-            rows = np.flatnonzero(np.isin(users, chosen))
+            rows = rows[np.isin(users[rows], chosen)]
         positions, users = positions[rows], users[rows]
 
         candidates: FixedCandidates | RedrawnCandidates

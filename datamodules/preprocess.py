@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,9 @@ class PreprocessSettings:
     Attributes:
         k_core: every user and item keeps at least this many interactions; 0 = off.
         user_range: keep users whose source id, an integer, lies in ``[low, high)``; applied before the k-core.
+        user_fold: ``(i, n)``: keep users whose id hashes into fold i of n; folds are disjoint. Before the k-core.
+        item_share: keep this share of the items, drawn by a hash of item id and fold: two folds of one source are then
+            two shops of a kind, with users of their own and catalogues that overlap. Before the k-core.
         max_users: size of a seeded subset of users, drawn after the k-core; ``None`` = all.
         seed: of that subset.
     """
@@ -38,6 +41,8 @@ class PreprocessSettings:
     user_range: tuple[int, int] | None = None
     max_users: int | None = None
     seed: int = 1
+    user_fold: tuple[int, int] | None = None
+    item_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.k_core < 0:
@@ -46,6 +51,16 @@ class PreprocessSettings:
             raise ConfigError(f"max_users must be at least 1, not {self.max_users}")
         if self.user_range is not None and not self.user_range[0] < self.user_range[1]:
             raise ConfigError(f"user_range must be (low, high) with low < high, not {tuple(self.user_range)}")
+        if self.user_fold is not None and not 0 <= self.user_fold[0] < self.user_fold[1]:
+            raise ConfigError(f"user_fold must be (i, n) with 0 <= i < n, not {tuple(self.user_fold)}")
+        if not 0 < self.item_share <= 1:
+            raise ConfigError(f"item_share must lie in (0, 1], not {self.item_share}")
+
+    def described(self) -> dict[str, Any]:
+        """The settings as plain values; those that split a source are left out where they are off."""
+        values = asdict(self)
+        off = {"user_fold": None, "item_share": 1.0}
+        return {name: value for name, value in values.items() if name not in off or value != off[name]}
 
 
 def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Domain:
@@ -65,13 +80,26 @@ def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Dom
         inside = _in_range(user_keys, settings.user_range, name)
         rules["users_out_of_range"] = int(len(inside) - inside.sum())
         rows = rows.where(inside[rows.users])
+    if settings.user_fold is not None:
+        inside = _in_fold(user_keys, settings.user_fold)
+        rules["users_out_of_fold"] = int(np.isin(np.flatnonzero(~inside), rows.users).sum())
+        rows = rows.where(inside[rows.users])
     if len(rows.users) == 0:
-        raise DataError(f"domain '{name}': no interaction has a user, an item and an order (within user_range, if set)")
+        raise DataError(
+            f"domain '{name}': no interaction has a user, an item and an order (within user_range and user_fold, if set)"
+        )
     source_users, known = rows.count("users"), rows.items < len(item_keys)
     rules["unknown_items"] = int(len(known) - known.sum())
     if not known.any():
         raise DataError(f"domain '{name}': none of the interactions' items is in the items table; compare the item ids")
-    rows, rules["users_sorted"] = rows.where(known).sorted()
+    rows = rows.where(known)
+    if settings.item_share < 1:
+        sold = _hashed(item_keys, f"items {settings.user_fold}") < settings.item_share
+        rules["items_not_sold"] = int((~sold[rows.items]).sum())
+        rows = rows.where(sold[rows.items])
+        if len(rows.users) == 0:
+            raise DataError(f"domain '{name}': item_share {settings.item_share} leaves no interaction; raise it")
+    rows, rules["users_sorted"] = rows.sorted()
     rows, rules["duplicates"] = rows.without_duplicates()
     rules["users_without_interactions"] = source_users - rows.count("users")
 
@@ -263,6 +291,17 @@ def _in_range(user_keys: pa.StringArray, bounds: tuple[int, int], name: str) -> 
     return (numbers >= bounds[0]) & (numbers < bounds[1])
 
 
+def _hashed(keys: pa.StringArray, salt: str) -> np.ndarray:
+    """A number in [0, 1) for each key, the same on every machine."""
+    digests = (hashlib.sha256(f"{salt}\0{key}".encode()).digest() for key in keys.to_pylist())
+    return np.array([int.from_bytes(digest[:8], "big") for digest in digests], dtype=np.uint64) / 2.0**64
+
+
+def _in_fold(user_keys: pa.StringArray, fold: tuple[int, int]) -> np.ndarray:
+    """Mask of the user keys that hash into fold i of n."""
+    return np.floor(_hashed(user_keys, "users") * fold[1]).astype(np.int64) == fold[0]
+
+
 def _drawn_users(users: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Mask of the rows of a seeded subset of users; a larger count contains a smaller one."""
     drawn = np.zeros(int(users.max()) + 1, dtype=bool)
@@ -317,7 +356,7 @@ def _has_non_latin(title: str) -> bool:
 
 
 def _fingerprint(settings: PreprocessSettings, content: tuple[np.ndarray | list[str] | None, ...]) -> str:
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(settings.described(), sort_keys=True).encode())
     for part in content:
         if isinstance(part, np.ndarray):
             digest.update(f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes())

@@ -30,6 +30,7 @@ class Splits:
         eval_users: (E,) int64 their rows.
         stage2: (T,) int64 positions of stage-2 training targets.
         stage2_users: (T,) int64 their users' rows.
+        trained: (U,) bool, users whose sequences may train; the others are only tested.
     """
 
     train_start: np.ndarray
@@ -40,10 +41,16 @@ class Splits:
     eval_users: np.ndarray
     stage2: np.ndarray
     stage2_users: np.ndarray
+    trained: np.ndarray
 
 
 def leave_one_out(
-    offsets: np.ndarray, stage2_positions: int = 0, stage2_users: int | None = None, seed: int = 1, name: str = ""
+    offsets: np.ndarray,
+    stage2_positions: int = 0,
+    stage2_users: int | None = None,
+    seed: int = 1,
+    name: str = "",
+    train_users: int | None = None,
 ) -> Splits:
     """Split every user's sequence: last item = test, the one before = validation, the rest = train.
 
@@ -56,13 +63,20 @@ def leave_one_out(
         stage2_users: number of chosen users; ``None`` = all that have enough train items.
         seed: of the choice.
         name: names the random stream, usually the domain's fingerprint.
+        train_users: size of a seeded subset of users that train; a larger one contains a smaller one. ``None`` = all.
 
     Raises:
-        ConfigError: ``stage2_positions`` is out of range.
+        ConfigError: ``stage2_positions`` or ``train_users`` is out of range.
     """
     if not 0 <= stage2_positions <= MAX_STAGE2_POSITIONS:
         raise ConfigError(f"stage2_positions must lie in 0..{MAX_STAGE2_POSITIONS}, not {stage2_positions}")
+    if train_users is not None and train_users < 1:
+        raise ConfigError(f"train_users must be at least 1, not {train_users}")
     starts, ends = offsets[:-1], offsets[1:]
+    trained = np.ones(len(starts), dtype=bool)
+    if train_users is not None:
+        trained[:] = False
+        trained[numpy_generator(seed, "train users", name).permutation(len(starts))[:train_users]] = True
     evaluated = ends - starts >= 3
     eval_users = np.flatnonzero(evaluated)
     stage2_end = ends - 2 * evaluated
@@ -71,13 +85,13 @@ def leave_one_out(
     if stage2_positions:
         room = np.clip(stage2_end - starts - MIN_TRAIN_ITEMS, 0, stage2_positions)
         # Users without validation and test items stay whole: nothing of theirs is evaluated.
-        eligible = np.flatnonzero((room > 0) & evaluated)
+        eligible = np.flatnonzero((room > 0) & evaluated & trained)
         if stage2_users is not None:
             eligible = numpy_generator(seed, "stage2 users", name).permutation(eligible)[:stage2_users]
         held[eligible] = room[eligible]
     stage2_rows = np.repeat(np.arange(len(starts)), held)
     within = np.arange(held.sum()) - np.repeat(np.cumsum(held) - held, held)
-    train_end = stage2_end - held
+    train_end = np.where(trained, stage2_end - held, starts)
     return Splits(
         train_start=starts,
         train_end=train_end,
@@ -87,6 +101,7 @@ def leave_one_out(
         eval_users=eval_users,
         stage2=train_end[stage2_rows] + within,
         stage2_users=stage2_rows,
+        trained=trained,
     )
 
 

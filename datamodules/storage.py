@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def prepared_domain(reader: Reader, root: Path | None, name: str, settings: Prep
     Raises:
         DataError: the source cannot be used, or the cache entry is damaged.
     """
-    key = json.dumps({"format": FORMAT, "source": reader.fingerprint(root), **asdict(settings)}, sort_keys=True)
+    key = json.dumps({"format": FORMAT, "source": reader.fingerprint(root), **settings.described()}, sort_keys=True)
     entry = cache_dir() / "domains" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not entry.is_dir():
         save_domain(build_domain(reader.read(root), name, settings), entry)

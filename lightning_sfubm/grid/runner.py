@@ -20,21 +20,22 @@ from lightning_sfubm.grid.spec import Grid, Run
 MARK = "grid_run.json"  #: in a run's folder: what its rows were computed from, by which code, on which machine
 
 
-def sources(config: Path, root: str | None) -> dict[str, str]:
-    """Hash of the data each domain of a configuration is read from.
+def sources(configs: tuple[Path, ...], root: str | None) -> dict[str, str]:
+    """Hash of the data each domain of a pair is read from.
 
     Raises:
         ConfigError: the configuration has no domains.
     """
     from lightning_sfubm.cli import SFUBMCLI
 
-    arguments = ["--config", str(config), *(["--data.root", root] if root else [])]
+    arguments = [item for config in configs for item in ("--config", str(config))]
+    arguments += ["--data.root", root] if root else []
     logging.getLogger("lightning").setLevel(logging.ERROR)  # nothing is trained here: no word on devices and seeds
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         domains = getattr(SFUBMCLI(args=arguments, run=False).datamodule, "domains", None)
     if not domains:
-        raise ConfigError(f"{config} has no data.domains; a grid needs a federated experiment")
+        raise ConfigError(f"{configs[-1]} has no data.domains; a grid needs a federated experiment")
     return {name: domain.source_fingerprint() for name, domain in domains.items()}
 
 

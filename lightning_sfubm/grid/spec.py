@@ -57,13 +57,13 @@ class Grid:
 
     Attributes:
         title: heading of the table.
-        pairs: name -> configuration file.
+        pairs: name -> configuration files, later ones on top of earlier ones.
         runs: see :class:`Run`.
         comparisons: pairs of methods whose paired difference the table states.
     """
 
     title: str
-    pairs: dict[str, Path]
+    pairs: dict[str, tuple[Path, ...]]
     runs: tuple[Run, ...]
     comparisons: tuple[tuple[str, str], ...]
 
@@ -99,7 +99,10 @@ def load_grid(path: Path, known_rows: set[str]) -> Grid:
     if not isinstance(content, dict) or not {"pairs", "runs"} <= content.keys():
         raise ConfigError(f"grid {path} needs the entries 'pairs' and 'runs'")
     _check_keys(path, "", content, _GRID_KEYS)
-    pairs = {name: _existing(path, f"pairs.{name}", file) for name, file in content["pairs"].items()}
+    pairs = {
+        name: tuple(_existing(path, f"pairs.{name}", file) for file in _as_list(files))
+        for name, files in content["pairs"].items()
+    }
     runs: list[Run] = []
     for name, entry in content["runs"].items():
         if not isinstance(entry, dict) or not entry.get("rows"):
@@ -112,7 +115,7 @@ def load_grid(path: Path, known_rows: set[str]) -> Grid:
                 raise ConfigError(f"grid {path}: runs.{name}.pairs names '{pair}'; pairs are {', '.join(pairs)}")
             for seed in _as_list(entry.get("seeds")) or [1]:
                 flags = tuple(str(flag) for flag in _as_list(entry.get("flags")))
-                runs.append(Run(pair, name, int(seed), (pairs[pair], *overlays), flags, rows, labels))
+                runs.append(Run(pair, name, int(seed), (*pairs[pair], *overlays), flags, rows, labels))
     methods = {method for run in runs for method in run.rows.values()}
     comparisons = [tuple(pair) for pair in content.get("comparisons") or []]
     for pair in comparisons:

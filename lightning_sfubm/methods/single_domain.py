@@ -10,6 +10,7 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods.base import DomainRun, Method
 from lightning_sfubm.modules.baselines.popularity import Popularity
 from lightning_sfubm.modules.baselines.random_ranker import RandomRanker
+from lightning_sfubm.modules.baselines.text_similarity import TextSimilarity
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.sequential import SequentialRecommender
@@ -22,6 +23,10 @@ def _random(run: DomainRun) -> Ranker:
 
 def _popularity(run: DomainRun) -> Ranker:
     return Popularity(run.full_data.catalogue)
+
+
+def _text_similarity(run: DomainRun) -> Ranker:
+    return TextSimilarity(run.full_data.catalogue)
 
 
 def _sequential(key: str, template: Callable[[DomainRun], SequentialRecommender]) -> Callable[[DomainRun], Ranker]:
@@ -71,6 +76,7 @@ def _sasrec_bce(run: DomainRun) -> SequentialRecommender:
 SINGLE_DOMAIN: dict[str, Method] = {
     "random": Method("Random", "Reference", _random),
     "popularity": Method("Popularity", "Reference", _popularity),
+    "text_similarity": Method("Text similarity, untrained", "Reference", _text_similarity),
     "gru4rec": Method("GRU4Rec", "One domain", _sequential("gru4rec", _gru4rec)),
     "sasrec_bce": Method("SASRec, one negative", "One domain", _sequential("sasrec_bce", _sasrec_bce)),
     "encoder": Method("{encoder} alone", "One domain", _sequential("encoder", _own_encoder("encoder", "id"))),
