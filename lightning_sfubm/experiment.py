@@ -52,6 +52,7 @@ class Experiment:
         baselines: modules by row (``encoder``, ``id_text``, ``tallrec`` ...), for baselines with settings of their own; a
             sequential row not named here takes encoder and learning rate of ``model``, an LLM row the settings of ``llm``.
         templates: prompt template by domain; others use that of ``llm``.
+        patience: epochs without improvement that end a row's training, by row; others use that of ``trainer.federation``.
         llm_epochs: passes over the held-out stage-2 samples.
         llm_batch_size: samples a step.
         llm_eval_batch_size: users a ranking batch.
@@ -74,6 +75,7 @@ class Experiment:
         llm: LLMHead | None = None,
         baselines: dict[str, LightningModule] | None = None,
         templates: dict[str, str] | None = None,
+        patience: dict[str, int] | None = None,
         llm_epochs: int = 1,
         llm_batch_size: int = 8,
         llm_eval_batch_size: int = 16,
@@ -94,9 +96,11 @@ class Experiment:
                 f"experiment.llm is needed for {', '.join(needing)}: configure it or leave these rows out"
             )
         self.baselines = baselines or {}
-        unknown = [row for row in self.baselines if row not in METHODS]
-        if unknown:
-            raise ConfigError(f"experiment.baselines names {unknown}; known rows are {', '.join(METHODS)}")
+        self.patience = patience or {}
+        for entry, given in (("baselines", self.baselines), ("patience", self.patience)):
+            unknown = [row for row in given if row not in METHODS]
+            if unknown:
+                raise ConfigError(f"experiment.{entry} names {unknown}; known rows are {', '.join(METHODS)}")
         self.title, self.llm, self.templates = title, llm, templates or {}
         self.llm_epochs, self.llm_batch_size, self.llm_eval_batch_size = llm_epochs, llm_batch_size, llm_eval_batch_size
         self.train_candidates, self.align_epochs = train_candidates, align_epochs

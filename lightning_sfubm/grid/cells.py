@@ -37,11 +37,17 @@ def write_cell(path: Path, result: PerUserResults, about: Json) -> None:
 
 def read_cell(path: Path) -> Json | None:
     """A cell, or ``None`` where it is missing, torn or of another format: it is then computed again."""
+    cell = read_published(path)
+    return cell if cell is not None and "per_user" in cell else None
+
+
+def read_published(path: Path) -> Json | None:
+    """As :func:`read_cell`, also where the cell was published without per-user results."""
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return cell if isinstance(cell, dict) and cell.get("format") == FORMAT and "per_user" in cell else None
+    return cell if isinstance(cell, dict) and cell.get("format") == FORMAT else None
 
 
 def results_of(cell: Json) -> PerUserResults:
@@ -75,7 +81,19 @@ def without_users(cell: Json) -> Json:
     return {key: value for key, value in cell.items() if key != "per_user"}
 
 
-def all_cells(out: Path) -> list[Json]:
-    """Every whole cell below an output folder, in the order of their paths."""
-    cells = (read_cell(path) for path in sorted((out / "cells").glob("*/*/*/seed*.json")))
+def all_cells(out: Path, published: Path | None = None) -> list[Json]:
+    """Every whole cell below an output folder, and every published one that the output folder lacks.
+
+    Args:
+        out: output folder of a grid.
+        published: folder that cells without per-user results were published to.
+    """
+    folders = [out] if published is None else [published, out]
+    paths = {path.relative_to(folder): path for folder in folders for path in _paths(folder)}
+    cells = (read_published(paths[key]) for key in sorted(paths))
     return [cell for cell in cells if cell is not None]
+
+
+def _paths(folder: Path) -> list[Path]:
+    """Whole cells of a folder; a torn one must not hide a published one."""
+    return [p for p in (folder / "cells").glob("*/*/*/seed*.json") if read_published(p) is not None]

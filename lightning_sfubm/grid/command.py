@@ -4,8 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
+from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.results import write_atomically
-from lightning_sfubm.grid.cells import all_cells, cell_path, without_users
+from lightning_sfubm.grid.cells import Json, all_cells, cell_path, without_users
 from lightning_sfubm.grid.runner import run_grid
 from lightning_sfubm.grid.spec import load_grid
 from lightning_sfubm.grid.tables import comparisons, markdown, ordered
@@ -31,7 +32,10 @@ def results(argv: list[str]) -> None:
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after so many minutes; go on next time")
     parser.add_argument("--tables-only", action="store_true", help="build tables from the cells that are there")
     parser.add_argument(
-        "--publish", type=Path, metavar="DIR", help="also write tables and cells without user data here"
+        "--publish",
+        type=Path,
+        metavar="DIR",
+        help="also write tables and cells without user data here; what is there already stays in the tables",
     )
     options = parser.parse_args(argv)
     grid = load_grid(options.grid, set(METHODS))
@@ -40,9 +44,9 @@ def results(argv: list[str]) -> None:
     if not options.tables_only:
         budget = None if options.budget is None else 60 * options.budget
         left = run_grid(grid, out, options.root, options.only, budget)
-    cells = all_cells(out)
+    cells = all_cells(out, options.publish)
     tables = ordered(grid, cells)
-    facts = comparisons(grid, tables)
+    facts = comparisons(grid, tables, _published_facts(options.publish))
     text = markdown(grid, tables, facts)
     write_atomically(out / "tables.md", text.encode())
     from lightning_sfubm.grid.plots import write_plots
@@ -60,3 +64,15 @@ def results(argv: list[str]) -> None:
     if left:
         print(f"Not complete: {', '.join(left)}. Give the command again to go on.")
         raise SystemExit(1)
+
+
+def _published_facts(folder: Path | None) -> list[Json]:
+    """Comparisons published before, which cannot be made again without their per-user results."""
+    file = None if folder is None else folder / "comparisons.json"
+    if file is None or not file.is_file():
+        return []
+    try:
+        facts: list[Json] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is no JSON ({error}); restore it or delete it") from error
+    return facts

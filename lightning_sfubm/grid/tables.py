@@ -29,7 +29,7 @@ def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, li
     settings = {(r.pair, m, r.seed): r.settings_hash() for r in grid.runs for m in r.rows.values()}
     tables: dict[tuple[str, str], dict[str, list[Json]]] = defaultdict(dict)
     for cell in sorted(cells, key=lambda c: (c["pair"], c["domain"], order.get(c["method"], len(order)), c["seed"])):
-        if settings.get((cell["pair"], cell["method"], cell["seed"])) == cell["settings_hash"]:
+        if settings.get((cell["pair"], cell["method"], cell["seed"])) == cell.get("settings_hash"):
             tables[cell["pair"], cell["domain"]].setdefault(cell["method"], []).append(cell)
     for (pair, domain), methods in tables.items():
         hashes = {cell["candidate_hash"] for seeds in methods.values() for cell in seeds}
@@ -62,11 +62,18 @@ def _mean(values: Any) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def comparisons(grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]]) -> list[Json]:
+def comparisons(
+    grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]], published: list[Json] | None = None
+) -> list[Json]:
     """Paired differences in Hit@1, per domain and pooled over the domains of a pair.
 
     A user's value is the mean over the seeds both methods have; the interval is a bootstrap over users. The test is
     McNemar's on the first common seed, with Holm's correction over all tests of the grid.
+
+    Args:
+        grid: names the comparisons.
+        tables: see :func:`ordered`. Published cells have no per-user results and cannot be compared.
+        published: facts of an earlier call, kept where they cannot be computed from the cells at hand.
     """
     facts: list[Json] = []
     for a, b in grid.comparisons:
@@ -84,14 +91,21 @@ def comparisons(grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]]
                 methods = next(m for (p, _), m in tables.items() if p == pair and a in m and b in m)
                 values, first = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
                 facts.append(_fact(pair, name, a, b, methods, values, first))
+    computed = {_key(fact) for fact in facts}
+    wanted = {(pair, a, b) for a, b in grid.comparisons for pair in grid.pairs}
+    facts += [f for f in published or [] if _key(f) not in computed and (f["pair"], f["a"], f["b"]) in wanted]
     for fact, p in zip(facts, holm([fact["p_mcnemar"] for fact in facts]), strict=True):
         fact["p_holm"] = p
     return plain(facts)
 
 
+def _key(fact: Json) -> tuple[str, ...]:
+    return fact["pair"], fact["domain"], fact["a"], fact["b"]
+
+
 def _paired(cells_a: list[Json], cells_b: list[Json]) -> tuple[Any, Any]:
     """Differences per user (U,): mean over the common seeds, and those of the first common seed."""
-    by_seed = [{cell["seed"]: results_of(cell) for cell in cells} for cells in (cells_a, cells_b)]
+    by_seed = [{c["seed"]: results_of(c) for c in cells if "per_user" in c} for cells in (cells_a, cells_b)]
     common = sorted(by_seed[0].keys() & by_seed[1].keys())
     if not common:
         return np.zeros(0), np.zeros(0)
@@ -110,6 +124,7 @@ def _difference(a: PerUserResults, b: PerUserResults) -> dict[int, float]:
 
 
 def _fact(pair: str, domain: str, a: str, b: str, methods: dict[str, list[Json]], values: Any, first: Any) -> Json:
+    seeds = [{c["seed"] for c in methods[name] if "per_user" in c} for name in (a, b)]
     estimate = bootstrap_ci(values[:, None], resamples=2000)[0]
     return {
         "pair": pair,
@@ -122,7 +137,7 @@ def _fact(pair: str, domain: str, a: str, b: str, methods: dict[str, list[Json]]
         "low": estimate.low,
         "high": estimate.high,
         "users": len(values),
-        "seeds": len({c["seed"] for c in methods[a]} & {c["seed"] for c in methods[b]}),
+        "seeds": len(seeds[0] & seeds[1]),
         "p_mcnemar": mcnemar_exact(int((first > 0).sum()), int((first < 0).sum())),
     }
 

@@ -183,7 +183,7 @@ class DomainRun:
             folder=self.folder(key),
             max_epochs=federation.local_max_epochs,
             min_epochs=federation.local_min_epochs,
-            patience=federation.patience,
+            patience=self.experiment.patience.get(key, federation.patience),
             monitor=federation.monitor,
         )
 

@@ -21,6 +21,7 @@ def _head(run: DomainRun, **changes: Any) -> LLMHead:
     names = inspect.signature(type(template).__init__).parameters
     settings = {k: v for k, v in template.hparams.items() if k in names}
     settings["template"] = run.experiment.templates.get(run.name, settings["template"])
+    settings["seed"] = run.trainer.seed
     return type(template)(**{**settings, **changes})
 
 

@@ -29,7 +29,8 @@ def _head(run: DomainRun, key: str, kind: type[PublishedHead]) -> PublishedHead:
     shared = run.experiment.llm.hparams
     template = run.experiment.templates.get(run.name, shared["template"])
     own = {} if configured is None else dict(vars(configured.settings))
-    return kind.from_head({**shared, **own}, template=template, **_offered(kind, own))
+    settings = {**_offered(kind, own), "seed": run.trainer.seed}
+    return kind.from_head({**shared, **own}, template=template, **settings)
 
 
 def _offered(kind: type[PublishedHead], settings: dict[str, object]) -> dict[str, object]:

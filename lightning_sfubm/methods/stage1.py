@@ -25,7 +25,11 @@ def _stage1_pooled(run: DomainRun) -> Ranker:
     federation = run.trainer.federation
     assert federation is not None
     client = Client(
-        run.name, copy.deepcopy(run.template), run.data, partial(run.trainer.make_trainer, client=run.name), run.trainer.seed
+        run.name,
+        copy.deepcopy(run.template),
+        run.data,
+        partial(run.trainer.make_trainer, client=run.name),
+        run.trainer.seed,
     )
     client.prepare()
     client.module.load_shared_state(_pooled_teacher(run))

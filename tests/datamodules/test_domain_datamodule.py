@@ -316,3 +316,17 @@ def test_command_line_form() -> None:
     assert data.domains["a"].reader.num_users == 50
     assert data.domains["a"].settings.user_range == (0, 500)
     assert data.domains["a"].root == "somewhere"
+
+
+def test_a_young_shop_trains_and_validates_on_few_users_and_tests_all() -> None:
+    data, whole = ready(train_users=10, stage2_positions=1), ready(stage2_positions=1)
+    trained = {int(u) for batch in data.train_dataloader() for u in batch["user"]}
+    assert len(trained) <= 10
+    for split in ("val", "train2"):
+        assert {int(u) for u in data.rank_rows(split).users} <= set(np.flatnonzero(data.splits.trained))
+    assert len(data.rank_rows("val").users) == 10
+    assert len(data.rank_rows("val", max_users=4).users) == 4
+    assert data.rank_rows("test").users.tolist() == whole.rank_rows("test").users.tolist()
+    assert data.candidate_hash == whole.candidate_hash
+    assert data.catalogue.train_counts.sum() < whole.catalogue.train_counts.sum()
+    assert data.catalogue.num_items == whole.catalogue.num_items

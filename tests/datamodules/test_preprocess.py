@@ -159,3 +159,34 @@ def test_card_prints_and_survives_json(raw_domain) -> None:
     assert "items table: dropped" in text
     assert card.tied_share == 0.5
     assert card.rules["users_without_interactions"] == 1
+
+
+def test_folds_are_disjoint_shops_with_overlapping_catalogues(raw_domain) -> None:
+    rows = [(f"u{user}", f"i{(user * 7 + place * 3) % 60}", place) for user in range(200) for place in range(8)]
+    raw = raw_domain(rows)
+    shops = [build_domain(raw, "x", PreprocessSettings(0, user_fold=(i, 2), item_share=0.75)) for i in range(2)]
+    users, items = [set(s.user_keys) for s in shops], [set(s.item_keys[1:]) for s in shops]
+    assert not users[0] & users[1]
+    assert len(users[0] | users[1]) > 190
+    assert all(80 < len(part) < 120 for part in users)
+    assert items[0] & items[1]
+    assert items[0] - items[1]
+    assert items[1] - items[0]
+    assert all(30 <= len(part) < 60 for part in items)
+    assert shops[0].card.rules["users_out_of_fold"] == 200 - sum(u in users[0] for u in (f"u{n}" for n in range(200)))
+    assert shops[0].card.rules["items_not_sold"] > 0
+    again = build_domain(raw, "x", PreprocessSettings(0, user_fold=(0, 2), item_share=0.75))
+    assert again.fingerprint == shops[0].fingerprint != shops[1].fingerprint
+
+
+def test_settings_that_split_nothing_leave_the_fingerprint_as_it_was() -> None:
+    assert set(PreprocessSettings().described()) == {"k_core", "user_range", "max_users", "seed"}
+    assert PreprocessSettings(item_share=0.5).described()["item_share"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"user_fold": (2, 2)}, "user_fold"), ({"item_share": 0.0}, "item_share")]
+)
+def test_impossible_splits_are_refused(changes: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        PreprocessSettings(**changes)

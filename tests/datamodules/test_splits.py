@@ -105,3 +105,18 @@ def test_windows(domain_of, lengths: list[int], max_length: int, windows: str, h
         assert mine.tolist() == list(range(first, end + 1))
     if len(rows):
         assert rows.lengths.tolist() == (history > 0).sum(axis=1).tolist()
+
+
+def test_users_that_do_not_train_are_tested_all_the_same() -> None:
+    offsets = offsets_of([9] * 50)
+    splits = leave_one_out(offsets, 2, None, 1, "x", train_users=10)
+    assert splits.trained.sum() == 10
+    assert len(splits.test) == 50
+    lengths = splits.train_end - splits.train_start
+    assert lengths[splits.trained].tolist() == [5] * 10
+    assert lengths[~splits.trained].tolist() == [0] * 40
+    assert set(splits.stage2_users) == set(np.flatnonzero(splits.trained))
+    more = leave_one_out(offsets, 2, None, 1, "x", train_users=20)
+    assert set(np.flatnonzero(splits.trained)) < set(np.flatnonzero(more.trained))
+    with pytest.raises(ConfigError, match="train_users"):
+        leave_one_out(offsets, train_users=0)

@@ -156,6 +156,33 @@ def test_cells_on_different_candidate_lists_are_not_put_into_one_table(tmp_path:
         ordered(grid, all_cells(tmp_path))
 
 
+def test_published_cells_stay_in_the_table_and_published_comparisons_beside_them(tmp_path: Path) -> None:
+    out, public = tmp_path / "out", tmp_path / "public"
+    grid_path = grid_file(tmp_path)
+    grid = load_grid(grid_path, set(METHODS))
+    public.mkdir()
+    old = stored(tmp_path, "popularity", [0, 1])
+    for seed in (1, 2):
+        made = json.loads(stored(tmp_path, "stage1", [1, 1], seed=seed).read_text())
+        assert made["settings_hash"]
+    kept = cell_path(public, "p", "a", "popularity", 1)
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(without_users(json.loads(old.read_text()))))
+    new = cell_path(out, "p", "a", "stage1", 1)
+    new.parent.mkdir(parents=True)
+    new.write_text(cell_path(tmp_path, "p", "a", "stage1", 1).read_text())
+    torn = cell_path(out, "p", "a", "popularity", 1)
+    torn.parent.mkdir(parents=True)
+    torn.write_text("{")  # must not hide the published one
+    tables = ordered(grid, all_cells(out, public))
+    assert set(tables["p", "a"]) == {"popularity", "stage1"}
+    assert summary(tables["p", "a"]["popularity"])["hit@1"] == pytest.approx(0.5)
+    assert comparisons(grid, tables) == []
+    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_mcnemar": 0.25, "p_holm": 1.0}
+    other = {**fact, "b": "sfubm"}  # no comparison of this grid any more
+    assert comparisons(grid, tables, [fact, other]) == [{**fact, "p_holm": 0.25}]
+
+
 def test_cells_of_other_settings_are_left_out_of_the_table(tmp_path: Path) -> None:
     stored(tmp_path, "popularity", [0, 1])
     grid = load_grid(grid_file(tmp_path), set(METHODS))
