@@ -185,21 +185,6 @@ def test_table_can_start_from_the_teacher_once(catalogue: Catalogue) -> None:
     torch.testing.assert_close(module.ids.weight.detach(), z + 1.0)
 
 
-def test_encoder_can_start_from_the_teachers(catalogue: Catalogue) -> None:
-    module = build(catalogue, "student", encoder_from_teacher=True)
-    with torch.no_grad():
-        for parameter in module.teacher.encoder.parameters():
-            parameter.add_(0.5)
-    module.on_fit_start()
-    for own, given in zip(module.encoder.parameters(), module.teacher.encoder.parameters(), strict=True):
-        assert torch.equal(own, given)
-        assert own is not given
-    other = FKDDistiller(SASRec(8, num_heads=1), GRU4Rec(8), num_experts=2, phase="student", encoder_from_teacher=True)
-    other.bind(catalogue)
-    with pytest.raises(ConfigError, match="student encoder"):
-        other.on_fit_start()
-
-
 def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
     for kwargs, message in (
         ({"counter": "fact"}, "counter='fact'"),
