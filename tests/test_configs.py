@@ -61,7 +61,7 @@ def prepared(config: Path, folder: Path) -> list[str]:
     for argument in arguments:
         if skip:
             skip = False
-        elif argument == "--data.root":
+        elif argument.startswith("--data.") and argument.endswith("root"):
             skip = True
         elif argument.endswith(".yaml"):
             assert (ROOT / argument).exists(), f"{config}: names {argument}, which is not there"
