@@ -94,6 +94,8 @@ def test_config_runs_a_fast_step(config: Path, tmp_path: Path, monkeypatch: pyte
         arguments += ["--trainer.max_epochs", "1", "--trainer.min_epochs", "1"]
         if "llm:" in text:
             arguments += ["--model.init_args.llm", str(write_tiny_llm(tmp_path / "llm"))]
+        if "shots:" in text:
+            arguments += ["--data.init_args.shots", "16"]
         if "num_layers:" in text and "LLMHead" in text:
             arguments += ["--model.init_args.num_layers", "null"]
     if "FILE" in arguments:
