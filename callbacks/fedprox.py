@@ -25,8 +25,9 @@ class FedProx(Callback):
     The hook is ``on_before_optimizer_step``: after the backward passes of accumulated batches, after ranks have been
     averaged and, under float16, after gradients have been unscaled; **before gradient clipping**. So the clipped gradient is
     that of the whole objective, as with the term in the loss, and ``gradient_clip_val`` still bounds the step; clipping
-    first would let the term add to it without bound. A callback that makes per-user gradients private must stand before this
-    one in ``trainer.callbacks``: the term depends on no user and needs neither clipping nor noise.
+    first would let the term add to it without bound. Gradients made private
+    in the training step (clipped per user, noise added) get the term afterwards, as they should: it is computed from weights
+    alone, which are private already, and needs neither.
 
     Args:
         mu: strength, at least 0; 0 changes nothing. To be tuned on validation; the paper's best values lie between 0.001
