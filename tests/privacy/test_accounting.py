@@ -1,0 +1,229 @@
+"""The accountant: figures against Opacus, dp-accounting and the definition; state; budget (T4)."""
+
+import io
+import math
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.utils import get_noise_multiplier
+
+from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.privacy import accounting
+from lightning_sfubm.privacy.accounting import PrivacyAccountant, noise_multiplier_for
+
+#: noise multiplier, sample rate, steps, delta, and the epsilon dp-accounting 0.6.0 gives for add-or-remove-one, computed in an
+#: environment of its own: RdpAccountant(orders=range(2, 64)), and PLDAccountant() at its defaults.
+DP_ACCOUNTING = [
+    (1.0, 0.01, 1000, 1e-5, 2.1077530755, 1.8282),
+    (5.0, 1.0, 50, 1e-5, 7.0878616288, 6.5730),
+    (1.5, 0.04, 2250, 1e-5, 7.3298767738, 6.7688),
+    (0.8, 0.001, 10000, 1e-6, 1.7201228859, 0.9473),
+    (0.8, 0.05, 200, 1e-6, 9.9052572483, 8.8657),
+    (2.0, 0.2, 500, 1e-5, 13.6923240510, 12.6212),
+    (4.0, 0.5, 100, 1e-5, 6.3912926563, 5.8687),
+    (3.0, 1.0, 10, 1e-6, 5.5557619943, 5.1890),
+    (10.0, 0.3, 2000, 1e-7, 7.9533876541, 7.5117),
+]
+GRID = [row[:4] for row in DP_ACCOUNTING]
+
+
+def accountant_of(mechanism: str, *entries: tuple[float, float, int], **settings) -> PrivacyAccountant:
+    accountant = PrivacyAccountant(mechanism, **settings)
+    for entry in entries:
+        accountant.step(*entry)
+    return accountant
+
+
+@pytest.mark.parametrize(("entry", "rdp", "prv"), [((1.0, 0.01, 1000), 2.101, 1.838), ((5.0, 1.0, 50), 7.077, 6.583)])
+def test_known_figures(entry: tuple[float, float, int], rdp: float, prv: float) -> None:
+    assert accountant_of("rdp", entry).epsilon(1e-5) == pytest.approx(rdp, abs=5e-4)
+    assert accountant_of("prv", entry).epsilon(1e-5) == pytest.approx(prv, abs=5e-4)
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps", "delta", "rdp", "pld"), DP_ACCOUNTING)
+def test_agrees_with_dp_accounting(noise: float, rate: float, steps: int, delta: float, rdp: float, pld: float) -> None:
+    """RDP at the same (whole) orders to 1e-6; PRV is dp-accounting's PLD plus at most PRV's own margin of .01.
+
+    At fractional orders dp-accounting sums the absolute values of an alternating series, an upper bound of what Opacus and the
+    quadrature below compute.
+    """
+    accountant = accountant_of("rdp", (noise, rate, steps), orders=range(2, 64))
+    assert accountant.epsilon(delta) == pytest.approx(rdp, abs=1e-6)
+    assert 0 <= accountant_of("prv", (noise, rate, steps)).epsilon(delta) - pld < 0.011
+
+
+def test_a_history_of_two_kinds_of_steps_agrees_with_dp_accounting() -> None:
+    history = ((1.0, 0.01, 300), (2.0, 0.05, 400))
+    assert accountant_of("rdp", *history, orders=range(2, 64)).epsilon(1e-5) == pytest.approx(2.7285584365, abs=1e-6)
+    assert 0 <= accountant_of("prv", *history).epsilon(1e-5) - 2.4724 < 0.011
+
+
+@pytest.mark.parametrize(("noise", "rate"), [(1.0, 0.1), (1.5, 0.04), (2.0, 0.2), (5.0, 1.0)])
+def test_renyi_divergence_is_that_of_its_definition(noise: float, rate: float) -> None:
+    """Order a: log E[((1 - q) + q p1/p0)^a] / (a - 1) over N(0, sigma^2), by the trapezoidal rule."""
+    x = np.linspace(-40 * noise, 60 * noise, 400_001)
+    log_density = -(x**2) / (2 * noise**2) - math.log(noise * math.sqrt(2 * math.pi))
+    log_keep = math.log1p(-rate) if rate < 1 else -math.inf
+    log_ratio = np.logaddexp(log_keep, math.log(rate) + (2 * x - 1) / (2 * noise**2))
+    orders = (1.5, 2.0, 2.7, 4.0, 6.5, 8.0)
+    moments = [float(np.trapezoid(np.exp(log_density + a * log_ratio), x)) for a in orders]
+    expected = [7 * math.log(moment) / (a - 1) for a, moment in zip(orders, moments, strict=True)]
+    assert accountant_of("rdp", (noise, rate, 7)).rdp(orders) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize(("mechanism", "theirs"), [("rdp", RDPAccountant), ("prv", PRVAccountant)])
+@pytest.mark.parametrize(("noise", "rate", "steps", "delta"), GRID)
+def test_agrees_with_opacus(mechanism: str, theirs: type, noise: float, rate: float, steps: int, delta: float) -> None:
+    other = theirs()
+    other.history = [(noise, rate, steps)]
+    assert accountant_of(mechanism, (noise, rate, steps)).epsilon(delta) == pytest.approx(
+        other.get_epsilon(delta), abs=1e-6
+    )
+
+
+def test_steps_are_counted_as_opacus_counts_them() -> None:
+    ours, theirs = PrivacyAccountant("rdp"), RDPAccountant()
+    for noise, rate in [(1.0, 0.1), (1.0, 0.1), (2.0, 0.1), (1.0, 0.1), (1.0, 0.2)]:
+        ours.step(noise, rate)
+        theirs.step(noise_multiplier=noise, sample_rate=rate)
+    assert ours.history == theirs.history
+    assert ours.steps == 5
+
+
+@pytest.mark.parametrize("mechanism", ["rdp", "prv"])
+def test_a_resumed_accountant_goes_on_as_one_that_never_stopped(mechanism: str) -> None:
+    straight = accountant_of(mechanism, *[(1.1, 0.05, 1)] * 60, (2.0, 0.05, 10))
+    first = accountant_of(mechanism, *[(1.1, 0.05, 1)] * 37)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed = PrivacyAccountant(mechanism)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for entry in [*[(1.1, 0.05, 1)] * 23, (2.0, 0.05, 10)]:
+        resumed.step(*entry)
+    assert resumed.state_dict() == straight.state_dict()
+    assert resumed.epsilon(1e-5) == straight.epsilon(1e-5)
+
+
+@pytest.mark.parametrize(("ours", "other"), [("rdp", "prv"), ("prv", "rdp"), ("rdp", "gdp")])
+def test_a_foreign_state_is_refused(ours: str, other: str) -> None:
+    accountant = accountant_of(ours, (1.0, 0.1, 3))
+    with pytest.raises(PrivacyError, match=f"'{other}'.*'{ours}'"):
+        accountant.load_state_dict({"mechanism": other, "history": [[1.0, 0.1, 3]]})
+    assert accountant.steps == 3
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"mechanism": "rdp"},
+        {"mechanism": "rdp", "history": [[1.0, 0.1]]},
+        {"mechanism": "rdp", "history": [[1.0, 7, 1]]},
+    ],
+)
+def test_a_broken_state_is_refused(state: dict) -> None:
+    with pytest.raises(PrivacyError, match="no history"):
+        PrivacyAccountant("rdp").load_state_dict(state)
+
+
+def test_nothing_spends_nothing_and_a_step_without_noise_spends_everything() -> None:
+    assert PrivacyAccountant().epsilon(1e-5) == 0
+    assert accountant_of("prv", (0.0, 0.1, 1), (5.0, 0.1, 1)).epsilon(1e-5) == math.inf
+
+
+@given(noise=st.floats(0.7, 8), rate=st.floats(0.001, 1), steps=st.integers(1, 500), more=st.integers(1, 500))
+@settings(max_examples=30, deadline=None)
+def test_more_steps_or_less_noise_never_cost_less(noise: float, rate: float, steps: int, more: int) -> None:
+    spent = accountant_of("rdp", (noise, rate, steps)).epsilon(1e-5)
+    assert 0 <= spent <= accountant_of("rdp", (noise, rate, steps), (noise, rate, more)).epsilon(1e-5)
+    assert spent <= accountant_of("rdp", (noise * 0.9, rate, steps)).epsilon(1e-5) + 1e-9
+
+
+@pytest.mark.parametrize("mechanism", ["rdp", "prv"])
+def test_the_budget_is_never_passed(mechanism: str) -> None:
+    accountant = PrivacyAccountant(mechanism, target_epsilon=3.0, delta=1e-5)
+    with pytest.raises(PrivacyError, match=r"over the budget of 3"):
+        for _ in range(10_000):
+            accountant.check(2.0, 0.2)
+            accountant.step(2.0, 0.2)
+    assert accountant.steps > 10
+    assert accountant.epsilon() <= 3.0
+    accountant.step(2.0, 0.2)
+    assert accountant.epsilon() > 3.0
+
+
+def test_a_plan_that_fits_makes_its_steps_free_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    accountant = accountant_of("rdp", (3.0, 0.1, 5), target_epsilon=5.0, delta=1e-5)
+    accountant.check(2.0, 0.1, 100)
+    monkeypatch.setattr(accounting, "_epsilon", partial(pytest.fail, "computed again"))
+    for _ in range(100):
+        accountant.check(2.0, 0.1)
+        accountant.step(2.0, 0.1)
+    monkeypatch.setattr(accounting, "_epsilon", lambda *_: math.inf)
+    with pytest.raises(PrivacyError):
+        accountant.check(2.0, 0.1)
+    with pytest.raises(PrivacyError):
+        accountant.check(1.0, 0.1)  # another mechanism was never part of the plan
+
+
+@pytest.mark.parametrize("mechanism", ["rdp", "prv"])
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "steps"), [(0.5, 0.1, 200), (3.0, 0.02, 1000), (8.0, 1.0, 40), (50.0, 0.3, 100)]
+)
+def test_the_noise_for_a_budget_is_the_least_that_keeps_it(
+    mechanism: str, epsilon: float, rate: float, steps: int
+) -> None:
+    noise = noise_multiplier_for(epsilon, 1e-5, rate, steps, mechanism)
+    assert accountant_of(mechanism, (noise, rate, steps)).epsilon(1e-5) <= epsilon
+    assert accountant_of(mechanism, (noise * 0.998, rate, steps)).epsilon(1e-5) > epsilon
+    # Opacus stops within .01 of epsilon, so it may ask for a little more noise.
+    theirs = get_noise_multiplier(
+        target_epsilon=epsilon, target_delta=1e-5, sample_rate=rate, steps=steps, accountant=mechanism
+    )
+    assert noise == pytest.approx(theirs, rel=0.03)
+
+
+def test_an_impossible_budget_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="no noise keeps"):
+        noise_multiplier_for(1e-3, 1e-5, 1.0, 10, "prv")  # PRV's own margin is .01
+
+
+@pytest.mark.parametrize("entry", [(-1.0, 0.1, 1), (math.nan, 0.1, 1), (1.0, 0.0, 1), (1.0, 1.1, 1), (1.0, 0.1, -1)])
+def test_impossible_steps_are_refused(entry: tuple[float, float, int]) -> None:
+    with pytest.raises(ConfigError):
+        PrivacyAccountant().step(*entry)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'moments'"):
+        PrivacyAccountant("moments")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="target_epsilon"):
+        PrivacyAccountant(target_epsilon=1.0)
+    with pytest.raises(ConfigError, match="delta"):
+        PrivacyAccountant(delta=1.0)
+    with pytest.raises(ConfigError, match="delta"):
+        accountant_of("rdp", (1.0, 0.1, 1)).epsilon()
+
+
+def test_a_missing_opacus_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    with pytest.raises(PrivacyError, match=r"lightning-sfubm\[dp\]"):
+        accountant_of("rdp", (1.2345, 0.0987, 3)).epsilon(1e-5)
+
+
+def test_everything_imports_without_opacus() -> None:
+    code = """
+import sys
+sys.modules["opacus"] = sys.modules["scipy"] = None
+import lightning_sfubm.callbacks.differential_privacy as dp, lightning_sfubm.privacy.gaussian
+dp.DifferentialPrivacy(noise_multiplier=1.0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
