@@ -144,14 +144,15 @@ class PrivacyAccountant:
                 f"the privacy state was written by the mechanism {other!r}, this accountant is {self.mechanism!r}: "
                 "their figures do not compare; go on with the one that wrote it"
             )
-        self._history = ()
+        stored = PrivacyAccountant(self.mechanism)
         try:
             for noise_multiplier, sample_rate, steps in state["history"]:
-                self.step(float(noise_multiplier), float(sample_rate), int(steps))
+                stored.step(float(noise_multiplier), float(sample_rate), int(steps))
         except (KeyError, TypeError, ValueError) as error:
             raise PrivacyError(
-                f"the privacy state holds no history of steps ({error}); the budget is unknown"
+                f"the privacy state holds no history of steps ({error}): what was spent is unknown"
             ) from None
+        self._history = stored._history
 
     def _with(self, noise_multiplier: float, sample_rate: float, steps: int) -> tuple[Entry, ...]:
         if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0 and 0 < sample_rate <= 1 and steps >= 0):

@@ -127,11 +127,19 @@ def test_a_foreign_state_is_refused(ours: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    [{}, {"history": [[1.0, 0.1]]}, {"history": [[1.0, 7.0, 1]]}, {"history": 3}, {"history": [["much", 0.1, 1]]}],
+    [
+        {},
+        {"history": [[1.0, 0.1]]},
+        {"history": [[1.0, 7.0, 1]]},
+        {"history": 3},
+        {"history": [[1.0, 0.1, 1], ["much", 0.1, 1]]},
+    ],
 )
 def test_a_broken_state_is_refused(state: dict) -> None:
+    accountant = accountant_of("rdp", (2.0, 0.1, 3))
     with pytest.raises(PrivacyError, match="no history"):
-        PrivacyAccountant("rdp").load_state_dict({"mechanism": "rdp", **state})
+        accountant.load_state_dict({"mechanism": "rdp", **state})
+    assert accountant.history == [(2.0, 0.1, 3)]
 
 
 def test_nothing_spends_nothing_and_a_step_without_noise_spends_everything() -> None:
