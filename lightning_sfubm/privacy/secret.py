@@ -1,0 +1,40 @@
+"""A client's own secret: what keys its noise where the run's seed is known to others."""
+
+import os
+import secrets
+from pathlib import Path
+
+from lightning_sfubm.errors import ConfigError, PrivacyError
+
+_BYTES = 32
+
+
+def client_secret(folder: str | Path, client: str) -> bytes:
+    """Read ``<folder>/<client>.key``, made at first use with 32 random bytes and mode 600.
+
+    Args:
+        folder: a folder of the client's that nobody else can read.
+        client: name of the client.
+
+    Returns:
+        The secret.
+
+    Raises:
+        ConfigError: the client's name is no file name.
+        PrivacyError: the file is too short to be a secret.
+    """
+    if Path(client).name != client:
+        raise ConfigError(f"client name '{client}' cannot be a file name: choose another to use secret_dir")
+    path = Path(folder) / f"{client}.key"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        pass
+    else:
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(_BYTES))
+    secret = path.read_bytes()
+    if len(secret) < _BYTES // 2:
+        raise PrivacyError(f"{path}: the secret has {len(secret)} bytes, at least {_BYTES // 2} are needed: delete it")
+    return secret

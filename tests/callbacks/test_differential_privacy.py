@@ -1,0 +1,354 @@
+"""The teacher trained with DP-SGD by ``Trainer.fit``: it learns, spends what it says, resumes bitwise, and fails closed."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy, privacy_of
+from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
+from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
+from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.fkd import FKDDistiller
+from lightning_sfubm.modules.sequential import SequentialRecommender
+from lightning_sfubm.privacy.accounting import PrivacyAccountant
+
+USERS = 300
+
+
+@pytest.fixture
+def domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A factory of one small planted domain."""
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+
+    def make(name: str = "alpha", **settings: Any) -> DomainDataModule:
+        reader = SyntheticReader(0, num_users=USERS, num_items=48, mean_length=10, order=0.95)
+        defaults = {"k_core": 0, "batch_size": 50, "max_length": 16}
+        return DomainDataModule(name, reader, text_encoder=HashingTextEncoder(dim=32), **{**defaults, **settings})
+
+    return make
+
+
+def distiller(encoder: torch.nn.Module | None = None, **settings: Any) -> FKDDistiller:
+    torch.manual_seed(0)
+    encoder = (
+        SASRec(hidden_dim=16, num_layers=1, num_heads=2, max_length=16, dropout=0.1) if encoder is None else encoder
+    )
+    return FKDDistiller(encoder, **{"num_experts": 1, "lr": 0.01, "logits_precision": "fp32", **settings})
+
+
+def trainer(*callbacks: Callback, epochs: int = 1, **flags: Any) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    fixed = {"use_distributed_sampler": False, "num_sanity_val_steps": 0, "accelerator": "cpu"}
+    return L.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**quiet, **fixed, **flags})
+
+
+def private(**settings: Any) -> DifferentialPrivacy:
+    return DifferentialPrivacy(**{"noise_multiplier": 1.0, "delta": 1e-3, "accounting": "rdp", **settings})
+
+
+def fit(callback: Callback, data: DomainDataModule, *more: Callback, **flags: Any) -> tuple[FKDDistiller, L.Trainer]:
+    module, run = distiller(), trainer(callback, *more, **flags)
+    run.fit(module, datamodule=data)
+    return module, run
+
+
+def teacher_of(module: FKDDistiller) -> dict[str, torch.Tensor]:
+    return module.shared_state()
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+class Spy(Callback):
+    """Keep what the optimiser is given, and how many users each batch holds."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.sizes: list[int] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        named = pl_module.named_parameters()
+        self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.sizes.append(len(batch["user"]))
+
+
+# ---------------------------------------------------------------------- learning and accounting
+
+
+def test_the_teacher_learns_at_a_large_epsilon(domain: Any) -> None:
+    data = domain()
+    before = trainer().validate(distiller(), datamodule=data, verbose=False)[0]["val/ndcg@10"]
+    callback = private(noise_multiplier=0.4)
+    _, run = fit(callback, data, epochs=12)
+    after = float(run.callback_metrics["val/ndcg@10"])
+    assert before < 0.33  # chance is .23
+    assert after > 0.42
+    assert 10 < callback.accountant.epsilon() < 500
+    assert float(run.callback_metrics["train/clipped_share"]) > 0
+
+
+def test_without_noise_and_clipping_it_learns_as_the_ordinary_teacher(domain: Any) -> None:
+    """The same batch of all users: every step is the ordinary one, up to the weight of long histories."""
+    callback = private(noise_multiplier=0.0, clip_norm=math.inf, expected_batch_size=USERS)
+    module, run = fit(callback, domain(batch_size=USERS), epochs=10)
+    ordinary = distiller()
+    plain = trainer(epochs=10)
+    plain.fit(ordinary, datamodule=domain(batch_size=USERS))
+    found, expected = (float(r.callback_metrics["val/ndcg@10"]) for r in (run, plain))
+    assert found == pytest.approx(expected, abs=0.05)
+    moved = [teacher_of(m)["adaptor.experts.weight"] for m in (module, ordinary)]
+    assert float(torch.cosine_similarity(moved[0].flatten(), moved[1].flatten(), dim=0)) > 0.95
+
+
+@pytest.mark.parametrize("accounting", ["rdp", "prv"])
+def test_epsilon_is_that_of_the_steps_taken_and_is_logged(accounting: str, domain: Any) -> None:
+    callback = private(noise_multiplier=2.0, accounting=accounting)
+    _, run = fit(callback, domain(), epochs=2)
+    assert run.global_step == 2 * 6
+    assert callback.accountant.history == [(2.0, 50 / USERS, 12)]
+    expected = PrivacyAccountant(accounting)
+    expected.step(2.0, 50 / USERS, 12)
+    assert float(run.callback_metrics["privacy/epsilon"]) == pytest.approx(expected.epsilon(1e-3), rel=1e-6)
+    assert float(run.progress_bar_metrics["privacy/epsilon"]) == pytest.approx(expected.epsilon(1e-3), rel=1e-6)
+    said = privacy_of(run)
+    assert said is not None
+    assert said["epsilon"] == expected.epsilon(1e-3)
+    assert (said["steps"], said["noise_multiplier"], said["delta"]) == (12, 2.0, 1e-3)
+    assert "simulation only" in str(said["secret"])
+
+
+def test_the_noise_is_set_for_the_budget_of_all_epochs(domain: Any) -> None:
+    callback = private(noise_multiplier=None, target_epsilon=4.0, total_epochs=3)
+    fit(callback, domain(), epochs=3)
+    assert 3.9 < callback.accountant.epsilon() <= 4.0
+
+
+def test_an_epoch_past_the_budget_is_refused_before_it_starts(domain: Any) -> None:
+    spy, callback = Spy(), private(noise_multiplier=None, target_epsilon=4.0, total_epochs=3)
+    with pytest.raises(PrivacyError, match="over the budget of 4"):
+        fit(callback, domain(), spy, epochs=4)
+    assert not spy.gradients
+    assert callback.accountant.steps == 0
+
+
+def test_a_step_past_the_budget_is_refused_where_the_plan_has_no_end(domain: Any) -> None:
+    spy, callback = Spy(), private(noise_multiplier=1.0, target_epsilon=6.0)
+    with pytest.raises(PrivacyError, match="over the budget of 6"):
+        fit(callback, domain(), spy, epochs=-1, limit_val_batches=0)
+    assert len(spy.gradients) == callback.accountant.steps > 3
+    assert callback.accountant.epsilon() <= 6.0
+    callback.accountant.step(1.0, 50 / USERS)
+    assert callback.accountant.epsilon() > 6.0
+
+
+# ---------------------------------------------------------------------- sampling, noise, what the optimiser sees
+
+
+def test_users_are_drawn_by_poisson_and_an_empty_batch_is_a_noisy_step(domain: Any) -> None:
+    spy, callback = Spy(), private(expected_batch_size=2, noise_multiplier=1.0)
+    fit(callback, domain(), spy, limit_val_batches=0)
+    assert len(spy.sizes) == callback.accountant.steps == USERS // 2
+    assert 0 in spy.sizes
+    assert sum(spy.sizes) / len(spy.sizes) == pytest.approx(2, abs=0.6)
+    noise = spy.gradients[spy.sizes.index(0)]
+    values = torch.cat([g.flatten() for g in noise.values()]).double() * 2  # by the expected two users
+    count = len(values)
+    # n squared standard normals have mean n and standard deviation sqrt(2 n); six of them.
+    assert abs(float(values.square().sum()) - count) < 6 * math.sqrt(2 * count)
+
+
+def test_the_optimiser_sees_the_teacher_s_private_gradient_and_nothing_else(domain: Any) -> None:
+    """With no noise the gradient's norm is at most C times the users drawn over the users expected."""
+    spy = Spy()
+    fit(private(noise_multiplier=0.0, clip_norm=0.01), domain(), spy, limit_val_batches=0)
+    for size, gradient in zip(spy.sizes, spy.gradients, strict=True):
+        assert {name.split(".")[0] for name in gradient} == {"teacher"}
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+        assert 0 < norm <= 0.01 * size / 50 * (1 + 1e-5)
+
+
+def test_noise_differs_by_step_client_and_seed_and_repeats_with_them(domain: Any) -> None:
+    def steps(name: str = "alpha", seed: int = 1) -> list[torch.Tensor]:
+        """Gradients of two epochs, a thousand times more noise than gradient."""
+        spy, callback = Spy(), private(seed=seed, clip_norm=1e-3, noise_multiplier=1e3)
+        fit(callback, domain(name), spy, epochs=2, limit_val_batches=0)
+        return [torch.cat([g.flatten() for g in gradient.values()]) for gradient in spy.gradients]
+
+    first, again, client, seed = steps(), steps(), steps(name="beta"), steps(seed=2)
+    assert len(first) == 12
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    everything = torch.nn.functional.normalize(torch.stack([*first, *client, *seed]), dim=1)
+    overlap = (everything @ everything.T - torch.eye(len(everything))).abs().max()
+    assert float(overlap) < 6 / math.sqrt(everything.shape[1])  # independent directions: sd 1 / sqrt(n)
+
+
+def test_a_secret_takes_the_seed_s_place(domain: Any, tmp_path: Path) -> None:
+    def run(folder: str, **settings: Any) -> tuple[FKDDistiller, DifferentialPrivacy]:
+        callback = private(secret_dir=str(tmp_path / folder), **settings)
+        return fit(callback, domain(), limit_val_batches=0)[0], callback
+
+    (first, callback), (second, other) = run("keys"), run("keys")
+    assert (tmp_path / "keys" / "alpha.key").exists()
+    assert callback.describe()["secret"] == "kept by the client"
+    # The same secret and seed, and yet another stream: the difference of two runs must not be free of noise.
+    assert not same(teacher_of(first), teacher_of(second))
+    assert callback.state_dict()["nonce"] != other.state_dict()["nonce"]
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("secret", [False, True])
+def test_a_resumed_fit_equals_one_that_never_stopped(secret: bool, domain: Any, tmp_path: Path) -> None:
+    settings = {"secret_dir": str(tmp_path / "keys")} if secret else {}
+    half = private(**settings)
+    _, run = fit(half, domain(), epochs=2)
+    run.save_checkpoint(tmp_path / "half.ckpt")
+
+    straight = private(**settings)
+    straight.load_state_dict({**straight.state_dict(), "nonce": half.state_dict()["nonce"]})
+    whole, _ = fit(straight, domain(), epochs=4)
+    torch.manual_seed(999)  # another process has another global stream
+    resumed, module = private(**settings), distiller()
+    trainer(resumed, epochs=4).fit(module, datamodule=domain(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert same(teacher_of(module), teacher_of(whole))
+    assert resumed.state_dict() == straight.state_dict()
+    assert resumed.accountant.epsilon() == straight.accountant.epsilon()
+    assert resumed.accountant.steps == 24
+
+
+def test_steps_that_were_not_private_are_not_passed_over(domain: Any, tmp_path: Path) -> None:
+    run = trainer(epochs=1)
+    run.fit(distiller(), datamodule=domain())
+    run.save_checkpoint(tmp_path / "open.ckpt")
+    spy = Spy()
+    with pytest.raises(PrivacyError, match="only 0 of them are accounted for"):
+        trainer(private(), spy, epochs=2).fit(
+            distiller(), datamodule=domain(), ckpt_path=tmp_path / "open.ckpt", weights_only=True
+        )
+    assert not spy.gradients
+
+
+def test_a_checkpoint_of_another_accounting_is_refused(domain: Any, tmp_path: Path) -> None:
+    _, run = fit(private(accounting="rdp"), domain(), limit_val_batches=0)
+    run.save_checkpoint(tmp_path / "rdp.ckpt")
+    with pytest.raises(PrivacyError, match=r"'rdp'.*'prv'"):
+        trainer(private(accounting="prv"), epochs=2).fit(
+            distiller(), datamodule=domain(), ckpt_path=tmp_path / "rdp.ckpt", weights_only=True
+        )
+
+
+# ---------------------------------------------------------------------- what is left alone, and what is refused
+
+
+class Breaking(Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        raise KeyError("stop")
+
+
+def test_module_and_data_are_put_back(domain: Any) -> None:
+    data, module = domain(), distiller()
+    trainer(private(), limit_val_batches=0).fit(module, datamodule=data)
+    assert not {"training_step", "train_dataloader"} & (vars(module).keys() | vars(data).keys())
+    with pytest.raises(KeyError):
+        trainer(private(), Breaking()).fit(module, datamodule=data)
+    assert not {"training_step", "train_dataloader"} & (vars(module).keys() | vars(data).keys())
+    assert sum(len(batch["user"]) for batch in data.train_dataloader()) == USERS
+
+
+def test_the_student_s_phase_is_left_as_it_is(domain: Any) -> None:
+    callback, results = private(), []
+    for callbacks in ((callback,), ()):
+        module = distiller(phase="student")
+        run = trainer(*callbacks)
+        L.seed_everything(1, verbose=False)
+        run.fit(module, datamodule=domain())
+        results.append({name: p.detach() for name, p in module.named_parameters()})
+        assert privacy_of(run) is None
+    assert same(results[0], results[1])
+    assert callback.accountant.steps == 0
+
+
+def test_a_phase_that_trains_shared_and_private_parameters_is_refused(domain: Any) -> None:
+    with pytest.raises(PrivacyError, match="'joint'"):
+        trainer(private()).fit(distiller(phase="joint"), datamodule=domain())
+
+
+def test_a_recurrent_teacher_is_trained_user_by_user(domain: Any) -> None:
+    spy, callback = Spy(), private()
+    run = trainer(callback, spy, limit_train_batches=2, limit_val_batches=0)
+    run.fit(distiller(GRU4Rec(16, dropout=0.0)), datamodule=domain())
+    assert callback.accountant.steps == run.global_step == 2
+    assert any("gru" in name for name in spy.gradients[0])
+    with pytest.raises(ConfigError, match="'microbatch'"):
+        trainer(private(gradients="vectorized")).fit(distiller(GRU4Rec(16)), datamodule=domain())
+
+
+def test_other_modules_are_refused(domain: Any) -> None:
+    with pytest.raises(ConfigError, match="SequentialRecommender"):
+        trainer(private()).fit(SequentialRecommender(SASRec(16)), datamodule=domain())
+
+
+def test_data_with_several_rows_a_user_is_refused(domain: Any) -> None:
+    with pytest.raises(PrivacyError, match="windows to 'last'"):
+        fit(private(), domain(windows="all", max_length=4))
+
+
+def test_a_delta_of_one_user_is_refused(domain: Any) -> None:
+    with pytest.raises(PrivacyError, match="300 users"):
+        fit(private(delta=1 / USERS), domain())
+
+
+def test_a_batch_of_more_users_than_there_are_is_refused(domain: Any) -> None:
+    with pytest.raises(ConfigError, match="cannot be drawn from 300"):
+        fit(private(expected_batch_size=USERS + 1), domain())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
+        ({"strategy": "ddp", "devices": 2}, "one process"),
+        ({"precision": "16-true"}, "precision 16-true"),
+    ],
+)
+def test_a_trainer_that_changes_what_a_step_is_is_refused(flags: dict, message: str, domain: Any) -> None:
+    callback, module = private(), distiller()
+    run = trainer(callback, **flags)
+    run.datamodule = domain()
+    with pytest.raises(ConfigError, match=message):
+        callback.setup(run, module, "fit")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip_norm": 0.0},
+        {"clip_norm": math.inf},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": None},
+        {"noise_multiplier": None, "target_epsilon": 1.0},
+        {"noise_multiplier": None, "target_epsilon": 1.0, "total_epochs": 0},
+        {"target_epsilon": -1.0},
+        {"delta": 0.0},
+        {"accounting": "moments"},
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError):
+        private(**settings)
