@@ -34,11 +34,16 @@ def label(*parts: str) -> bytes:
     return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
 
 
+def clamp(private: bytes) -> bytes:
+    """The one form of an X25519 private key with the five bits set that the exchange ignores (RFC 7748, section 5)."""
+    return bytes([private[0] & 248, *private[1:31], private[31] & 127 | 64])
+
+
 def new_private_key() -> bytes:
-    """A fresh X25519 private key."""
+    """A fresh X25519 private key, clamped, so that an altered copy of it is never as good as the key."""
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-    return X25519PrivateKey.generate().private_bytes_raw()
+    return clamp(X25519PrivateKey.generate().private_bytes_raw())
 
 
 def public_key(private: bytes) -> bytes:

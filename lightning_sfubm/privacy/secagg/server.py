@@ -168,7 +168,7 @@ class SecAggServer:
 
     def _private_key(self, owner: str, envelopes: Mapping[str, Envelope]) -> bytes:
         private = self._recover("key_shares", owner, envelopes)
-        if crypto.public_key(private) != self._mask_keys[owner]:
+        if private != crypto.clamp(private) or crypto.public_key(private) != self._mask_keys[owner]:
             raise MessageError(
                 f"the shares of the mask key of client '{owner}' do not fit its public key: one was altered"
             )
