@@ -218,7 +218,7 @@ class Experiment:
             lambda name, sigma: noise.mechanism(loop.seed, name, sigma),
             loop.federation.aggregator.aggregate if loop.federation.sends_semantics else lambda uploads: {},
             sigmas=self.sigmas,
-            used=noise.sigma if loop.counters.semantics_done else None,
+            used=noise.sigma if loop.counters.exchanged is not None else None,
             seed=loop.seed,
         )
 

@@ -141,10 +141,12 @@ def ledger_facts(ledger: list[Json]) -> Json:
     """Messages and bytes per client, direction and kind, with the tensors they held.
 
     Returns:
-        ``rows`` (one per client, direction and kind) and ``totals`` (bytes up and down).
+        ``rows`` (one per client, direction and kind), ``totals`` (bytes up and down), ``messages`` and ``resent``: what an
+        interrupted run sent again, word for word, when it went on; it is not counted twice.
     """
     groups: dict[tuple[str, str, str], list[Json]] = {}
-    for line in ledger:
+    once = [line for line in ledger if not line.get("resent")]
+    for line in once:
         groups.setdefault((line["client"], line["direction"], line.get("kind", "")), []).append(line)
     rows = []
     for (client, direction, kind), lines in sorted(groups.items(), key=lambda item: (item[0][1] != "up", item[0])):
@@ -167,7 +169,7 @@ def ledger_facts(ledger: list[Json]) -> Json:
             }
         )
     totals = {way: sum(row["bytes"] for row in rows if row["direction"] == way) for way in ("up", "down")}
-    return {"rows": rows, "totals": totals, "messages": len(ledger)}
+    return {"rows": rows, "totals": totals, "messages": len(once), "resent": len(ledger) - len(once)}
 
 
 def _words(mechanism: Any) -> str:

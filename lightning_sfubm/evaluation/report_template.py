@@ -199,7 +199,8 @@ sends the same vector again, so that its repeated uploads reveal nothing more th
 {% if communication.rows %}
 <p>The ledger of the run holds {{ communication.messages|count }}
 message{{ "s" if communication.messages != 1 }}: {{ communication.totals.up|bytes }} up to the server,
-{{ communication.totals.down|bytes }} down.</p>
+{{ communication.totals.down|bytes }} down.{% if communication.resent %} {{ communication.resent|count }} more were sent
+again, word for word, when the run went on after an interruption; they are not counted twice.{% endif %}</p>
 <div class="scroll"><table>
 <thead><tr><th>Client</th><th class="text">direction</th><th class="text">content</th><th>messages</th><th>bytes</th>
 <th class="text">tensors</th><th class="text">protection</th></tr></thead>

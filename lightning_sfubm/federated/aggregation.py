@@ -1,4 +1,4 @@
-"""Server-side aggregation: of item semantics (K uploads of unit vectors) and of shared weights (FedAvg).
+"""Server-side aggregation of item semantics (K uploads of unit vectors).
 
 Semantic aggregators map ``{client: (N_k, D)}`` to ``{client: (N_k, D)}``, rows in the order of the upload. They keep no
 state, treat clients in sorted order of name, so that the order of arrival cannot matter, and return ``{}`` where there
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.seeds import torch_generator
 
 _BLOCK = 2048  # rows of similarities at a time: 2,048 x 100,000 float32 is 0.8 GB at most
@@ -168,36 +168,3 @@ def _nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def _means(vectors: Tensor, assigned: Tensor, k: int) -> tuple[Tensor, Tensor]:
     sums = torch.zeros(k, vectors.shape[1]).index_add_(0, assigned, vectors)
     return normalize(sums, dim=1), torch.bincount(assigned, minlength=k)
-
-
-def federated_average(updates: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """FedAvg: the weighted mean of the clients' parameters (McMahan et al., 2017).
-
-    Args:
-        updates: parameters by client; all with the same names and shapes.
-        weights: non-negative weight by client, for instance 1 or the number of local examples. A client of weight zero
-            is ignored. They are normalised to sum to one.
-
-    Returns:
-        The averaged parameters; ``{}`` if no client has weight, so that the global state stays as it was.
-
-    Raises:
-        MessageError: names or shapes differ, a value is not finite, or a weight is negative.
-    """
-    names = sorted(updates)
-    for name in names:
-        if weights[name] < 0:
-            raise MessageError(f"client '{name}' has the negative weight {weights[name]}")
-        if {k: v.shape for k, v in updates[name].items()} != {k: v.shape for k, v in updates[names[0]].items()}:
-            raise MessageError(f"the parameters of client '{name}' differ in name or shape from those of '{names[0]}'")
-        if not all(torch.isfinite(v).all() for v in updates[name].values()):
-            raise MessageError(f"the parameters of client '{name}' hold NaN or infinite values")
-    total = sum(weights[name] for name in names)
-    if total == 0:
-        return {}
-    # float64 sums in sorted order: the result is the same bits for any order of arrival.
-    averaged = {
-        key: sum(updates[name][key].double() * (weights[name] / total) for name in names if weights[name] > 0)
-        for key in updates[names[0]]
-    }
-    return {key: torch.as_tensor(value).to(updates[names[0]][key].dtype) for key, value in averaged.items()}

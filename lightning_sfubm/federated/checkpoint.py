@@ -1,8 +1,10 @@
 """Checkpoints of a federated run: one folder a state, written whole or not at all.
 
-``checkpoints/state-0007/`` holds ``loop.json`` (counters, server state, sha256 of every other file), ``server.safetensors``
-(the shared teacher) and ``clients/<name>.ckpt`` (a Lightning checkpoint each). A folder is filled under another name and
-renamed when complete; a torn one, by crash or by hand, is recognised by its hashes and the one before is used.
+``checkpoints/state-0007/`` holds ``loop.json`` (where the run stands, sha256 of every other file), ``server.ckpt`` (the
+shared teacher and the state of its aggregation) and ``clients/<name>.ckpt`` (a Lightning checkpoint each). A folder is
+filled under another name and renamed when complete; a torn one, by crash or by hand, is recognised by its hashes and the
+one before is used. States within a round link the files of clients that have not changed; they are small, and whole again
+at the end of the round: the two newest states are kept, and the newest that shares no file with another.
 """
 
 import hashlib
@@ -12,28 +14,39 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
 
 from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.server import Server
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save_state(
-    root: Path, step: int, counters: dict[str, Any], server: Server, clients: dict[str, Client], keep: int = 2
+    root: Path, step: int, stored: dict[str, Any], server: Server, clients: dict[str, Client], linked: bool = False
 ) -> Path:
-    """Write state ``step`` under ``root`` and remove all but the last ``keep``."""
+    """Write state ``step`` under ``root`` and remove those no longer needed.
+
+    Args:
+        root: folder of the states.
+        step: number of the state.
+        stored: what the loop needs to go on, as JSON values.
+        server: its state is written.
+        clients: their states are written.
+        linked: whether files of clients that have not changed may be shared with the state before.
+
+    Returns:
+        Folder of the state.
+    """
     final, temporary = root / f"state-{step:04d}", root / f".state-{step:04d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "clients").mkdir(parents=True)
     for name, client in sorted(clients.items()):
-        client.save(temporary / "clients" / f"{name}.ckpt")
-    state = server.state_dict()
-    save_file(state["global_teacher"], temporary / "server.safetensors")  # type: ignore[arg-type]
+        client.save(temporary / "clients" / f"{name}.ckpt", link=linked)
+    torch.save(server.state_dict(), temporary / "server.ckpt")
     files = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
-    loop = {"format": _FORMAT, "step": step, "counters": counters, "guard": state["guard"], "files": files}
+    loop = {"format": _FORMAT, "step": step, "linked": linked, "stored": stored, "files": files}
     (temporary / "loop.json").write_text(json.dumps(loop, indent=1, sort_keys=True))
     for file in temporary.rglob("*"):
         if file.is_file():
@@ -43,9 +56,19 @@ def save_state(
     os.replace(temporary, final)
     for name, client in clients.items():
         client.saved = final / "clients" / f"{name}.ckpt"
-    for old in sorted(root.glob("state-*"))[:-keep]:
-        shutil.rmtree(old)
+    states = sorted(root.glob("state-*"))
+    own = next((state for state in reversed(states) if not _shares_files(state)), final)
+    for old in states[:-2]:
+        if old != own:
+            shutil.rmtree(old)
     return final
+
+
+def _shares_files(state: Path) -> bool:
+    try:
+        return bool(json.loads((state / "loop.json").read_text())["linked"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # torn: no state to fall back on
 
 
 def find_state(path: Path) -> Path:
@@ -86,7 +109,7 @@ def read_loop(state: Path) -> dict[str, Any]:
 
 
 def load_state(state: Path, server: Server, clients: dict[str, Client]) -> dict[str, Any]:
-    """Restore server and clients from a state folder and return its counters.
+    """Restore server and clients from a state folder and return what the loop stored.
 
     Raises:
         CheckpointError: torn, of other clients, or of another model.
@@ -95,10 +118,10 @@ def load_state(state: Path, server: Server, clients: dict[str, Client]) -> dict[
     stored = sorted(f.stem for f in (state / "clients").glob("*.ckpt"))
     if stored != sorted(clients):
         raise CheckpointError(f"{state}: holds the clients {stored}, this run has {sorted(clients)}")
-    server.load_state_dict({"global_teacher": load_file(state / "server.safetensors"), "guard": loop["guard"]})
+    server.load_state_dict(torch.load(state / "server.ckpt", map_location="cpu", weights_only=True))
     for name, client in clients.items():
         client.load(state / "clients" / f"{name}.ckpt")
-    return dict(loop["counters"])
+    return dict(loop["stored"])
 
 
 def _sha256(path: Path) -> str:

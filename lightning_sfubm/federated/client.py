@@ -1,8 +1,11 @@
 """A client: one domain's module, data and trainers. Only what :meth:`Client.uploads` returns ever leaves it."""
 
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
@@ -41,8 +44,9 @@ class Client:
             )
         self.name, self.module, self.datamodule, self.seed = name, module, datamodule, seed
         self.make_trainer = make_trainer
-        self._trainer: Trainer | None = None
         self.saved: Path | None = None
+        self.rounds_done = 0
+        self._changed = True  # the module holds something that ``saved`` does not
         self.phases_done: list[str] = []
         self.metrics: dict[str, float] = {}
         self.watch = Stopwatch()
@@ -69,30 +73,38 @@ class Client:
         restored = torch.empty_like(vectors)
         restored[self._order()] = vectors
         self.module.receive_semantics(restored)
+        self._changed = True
+
+    def receive_teacher(self, state: dict[str, Tensor]) -> None:
+        """Take the server's shared weights."""
+        self.module.load_shared_state(state)
+        self._changed = True
 
     def _order(self) -> Tensor:
         generator = torch_generator(self.seed, "upload order", self.name)
         return torch.randperm(len(self.module.semantics()), generator=generator)
 
-    def train_round(
-        self, round: int, rounds: int, epochs: int, state: Path | None, folder: Path, record: EpochHook
-    ) -> None:
-        """Train ``epochs`` more epochs of the round phase, going on from ``state`` (weights, optimiser, schedules, counters).
+    def train_round(self, round: int, rounds: int, epochs: int, folder: Path, record: EpochHook) -> None:
+        """Train ``epochs`` more epochs of the round phase, going on from the client's file (weights, optimiser, counters).
 
         The path is the same whether the process has lived since the first round or was restarted.
         """
+        if self.rounds_done and self._changed:  # the fit below starts from the file, not from the module
+            self.save(folder / "received.ckpt")
         self.module.set_phase(self.module.round_phase)
         torch.manual_seed(derive_seed(self.seed, "client", self.name, "round", round))
         trainer = self.make_trainer(
             label=f"round {round}/{rounds}, {self.name}",
-            max_epochs=round * epochs,
+            max_epochs=(self.rounds_done + 1) * epochs,
             min_epochs=None,
             callbacks=[EpochRecorder(record)],
             folder=folder,
         )
         with self.watch("training"):
+            state = self.saved if self.rounds_done else None
             trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=state, weights_only=True)
-        self._trainer = trainer
+        self._keep(trainer, folder / "trained.ckpt", weights_only=False)
+        self.rounds_done += 1
         self.metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith("val/")}
 
     def train_phase(
@@ -110,7 +122,7 @@ class Client:
         self.module.set_phase(phase)
         torch.manual_seed(derive_seed(self.seed, "client", self.name, "phase", phase))
         with self.watch("training"):
-            best, self._trainer = fit_to_early_stopping(
+            best, trainer = fit_to_early_stopping(
                 self.make_trainer,
                 self.module,
                 self.datamodule,
@@ -122,8 +134,16 @@ class Client:
                 monitor=monitor,
                 record=record,
             )
+        self._keep(trainer, folder / "trained.ckpt", weights_only=True)
         self.phases_done.append(phase)
         return best
+
+    def _keep(self, trainer: Trainer, path: Path, weights_only: bool) -> None:
+        """Write what was trained: with optimiser and counters after a round, weights only after a local phase."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a state folder may know the old file under a second name
+        trainer.save_checkpoint(path, weights_only=weights_only)
+        self.saved, self._changed = path, False
 
     @property
     def train_cpu_s(self) -> float | None:
@@ -136,17 +156,25 @@ class Client:
             self.module.set_phase(self.module.local_phases[-1])
         self.module.eval()
 
-    def save(self, path: Path) -> None:
-        """Write a Lightning checkpoint: with optimiser and counters after a round, weights only after a local phase.
+    def save(self, path: Path, link: bool = False) -> None:
+        """Write the client's state as a Lightning checkpoint: its last training's, with the weights the module holds now.
 
-        A client that has not trained since its last file keeps that file's content.
+        Args:
+            path: of the new file.
+            link: whether a file that says all there is to say may get a second name instead of a copy.
         """
-        if self._trainer is not None:
-            self._trainer.save_checkpoint(path, weights_only=bool(self.phases_done))
-        elif self.saved is not None:
-            shutil.copyfile(self.saved, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.saved is not None and not self._changed:
+            _copy(self.saved, path, link)
         else:
-            raise CheckpointError(f"client '{self.name}' has nothing to save yet")
+            blank: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
+            state = blank if self.saved is None else torch.load(self.saved, map_location="cpu", weights_only=True)
+            state["state_dict"] = self.module.state_dict()
+            self.module.on_save_checkpoint(state)
+            temporary = path.with_suffix(".tmp")  # ``saved`` may be this very file
+            torch.save(state, temporary)
+            temporary.replace(path)
+        self.saved, self._changed = path, False
 
     def load(self, path: Path) -> None:
         """Put a checkpoint's weights into the module. Optimiser and counters follow at the next :meth:`train_round`."""
@@ -156,4 +184,19 @@ class Client:
             raise CheckpointError(f"{path}: not a safe checkpoint of this product ({str(error)[:100]})") from None
         self.module.on_load_checkpoint(checkpoint)
         self.module.load_state_dict(checkpoint["state_dict"])
-        self.saved = path
+        self.saved, self._changed = path, False
+
+
+def _copy(source: Path, target: Path, link: bool) -> None:
+    """Copy a file, or give it a second name: client files are never written again under the name they have."""
+    if target.exists():
+        if target.samefile(source):
+            return
+        target.unlink()
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a file system without links
+            pass
+    shutil.copyfile(source, target)

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_sfubm.errors import SFUBMError
+
 if TYPE_CHECKING:
     from lightning_sfubm.federated.loop import FederatedLoop
+
+
+class ClientDropped(SFUBMError):
+    """A client is not there, or its message did not arrive in time. Raised by a hook; the round goes on without it."""
 
 
 class FederatedCallback(Callback):
@@ -26,8 +32,14 @@ class FederatedCallback(Callback):
     def on_round_start(self, loop: "FederatedLoop", round: int) -> None:
         """Before the clients of a round start; rounds count from 1."""
 
+    def on_client_start(self, loop: "FederatedLoop", client: str, round: int) -> None:
+        """Before a client trains in a round. Raise :class:`ClientDropped` where it does not take part after all."""
+
     def on_upload(self, loop: "FederatedLoop", client: str, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Transform what a client is about to send. Called before packing; the result is what leaves."""
+        """Transform what a client is about to send. Called before packing; the result is what leaves.
+
+        Raise :class:`ClientDropped` where it does not arrive.
+        """
         return tensors
 
     def on_aggregate(self, loop: "FederatedLoop", round: int) -> None:

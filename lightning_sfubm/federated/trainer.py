@@ -22,6 +22,7 @@ from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
 
+log = logging.getLogger(__name__)
 _OWN = {"max_epochs", "min_epochs", "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "max_steps"}
 
 
@@ -143,7 +144,7 @@ class FederatedTrainer(L.Trainer):
                 clients[name] = Client(name, copy.deepcopy(model), other.datamodule, other.make_trainer, self.seed)
                 clients[name].prepare()
             self._local = FederatedLoop(federation, clients, [], self.run_dir / "local", self.seed)
-            if (self.run_dir / "local" / "checkpoints").exists():
+            if any(self._local.checkpoints.glob("state-*")):
                 self._local.resume(self._local.checkpoints)
             self._local.run()
         return self._local.clients[client]
@@ -169,7 +170,7 @@ class FederatedTrainer(L.Trainer):
         self.prepare(model, datamodule)
         assert self.loop is not None
         if ckpt_path is not None:
-            self.loop.resume(self._states(ckpt_path))
+            self._resume(self.loop, ckpt_path)
         self.loop.run()
 
     def validate(
@@ -246,6 +247,14 @@ class FederatedTrainer(L.Trainer):
         for client in self.loop.clients.values():
             client.finish()
         return self.loop
+
+    def _resume(self, loop: FederatedLoop, ckpt_path: str | Path) -> None:
+        """Go on from a state. A run that was cut off before it wrote its first one starts from the beginning."""
+        states = self._states(ckpt_path)
+        if str(ckpt_path) == "last" and self.run_dir.is_dir() and not any(states.glob("state-*")):
+            log.warning("%s holds no state yet: the run starts from the beginning", states)
+            return
+        loop.resume(states)
 
     def _states(self, ckpt_path: str | Path) -> Path:
         return self.run_dir / "checkpoints" if str(ckpt_path) == "last" else Path(ckpt_path)

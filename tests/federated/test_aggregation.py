@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.aggregation import (
     KMeans,
     KNNMix,
     NoAggregation,
     SemanticAggregator,
-    federated_average,
     spherical_kmeans,
 )
 
@@ -86,48 +83,3 @@ def test_kmeans_merges_clusters_with_too_few_members_of_a_domain() -> None:
     free = KMeans(num_clusters=2, min_members=0).aggregate(uploads)["b"]
     assert float((free[-1] * lone[0]).sum()) > 0.99
     assert float((merged[-1] * lone[0]).sum()) < 0.5
-
-
-def state(value: float) -> dict[str, torch.Tensor]:
-    return {"w": torch.full((2, 3), value), "b": torch.full((3,), -value)}
-
-
-def test_fedavg_is_the_weighted_mean_and_one_client_is_identity() -> None:
-    mixed = federated_average({"a": state(1.0), "b": state(4.0)}, {"a": 3, "b": 1})
-    torch.testing.assert_close(mixed["w"], torch.full((2, 3), 1.75))
-    alone = federated_average({"a": state(0.1)}, {"a": 17})
-    assert torch.equal(alone["w"], state(0.1)["w"])
-
-
-@given(st.permutations(["a", "b", "c", "d"]), st.lists(st.floats(0, 100), min_size=4, max_size=4))
-@settings(derandomize=True, deadline=None, max_examples=50)
-def test_fedavg_does_not_depend_on_order_and_stays_within_the_range(order: list[str], weights: list[float]) -> None:
-    states = {n: state(float(i)) for i, n in enumerate("abcd")}
-    by_name = dict(zip("abcd", weights, strict=True))
-    first = federated_average(states, by_name)
-    second = federated_average({n: states[n] for n in order}, by_name)
-    assert first.keys() == second.keys()
-    if sum(weights) == 0:
-        assert first == {}
-        return
-    assert all(torch.equal(first[k], second[k]) for k in first)
-    assert 0 <= float(first["w"].min()) <= float(first["w"].max()) <= 3
-
-
-def test_fedavg_ignores_a_client_without_examples() -> None:
-    mixed = federated_average({"a": state(1.0), "b": state(9.0)}, {"a": 5, "b": 0})
-    assert torch.equal(mixed["w"], state(1.0)["w"])
-
-
-@pytest.mark.parametrize(
-    ("bad", "weight"),
-    [
-        ({"w": torch.full((2, 3), float("nan")), "b": torch.zeros(3)}, 1),
-        ({"w": torch.zeros(3, 2), "b": torch.zeros(3)}, 1),
-        ({"w": torch.zeros(2, 3)}, 1),
-        (state(1.0), -1),
-    ],
-)
-def test_fedavg_refuses_bad_updates(bad: dict, weight: float) -> None:
-    with pytest.raises(MessageError, match="'z'"):
-        federated_average({"a": state(1.0), "z": bad}, {"a": 1, "z": weight})

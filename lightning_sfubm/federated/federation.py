@@ -1,0 +1,142 @@
+"""The federated schedule: what is exchanged, for how many rounds, and who takes part in each."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.federated.aggregation import KNNMix, NoAggregation, SemanticAggregator
+from lightning_sfubm.federated.weights import FedAvg, WeightAggregator
+from lightning_sfubm.seeds import numpy_generator
+
+Exchange = Literal["semantics", "teacher", "both", "nothing"]
+
+
+class Federation:
+    """Settings of the federated schedule, given as ``trainer.federation``.
+
+    Args:
+        rounds: R, at least 0.
+        local_epochs: E, epochs a client trains in a round.
+        exchange: what travels: item semantics, teacher weights, both, or nothing (the "no transfer" row: the same
+            schedule without any message). The default was chosen on validation (docs/results.md).
+        aggregator: of item semantics; ``None`` for :class:`~lightning_sfubm.federated.aggregation.KNNMix`.
+        weights: of the shared teacher; ``None`` for :class:`~lightning_sfubm.federated.weights.FedAvg`.
+        weighting: of the updates; ``"examples"`` discloses each client's number of training interactions.
+        participation: share of the active clients drawn for a round, in (0, 1]; at least one is drawn.
+        min_updates: updates without which a round leaves the shared teacher as it was.
+        client_epochs: epochs a round by client, where other than ``local_epochs``.
+        joins: round (from 1) in which a client takes part for the first time, by client; others are there from the start.
+        leaves: last round in which a client takes part, by client. It goes on alone with what it has received.
+        local_max_epochs: bound of each local phase after the rounds.
+        local_min_epochs: epochs before which a local phase does not stop.
+        patience: epochs without improvement of ``monitor`` that end a local phase.
+        monitor: validation metric of the local phases.
+
+    Raises:
+        ConfigError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        rounds: int = 5,
+        local_epochs: int = 1,
+        exchange: Exchange = "semantics",
+        aggregator: SemanticAggregator | None = None,
+        weights: WeightAggregator | None = None,
+        weighting: Literal["uniform", "examples"] = "uniform",
+        participation: float = 1.0,
+        min_updates: int = 1,
+        client_epochs: dict[str, int] | None = None,
+        joins: dict[str, int] | None = None,
+        leaves: dict[str, int] | None = None,
+        local_max_epochs: int = 60,
+        local_min_epochs: int = 8,
+        patience: int = 5,
+        monitor: str = "val/ndcg@10",
+    ) -> None:
+        if rounds < 0 or local_epochs < 1 or patience < 1 or not 1 <= local_min_epochs <= local_max_epochs:
+            raise ConfigError(
+                f"federation: rounds = {rounds} (>= 0), local_epochs = {local_epochs} (>= 1), patience = {patience} (>= 1), "
+                f"1 <= local_min_epochs = {local_min_epochs} <= local_max_epochs = {local_max_epochs} is required"
+            )
+        if not 0 < participation <= 1 or min_updates < 1:
+            raise ConfigError(
+                f"federation: participation = {participation} must lie in (0, 1], min_updates = {min_updates} be at least 1"
+            )
+        self.rounds, self.local_epochs, self.exchange, self.weighting = rounds, local_epochs, exchange, weighting
+        self.aggregator: SemanticAggregator = aggregator if aggregator is not None else KNNMix()
+        self.weights: WeightAggregator = weights if weights is not None else FedAvg()
+        self.participation, self.min_updates = participation, min_updates
+        self.client_epochs, self.joins, self.leaves = client_epochs or {}, joins or {}, leaves or {}
+        for entry, given in (("client_epochs", self.client_epochs), ("joins", self.joins), ("leaves", self.leaves)):
+            for name, number in given.items():
+                if number < (0 if entry == "leaves" else 1):
+                    raise ConfigError(f"federation: {entry} gives '{name}' the number {number}; it must be positive")
+        self.local_max_epochs, self.local_min_epochs = local_max_epochs, local_min_epochs
+        self.patience, self.monitor = patience, monitor
+
+    @property
+    def sends_semantics(self) -> bool:
+        """Whether item vectors travel."""
+        return self.exchange in ("semantics", "both") and not isinstance(self.aggregator, NoAggregation)
+
+    @property
+    def sends_teacher(self) -> bool:
+        """Whether teacher weights travel."""
+        return self.exchange in ("teacher", "both")
+
+    def check_clients(self, names: Iterable[str]) -> None:
+        """Compare the clients that settings name with those there are.
+
+        Raises:
+            ConfigError: a setting names a client that is not there.
+        """
+        known = sorted(names)
+        for entry, given in (("client_epochs", self.client_epochs), ("joins", self.joins), ("leaves", self.leaves)):
+            for name in given:
+                if name not in known:
+                    raise ConfigError(f"federation: {entry} names '{name}'; the clients are {', '.join(known)}")
+
+    def epochs(self, client: str) -> int:
+        """Epochs a client trains in a round."""
+        return self.client_epochs.get(client, self.local_epochs)
+
+    def active(self, names: Iterable[str], round: int) -> list[str]:
+        """Clients that belong to the federation in a round, sorted. Round 0 is the exchange before the first."""
+        return [
+            name
+            for name in sorted(names)
+            if self.joins.get(name, 1) <= max(round, 1) and max(round, 1) <= self.leaves.get(name, math.inf)
+        ]
+
+    def sample(self, names: Iterable[str], round: int, seed: int) -> list[str]:
+        """Clients that train in a round, sorted: a draw of its own for every round, whatever the order of the names."""
+        active = self.active(names, round)
+        count = max(1, math.ceil(self.participation * len(active))) if active else 0
+        if count == len(active):
+            return active
+        chosen = numpy_generator(seed, "participation", round).permutation(len(active))[:count]
+        return [active[index] for index in sorted(chosen)]
+
+    def smallest_round(self, names: Iterable[str]) -> int:
+        """The fewest clients that are drawn for any round."""
+        names = list(names)
+        sizes = [len(self.active(names, number)) for number in range(1, self.rounds + 1)] or [len(names)]
+        return min(math.ceil(self.participation * size) for size in sizes)
+
+    def joined(self, names: Iterable[str], round: int) -> list[str]:
+        """Clients that take part for the first time in a round later than the first."""
+        return [name for name in self.active(names, round) if round > 1 and self.joins.get(name, 1) == round]
+
+    def schedule(self, seed: int) -> Mapping[str, object]:
+        """What a resumed run must share with the one it goes on with; the number of rounds may grow."""
+        return {
+            "local_epochs": self.local_epochs,
+            "exchange": self.exchange,
+            "seed": seed,
+            "participation": self.participation,
+            "client_epochs": dict(sorted(self.client_epochs.items())),
+            "joins": dict(sorted(self.joins.items())),
+            "leaves": dict(sorted(self.leaves.items())),
+        }

@@ -1,0 +1,128 @@
+"""The ledger: one line for every message that travelled, in an append-only file that shows when it was changed.
+
+Each line holds the hash of the line before it, so that a line changed, removed or put in between breaks the chain. A
+resumed run sends again what it cannot know to have arrived: the lines written before stay, and the repetition is marked
+``"resent": true`` where it says the same to the same (same round, client, direction, kind and content).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.federated.messages import Message
+
+Entry = dict[str, object]
+GENESIS = "0" * 64
+_SAME = ("round", "client", "direction", "kind", "content_sha256")
+
+
+class Ledger:
+    """Writes the ledger of a run.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries = 0
+        self._last = GENESIS
+        self._earlier: set[tuple[object, ...]] = set()
+
+    def start(self) -> None:
+        """Begin an empty ledger; one of an earlier run in the same place is replaced."""
+        self.path.write_text("")
+        self.entries, self._last, self._earlier = 0, GENESIS, set()
+
+    def resume(self, entries: int) -> None:
+        """Go on with the ledger of an interrupted run.
+
+        Args:
+            entries: lines there were when the state was written that the run goes on from.
+
+        Raises:
+            CheckpointError: the ledger is shorter than that, or its chain is broken.
+        """
+        if not self.path.exists() and entries == 0:
+            self.start()
+            return
+        _drop_torn_line(self.path)
+        lines = read_ledger(self.path)
+        if len(lines) < entries:
+            raise CheckpointError(
+                f"{self.path} has {len(lines)} entries, the checkpoint was written after {entries}: put the file back"
+            )
+        self._earlier = {tuple(line[key] for key in _SAME) for line in lines[entries:]}
+        self.entries, self._last = len(lines), _hash(lines[-1]) if lines else GENESIS
+
+    def record(self, client: str, direction: str, message: Message, mechanism: dict[str, object]) -> None:
+        """Write one line, before the message is used.
+
+        Args:
+            client: the silo at the other end of the server's channel.
+            direction: ``"up"`` or ``"down"``.
+            message: as it travelled.
+            mechanism: what protected its content.
+        """
+        entry: Entry = {
+            "round": message.round,
+            "client": client,
+            "direction": direction,
+            "kind": message.kind,
+            "bytes": len(message.payload),
+            "tensors": {n: {"shape": list(t.shape), "dtype": "float32"} for n, t in message.tensors.items()},
+            "sha256": message.sha256,
+            "content_sha256": content_hash(message.tensors),
+            "mechanism": mechanism,
+            "previous": self._last,
+        }
+        if tuple(entry[key] for key in _SAME) in self._earlier:
+            entry["resent"] = True
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(entry, sort_keys=True) + "\n")
+        self.entries, self._last = self.entries + 1, _hash(entry)
+
+
+def read_ledger(path: Path) -> list[Entry]:
+    """The entries of a ledger, its chain checked.
+
+    Raises:
+        CheckpointError: a line is no entry, or does not follow the one before it.
+    """
+    entries: list[Entry] = []
+    last = GENESIS
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            follows = entry["previous"] == last
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{path}, line {number}: not an entry of a ledger") from None
+        if not follows:
+            raise CheckpointError(
+                f"{path}, line {number}: does not follow the line before it; the ledger was changed after it was written"
+            )
+        entries.append(entry)
+        last = _hash(entry)
+    return entries
+
+
+def content_hash(tensors: dict[str, Tensor]) -> str:
+    """sha256 of names, shapes and values: two messages that say the same have the same, whatever their nonces."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash(entry: Entry) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Remove a last line that a crash cut off in the middle: it was never complete, so its message never left."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
