@@ -82,6 +82,7 @@ class Spy(Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         named = pl_module.named_parameters()
         self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+        assert len(self.gradients) < 500, "training goes on without end"
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.sizes.append(len(batch["user"]))
