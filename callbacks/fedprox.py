@@ -37,6 +37,8 @@ class FedProx(Callback):
         ConfigError: mu is negative or not finite.
     """
 
+    rounds_only = True  #: local phases and methods outside the federation have no global weights to stay near
+
     def __init__(self, mu: float = 0.01) -> None:
         if not math.isfinite(mu) or mu < 0:
             raise ConfigError(f"FedProx: mu = {mu} must be a finite number >= 0")

@@ -84,10 +84,20 @@ class Client:
         generator = torch_generator(self.seed, "upload order", self.name)
         return torch.randperm(len(self.module.semantics()), generator=generator)
 
-    def train_round(self, round: int, rounds: int, epochs: int, folder: Path, record: EpochHook) -> None:
+    def train_round(
+        self, round: int, rounds: int, epochs: int, folder: Path, record: EpochHook, shares: bool = False
+    ) -> None:
         """Train ``epochs`` more epochs of the round phase, going on from the client's file (weights, optimiser, counters).
 
         The path is the same whether the process has lived since the first round or was restarted.
+
+        Args:
+            round: number of the round.
+            rounds: of the run.
+            epochs: E.
+            folder: the client's own.
+            record: receives each epoch's metrics.
+            shares: whether what is trained leaves the client: then callbacks with ``rounds_only`` take part.
         """
         if self.rounds_done and self._changed:  # the fit below starts from the file, not from the module
             self.save(folder / "received.ckpt")
@@ -99,6 +109,7 @@ class Client:
             min_epochs=None,
             callbacks=[EpochRecorder(record)],
             folder=folder,
+            shares=shares,
         )
         with self.watch("training"):
             state = self.saved if self.rounds_done else None

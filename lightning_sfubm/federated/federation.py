@@ -6,6 +6,7 @@ from typing import Literal
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.aggregation import KNNMix, NoAggregation, SemanticAggregator
+from lightning_sfubm.federated.secure import SecureAggregation
 from lightning_sfubm.federated.weights import FedAvg, WeightAggregator
 from lightning_sfubm.seeds import numpy_generator
 
@@ -22,7 +23,9 @@ class Federation:
             schedule without any message). The default was chosen on validation (docs/results.md).
         aggregator: of item semantics; ``None`` for :class:`~lightning_sfubm.federated.aggregation.KNNMix`.
         weights: of the shared teacher; ``None`` for :class:`~lightning_sfubm.federated.weights.FedAvg`.
-        weighting: of the updates; ``"examples"`` discloses each client's number of training interactions.
+        weighting: of the updates; ``"examples"`` discloses each client's number of training interactions, unless
+            aggregation is secure.
+        secure_aggregation: the server learns the mean of the updates and no single one; ``None`` = it sees them.
         participation: share of the active clients drawn for a round, in (0, 1]; at least one is drawn.
         min_updates: updates without which a round leaves the shared teacher as it was.
         client_epochs: epochs a round by client, where other than ``local_epochs``.
@@ -45,6 +48,7 @@ class Federation:
         aggregator: SemanticAggregator | None = None,
         weights: WeightAggregator | None = None,
         weighting: Literal["uniform", "examples"] = "uniform",
+        secure_aggregation: SecureAggregation | None = None,
         participation: float = 1.0,
         min_updates: int = 1,
         client_epochs: dict[str, int] | None = None,
@@ -67,6 +71,9 @@ class Federation:
         self.rounds, self.local_epochs, self.exchange, self.weighting = rounds, local_epochs, exchange, weighting
         self.aggregator: SemanticAggregator = aggregator if aggregator is not None else KNNMix()
         self.weights: WeightAggregator = weights if weights is not None else FedAvg()
+        self.secure_aggregation = secure_aggregation
+        if secure_aggregation is not None:
+            self.weights.check_clients(1)  # it will see one update, the mean
         self.participation, self.min_updates = participation, min_updates
         self.client_epochs, self.joins, self.leaves = client_epochs or {}, joins or {}, leaves or {}
         for entry, given in (("client_epochs", self.client_epochs), ("joins", self.joins), ("leaves", self.leaves)):

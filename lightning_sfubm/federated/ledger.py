@@ -67,15 +67,45 @@ class Ledger:
             message: as it travelled.
             mechanism: what protected its content.
         """
+        tensors: dict[str, dict[str, object]] = {
+            n: {"shape": list(t.shape), "dtype": "float32"} for n, t in message.tensors.items()
+        }
+        content = content_hash(message.tensors)
+        self.record_bytes(client, direction, message.kind, message.round, message.payload, mechanism, tensors, content)
+
+    def record_bytes(
+        self,
+        client: str,
+        direction: str,
+        kind: str,
+        round: int,
+        payload: bytes,
+        mechanism: dict[str, object],
+        tensors: dict[str, dict[str, object]] | None = None,
+        content: str | None = None,
+    ) -> None:
+        """As :meth:`record`, for bytes that hold no tensors in the clear.
+
+        Args:
+            client: see there, like ``direction`` and ``mechanism``.
+            direction: see there.
+            kind: of the message.
+            round: of the federation.
+            payload: what travelled.
+            mechanism: see there.
+            tensors: shape and dtype of the tensors in the message, by name.
+            content: hash of what the message says; ``None`` = of its bytes.
+        """
+        digest = hashlib.sha256(payload).hexdigest()
         entry: Entry = {
-            "round": message.round,
+            "round": round,
             "client": client,
             "direction": direction,
-            "kind": message.kind,
-            "bytes": len(message.payload),
-            "tensors": {n: {"shape": list(t.shape), "dtype": "float32"} for n, t in message.tensors.items()},
-            "sha256": message.sha256,
-            "content_sha256": content_hash(message.tensors),
+            "kind": kind,
+            "bytes": len(payload),
+            "tensors": tensors or {},
+            "sha256": digest,
+            "content_sha256": content or digest,
             "mechanism": mechanism,
             "previous": self._last,
         }

@@ -102,7 +102,8 @@ class FederatedLoop:
             dim=first.semantics().shape[1],
             teacher=first.shared_state() if federation.sends_teacher else None,
             weights=copy.deepcopy(federation.weights),  # it may keep state, and settings outlive a run
-            weighting=federation.weighting,
+            # under secure aggregation no message carries a number of examples
+            weighting="uniform" if federation.secure_aggregation else federation.weighting,
         )
 
     @property
@@ -225,6 +226,7 @@ class FederatedLoop:
             federation.epochs(name),
             self._folder(name),
             partial(self._history, name, client.module.round_phase, number),
+            shares=federation.sends_teacher and len(self.clients) > 1,
         )
         self.counters.trained[name] = client.metrics
         self.counters.rounds_done[name] = client.rounds_done
@@ -238,31 +240,58 @@ class FederatedLoop:
         schema = self.server.teacher
         if schema is None:
             raise ConfigError("this server was built without a teacher to exchange")
+        arrived = self._aggregate_securely if self.federation.secure_aggregation else self._aggregate
+        try:
+            names = arrived(number, schema)
+        except (TooFewClientsError, PrivacyError) as error:
+            log.warning("round %d: %s The global teacher stays as it was.", number, error)
+            names = sorted(self.counters.trained)
+        for name in self.clients if number == self.federation.rounds else names:
+            self._catch_up(name)
+
+    def _aggregate(self, number: int, schema: MessageSchema) -> list[str]:
+        """Updates up, each in a message of its own; returns whose arrived."""
         payloads = {}
         for name in sorted(self.counters.trained):
-            client = self.clients[name]
-            tensors = client.module.shared_state()
+            tensors = self.clients[name].module.shared_state()
             if self.federation.weighting == "examples":
-                tensors["__weight__"] = Tensor([client.num_examples])
+                tensors["__weight__"] = Tensor([self.clients[name].num_examples])
             try:
                 payloads[name] = self._send(name, schema, number, tensors)
             except ClientDropped as error:
                 self._drop(name, number, error)
-        if len(payloads) < self.federation.min_updates:
-            log.warning(
-                "round %d: %d updates arrived, %d are needed; the global teacher stays as it was",
-                number,
-                len(payloads),
-                self.federation.min_updates,
-            )
-        else:
+        self._check_updates(len(payloads))
+        self.server.aggregate_teacher(number, payloads)
+        return list(payloads)
+
+    def _aggregate_securely(self, number: int, schema: MessageSchema) -> list[str]:
+        """Masked updates up: the server learns their mean; returns whose arrived."""
+        secure = self.federation.secure_aggregation
+        assert secure is not None
+        updates: dict[str, dict[str, Tensor]] = {}
+        mechanisms: dict[str, dict[str, object]] = {}
+        for name in sorted(self.counters.trained):
             try:
-                self.server.aggregate_teacher(number, payloads)
-            except TooFewClientsError as error:
-                log.warning("round %d: %s The global teacher stays as it was.", number, error)
-        last = number == self.federation.rounds
-        for name in self.clients if last else payloads:
-            self._catch_up(name)
+                tensors, mechanisms[name] = self._protect(name, schema.kind, self.clients[name].module.shared_state())
+                updates[name] = pack(schema, name, number, tensors).tensors  # checked as if it were sent
+            except ClientDropped as error:
+                self._drop(name, number, error)
+        self._check_updates(len(updates))
+        weights = None
+        if self.federation.weighting == "examples":
+            weights = {name: float(self.clients[name].num_examples) for name in updates}
+
+        def record(client: str, direction: str, kind: str, payload: bytes) -> None:
+            masked = {**mechanisms[client], "secure aggregation": f"threshold {secure.threshold:g}"}
+            about = masked if direction == "up" else {}
+            self.ledger.record_bytes(client, direction, kind, number, payload, about)
+
+        self.server.take_mean(number, secure.mean(number, updates, weights, record))
+        return list(updates)
+
+    def _check_updates(self, count: int) -> None:
+        if count < self.federation.min_updates:
+            raise TooFewClientsError(f"{count} updates arrived, {self.federation.min_updates} are needed.")
 
     def _catch_up(self, name: str) -> None:
         """Give a client the current global teacher unless it holds it, or has left for good."""
@@ -293,13 +322,18 @@ class FederatedLoop:
     # ------------------------------------------------------------------ messages and files
 
     def _send(self, name: str, schema: MessageSchema, round: int, tensors: dict[str, Tensor]) -> bytes:
-        mechanism: dict[str, object] = {}
-        for callback in self.callbacks:
-            tensors = callback.on_upload(self, name, schema.kind, tensors)
-            mechanism |= callback.describe_upload(schema.kind)
+        tensors, mechanism = self._protect(name, schema.kind, tensors)
         message = pack(schema, name, round, tensors)
         self.ledger.record(name, "up", message, mechanism)
         return message.payload
+
+    def _protect(self, name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """What the callbacks make of a client's tensors before they leave, and the mechanisms applied."""
+        mechanism: dict[str, object] = {}
+        for callback in self.callbacks:
+            tensors = callback.on_upload(self, name, kind, tensors)
+            mechanism |= callback.describe_upload(kind)
+        return tensors, mechanism
 
     def _receive(self, name: str, schema: MessageSchema, message: Message) -> dict[str, Tensor]:
         received = unpack(schema, message.payload)

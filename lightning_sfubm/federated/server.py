@@ -87,6 +87,15 @@ class Server:
         self.version = round
         return True
 
+    def take_mean(self, round: int, mean: Mapping[str, Tensor]) -> None:
+        """Aggregate the mean that secure aggregation gave, in the place of the updates it is made of.
+
+        Raises:
+            MessageError: it does not fit the teacher.
+        """
+        self.global_teacher = self.weights.aggregate(self.global_teacher, {"mean": ClientUpdate(dict(mean))})
+        self.version = round
+
     def broadcast(self) -> Message:
         """The global teacher as a message to one client."""
         if self.broadcast_schema is None:

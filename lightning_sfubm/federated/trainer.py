@@ -78,11 +78,16 @@ class FederatedTrainer(L.Trainer):
         min_epochs: int | None = None,
         folder: Path | None = None,
         client: str | None = None,
+        shares: bool = False,
         **overrides: Any,
     ) -> L.Trainer:
-        """A plain trainer with this one's flags, for one local round, phase or single-domain method."""
+        """A plain trainer with this one's flags, for one local round, phase or single-domain method.
+
+        Callbacks with ``rounds_only`` (FedProx, differential privacy of what is shared) are left out unless it ``shares``.
+        """
         flags = {k: v for k, v in self._flags.items() if k not in _OWN} | overrides
-        own = [copy.deepcopy(c) for c in self._user_callbacks if _is_local(c)]
+        local = (c for c in self._user_callbacks if _is_local(c) and (shares or not getattr(c, "rounds_only", False)))
+        own: list[Callback] = [copy.deepcopy(c) for c in local]
         if flags.get("enable_progress_bar") in (None, True):
             own.append(LabelledProgressBar(label))
         if not any(isinstance(c, ModelCheckpoint) for c in callbacks):

@@ -43,9 +43,7 @@ def finished_state(folder: Path) -> dict[str, Any]:
     state = find_state(folder / "checkpoints")
     loop = read_loop(state)["stored"]
     server = torch.load(state / "server.ckpt", weights_only=True)
-    clients = {
-        file.stem: torch.load(file, weights_only=True) for file in sorted((state / "clients").glob("*.ckpt"))
-    }
+    clients = {file.stem: torch.load(file, weights_only=True) for file in sorted((state / "clients").glob("*.ckpt"))}
     keep = ("state_dict", "global_step", "epoch", "optimizer_states", "lr_schedulers")
     ledger = [e for e in read_ledger(folder / "ledger.jsonl") if not e.get("resent")]
     return {

@@ -1,0 +1,112 @@
+"""Secure aggregation of the shared teacher within the federated loop: the server learns the mean and no single update."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_sfubm.errors import ConfigError, MessageError
+
+#: (client, direction, step of the protocol, bytes that travelled)
+Record = Callable[[str, str, str, bytes], None]
+
+
+class SecureAggregation:
+    """Settings of :mod:`lightning_sfubm.privacy.secure_aggregation` for the rounds of a federation. Needs the extra ``secagg``.
+
+    The weighted mean of the clients' weights comes out exact to fixed-point precision, whoever dropped out, so that a run
+    does not depend on the masks. The aggregator sees one update, the mean: FedAvg, FedAdam and FedYogi take it, robust means
+    do not.
+
+    Args:
+        threshold: share of the round's clients that must stay to the end, more than one half.
+        clip: largest absolute value of a weight; a client with a larger one is refused by its own encoder.
+        fractional_bits: precision of the fixed-point form.
+        max_weight: largest number of examples a client may weigh in with, where clients are weighted.
+        modulus_bits: 32 or 64 bits a value; 32 halves the traffic and needs a smaller ``clip`` or fewer bits.
+
+    Raises:
+        ConfigError: the threshold is out of range.
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.6,
+        clip: float = 16.0,
+        fractional_bits: int = 24,
+        max_weight: float = 1e6,
+        modulus_bits: int = 64,
+    ) -> None:
+        if not 0.5 < threshold <= 1:
+            raise ConfigError(f"secure_aggregation.threshold = {threshold} must lie in (0.5, 1]")
+        self.threshold, self.clip, self.fractional_bits = threshold, clip, fractional_bits
+        self.max_weight, self.modulus_bits = max_weight, modulus_bits
+
+    def mean(
+        self,
+        round: int,
+        updates: Mapping[str, Mapping[str, Tensor]],
+        weights: Mapping[str, float] | None,
+        record: Record,
+    ) -> dict[str, Tensor]:
+        """The weighted mean of the clients' tensors, by the protocol, every message recorded.
+
+        Args:
+            round: of the federation.
+            updates: named float tensors by client; at least two clients.
+            weights: number of examples by client; ``None`` = all the same. The server learns their sum alone.
+            record: called with every message.
+
+        Returns:
+            float32 tensors by name.
+
+        Raises:
+            PrivacyError: fewer than two clients, or fewer than the threshold at some step.
+            MessageError: a client's tensors do not fit, or the weights are all zero.
+        """
+        from lightning_sfubm.errors import PrivacyError
+        from lightning_sfubm.privacy.secure_aggregation import SecAggClient, SecAggServer, SecAggSettings
+
+        names = sorted(updates)
+        if len(names) < 2:
+            raise PrivacyError(
+                f"round {round}: {len(names)} update arrived; under secure aggregation a sum needs two at least"
+            )
+        settings = SecAggSettings(
+            len(names),
+            max(math.ceil(self.threshold * len(names)), len(names) // 2 + 1),
+            clip=self.clip,
+            fractional_bits=self.fractional_bits,
+            max_weight=1.0 if weights is None else self.max_weight,
+            modulus_bits=self.modulus_bits,
+        )
+        shapes = {key: tuple(value.shape) for key, value in updates[names[0]].items()}
+        server = SecAggServer(settings, shapes, round)
+        clients = {name: SecAggClient(name, settings, shapes, round) for name in names}
+
+        def up(step: str, answers: dict[str, bytes]) -> dict[str, bytes]:
+            for name, payload in answers.items():
+                record(name, "up", f"secagg {step}", payload)
+            return answers
+
+        def down(step: str, payload: bytes | Mapping[str, bytes]) -> dict[str, bytes]:
+            sent = dict(payload) if isinstance(payload, Mapping) else dict.fromkeys(names, payload)
+            for name, content in sent.items():
+                record(name, "down", f"secagg {step}", content)
+            return sent
+
+        invited = down("invite", server.invite())
+        roster = server.collect_keys(up("keys", {n: clients[n].advertise_keys(invited[n]) for n in names}))
+        sent = down("roster", roster)
+        mailboxes = down(
+            "mailbox", server.collect_shares(up("shares", {n: clients[n].share_keys(sent[n]) for n in names}))
+        )
+        weighed = dict.fromkeys(names, 1.0) if weights is None else weights
+        inputs = {n: clients[n].mask_input(mailboxes[n], dict(updates[n]), weighed[n]) for n in names}
+        request = down("survivors", server.collect_inputs(up("masked input", inputs)))
+        total = server.collect_reveals(up("unmask", {n: clients[n].unmask(request[n]) for n in names}))
+        mean = total.mean()
+        if not mean:
+            raise MessageError(f"round {round}: the clients' numbers of examples add up to zero")
+        return {name: value.to(torch.float32) for name, value in mean.items()}

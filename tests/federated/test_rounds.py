@@ -1,0 +1,171 @@
+"""Who takes part in a round, what only rounds do, and rounds under secure aggregation (T16, T17, T18)."""
+
+import json
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_sfubm.callbacks.fedprox import FedProx
+from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
+from lightning_sfubm.federated.ledger import read_ledger
+from lightning_sfubm.federated.robust import CoordinateMedian
+from lightning_sfubm.federated.secure import SecureAggregation
+from tests.conftest import small_distiller
+
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+@given(st.permutations(NAMES), st.integers(1, 50), st.floats(0.1, 1.0), st.integers(0, 9))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_the_draw_depends_on_round_and_seed_alone(order: list[str], round: int, share: float, seed: int) -> None:
+    federation = Federation(participation=share)
+    drawn = federation.sample(order, round, seed)
+    assert drawn == federation.sample(NAMES, round, seed) == sorted(drawn)
+    assert len(drawn) == max(1, -(-share * 5 // 1))
+
+
+def test_every_client_is_drawn_about_equally_often() -> None:
+    federation = Federation(participation=0.4)
+    counts = dict.fromkeys(NAMES, 0)
+    for number in range(1, 501):
+        for name in federation.sample(NAMES, number, seed=1):
+            counts[name] += 1
+    assert sum(counts.values()) == 1000
+    assert all(150 < count < 250 for count in counts.values())  # 200 expected, standard deviation 11
+
+
+def test_clients_come_late_and_leave_early() -> None:
+    federation = Federation(joins={"b": 3}, leaves={"a": 2})
+    assert [federation.active(["a", "b", "c"], n) for n in (0, 2, 3)] == [["a", "c"], ["a", "c"], ["b", "c"]]
+    assert federation.joined(["a", "b", "c"], 3) == ["b"]
+    assert federation.joined(["a", "b", "c"], 1) == []
+    assert federation.smallest_round(["a", "b", "c"]) == 2
+    with pytest.raises(ConfigError, match="joins names 'b'"):
+        federation.check_clients(["a", "c"])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"participation": 0.0}, {"participation": 1.2}, {"min_updates": 0}, {"joins": {"a": 0}}, {"leaves": {"a": -1}}],
+)
+def test_settings_out_of_range_are_refused(bad: dict) -> None:
+    with pytest.raises(ConfigError, match="federation"):
+        Federation(**bad)
+
+
+class Away(FederatedCallback):
+    def __init__(self, rounds: dict[int, set[str]]) -> None:
+        self.rounds = rounds
+
+    def on_client_start(self, loop: Any, client: str, round: int) -> None:
+        if client in self.rounds.get(round, set()):
+            raise ClientDropped("away")
+
+
+def test_a_round_without_enough_updates_changes_nothing_and_is_logged(
+    federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: dict[int, Any] = {}
+
+    class Watch(FederatedCallback):
+        def on_aggregate(self, loop: Any, round: int) -> None:
+            seen[round] = {k: v.clone() for k, v in loop.server.global_teacher.items()}
+
+    away = Away({2: {"alpha", "beta"}, 3: {"alpha"}})
+    trainer = federated_trainer(
+        rounds=4, exchange="teacher", min_updates=2, callbacks=[away, Watch()], flags={"limit_val_batches": 1}
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(small_distiller(), datamodule=federated_data())
+    assert all(torch.equal(seen[1][k], seen[n][k]) for n in (2, 3) for k in seen[1])
+    assert not all(torch.equal(seen[1][k], seen[4][k]) for k in seen[1])
+    assert "0 updates arrived, 2 are needed" in caplog.text
+    assert "client 'alpha' dropped out (away)" in caplog.text
+    assert trainer.loop.clients["alpha"].rounds_done == 2
+    assert trainer.loop.clients["beta"].rounds_done == 3
+
+
+def test_fedprox_pulls_in_rounds_and_nowhere_else(federated_data: Any, federated_trainer: Any) -> None:
+    def ends(mu: float, exchange: str) -> dict[str, torch.Tensor]:
+        trainer = federated_trainer(f"{mu} {exchange}", exchange=exchange, callbacks=[FedProx(mu)], rounds=1)
+        trainer.fit(small_distiller(), datamodule=federated_data())
+        return trainer.loop.clients["alpha"].module.state_dict()
+
+    assert not all(
+        torch.equal(a, b) for a, b in zip(ends(0.0, "teacher").values(), ends(5.0, "teacher").values(), strict=True)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(ends(0.0, "nothing").values(), ends(5.0, "nothing").values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_secure_rounds_give_the_plain_mean_and_send_nothing_in_the_clear(
+    weighting: str, federated_data: Any, federated_trainer: Any
+) -> None:
+    pytest.importorskip("cryptography")
+    runs = {}
+    for name, secure in (("plain", None), ("secure", SecureAggregation()), ("again", SecureAggregation())):
+        runs[name] = federated_trainer(
+            name,
+            exchange="teacher",
+            weighting=weighting,
+            secure_aggregation=secure,
+            rounds=1,
+            callbacks=[],
+            flags={"limit_val_batches": 1},
+        )
+        runs[name].fit(small_distiller(), datamodule=federated_data(domains=3))
+    plain, secure, again = (runs[n].loop.server.global_teacher for n in ("plain", "secure", "again"))
+    assert all(
+        (plain[k] - secure[k]).abs().max() < 1e-4 for k in plain
+    )  # one round's rounding, a round of training on it
+    assert all(torch.equal(secure[k], again[k]) for k in secure)  # masks are fresh, sums are exact
+    up = [e for e in read_ledger(runs["secure"].run_dir / "ledger.jsonl") if e["direction"] == "up"]
+    assert {e["kind"] for e in up} == {"secagg keys", "secagg shares", "secagg masked input", "secagg unmask"}
+    assert all(e["tensors"] == {} and "secure aggregation" in e["mechanism"] for e in up)
+    assert "__weight__" not in (runs["secure"].run_dir / "ledger.jsonl").read_text()
+
+
+def test_a_secure_round_with_one_client_left_leaves_the_teacher_as_it_was(
+    federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("cryptography")
+    trainer = federated_trainer(
+        exchange="teacher", secure_aggregation=SecureAggregation(), rounds=1, callbacks=[Away({1: {"beta"}})]
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(small_distiller(), datamodule=federated_data())
+    assert "a sum needs two at least" in caplog.text
+    assert trainer.loop.server.version == 0
+    assert [json.loads(line) for line in (trainer.run_dir / "ledger.jsonl").read_text().splitlines()] == []
+
+
+def test_robust_means_need_single_updates(federated_trainer: Any) -> None:
+    with pytest.raises(ConfigError, match="CoordinateMedian"):
+        federated_trainer(weights=CoordinateMedian(), secure_aggregation=SecureAggregation())
+    with pytest.raises(ConfigError, match="threshold"):
+        SecureAggregation(threshold=0.5)
+
+
+def test_unprotected_noise_callbacks_still_see_what_is_masked(federated_data: Any, federated_trainer: Any) -> None:
+    """A callback that perturbs the teacher acts before the masks."""
+    pytest.importorskip("cryptography")
+    kinds: list[str] = []
+
+    class Spy(FederatedCallback):
+        def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+            kinds.append(kind)
+            return {k: torch.zeros_like(v) for k, v in tensors.items()} if kind == "teacher" else tensors
+
+    trainer = federated_trainer(secure_aggregation=SecureAggregation(), rounds=1, callbacks=[PrivacyNoise(0.05), Spy()])
+    trainer.fit(small_distiller(), datamodule=federated_data())
+    assert kinds.count("teacher") == 2
+    assert all(not value.any() for value in trainer.loop.server.global_teacher.values())
