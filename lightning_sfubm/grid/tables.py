@@ -73,7 +73,7 @@ def comparisons(
     Args:
         grid: names the comparisons.
         tables: see :func:`ordered`. Published cells have no per-user results and cannot be compared.
-        published: facts of an earlier call, kept where they cannot be computed from the cells at hand.
+        published: facts of an earlier call, kept where the cells at hand do not give them from as many seeds.
     """
     facts: list[Json] = []
     for a, b in grid.comparisons:
@@ -91,9 +91,13 @@ def comparisons(
                 methods = next(m for (p, _), m in tables.items() if p == pair and a in m and b in m)
                 values, first = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
                 facts.append(_fact(pair, name, a, b, methods, values, first))
-    computed = {_key(fact) for fact in facts}
     wanted = {(pair, a, b) for a, b in grid.comparisons for pair in grid.pairs}
-    facts += [f for f in published or [] if _key(f) not in computed and (f["pair"], f["a"], f["b"]) in wanted]
+    best = {_key(fact): fact for fact in facts}
+    for fact in published or []:
+        here = best.get(_key(fact))
+        if (fact["pair"], fact["a"], fact["b"]) in wanted and (here is None or here["seeds"] < fact["seeds"]):
+            best[_key(fact)] = fact
+    facts = list(best.values())
     for fact, p in zip(facts, holm([fact["p_mcnemar"] for fact in facts]), strict=True):
         fact["p_holm"] = p
     return plain(facts)

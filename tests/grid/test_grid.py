@@ -178,9 +178,13 @@ def test_published_cells_stay_in_the_table_and_published_comparisons_beside_them
     assert set(tables["p", "a"]) == {"popularity", "stage1"}
     assert summary(tables["p", "a"]["popularity"])["hit@1"] == pytest.approx(0.5)
     assert comparisons(grid, tables) == []
-    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_mcnemar": 0.25, "p_holm": 1.0}
+    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_mcnemar": 0.25, "p_holm": 1.0, "seeds": 2}
     other = {**fact, "b": "sfubm"}  # no comparison of this grid any more
     assert comparisons(grid, tables, [fact, other]) == [{**fact, "p_holm": 0.25}]
+    stored(out, "popularity", [0, 1])  # now it can be computed, from one seed: the fact of two seeds stays
+    tables = ordered(grid, all_cells(out, public))
+    assert comparisons(grid, tables, [fact])[0]["seeds"] == 2
+    assert comparisons(grid, tables, [{**fact, "seeds": 1}])[0]["difference"] == pytest.approx(0.5)
 
 
 def test_cells_of_other_settings_are_left_out_of_the_table(tmp_path: Path) -> None:
