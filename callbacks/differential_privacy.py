@@ -45,8 +45,8 @@ class DifferentialPrivacy(Callback):
     - Sampling and noise come from named streams of a pseudo-random generator. Whoever knows the seed can subtract the noise:
       give ``secret_dir`` where the guarantee has to hold, and read "noise" as that of floating-point numbers.
 
-    Phases that train nothing that is exchanged (the student) run unchanged. A local phase of the *teacher* is not told apart
-    from a round here: its trainer must not be given the callback.
+    What is never exchanged needs no noise: phases that train nothing shared (the student) run unchanged, and the trainers of
+    local phases and of methods outside the federation do not get the callback (``rounds_only``).
 
     Args:
         clip_norm: C, bound on the norm of a user's gradient, over all parameters together.
@@ -66,6 +66,8 @@ class DifferentialPrivacy(Callback):
     Raises:
         ConfigError: a setting is out of range.
     """
+
+    rounds_only = True  #: what stays with the client is not accounted for and need not be private
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """The teacher trained with DP-SGD by ``Trainer.fit``: it learns, spends what it says, resumes bitwise, and fails closed."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy, 
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
 from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.privacy.accounting import PrivacyAccountant
+from tests.conftest import small_distiller
 
 USERS = 300
 
@@ -70,6 +73,17 @@ def teacher_of(module: FKDDistiller) -> dict[str, torch.Tensor]:
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+class StopAfter(FederatedCallback):
+    """Die after a round, as a killed process does."""
+
+    def __init__(self, round: int) -> None:
+        self.round = round
+
+    def on_round_end(self, loop: Any, round: int, metrics: Any) -> None:
+        if round == self.round:
+            raise KeyboardInterrupt
 
 
 class Spy(Callback):
@@ -252,6 +266,39 @@ def test_a_checkpoint_of_another_accounting_is_refused(domain: Any, tmp_path: Pa
         trainer(private(accounting="prv"), epochs=2).fit(
             distiller(), datamodule=domain(), ckpt_path=tmp_path / "rdp.ckpt", weights_only=True
         )
+
+
+def test_federated_rounds_add_up_and_local_phases_spend_nothing(federated_data: Any, federated_trainer: Any) -> None:
+    def run(folder: str, *more: Callback, **flags: Any) -> Any:
+        made = federated_trainer(folder, rounds=3, exchange="teacher", callbacks=[private(), *more])
+        made.fit(small_distiller(), datamodule=federated_data(), **flags)
+        return made
+
+    straight = run("straight")
+    spent: dict[str, list[float]] = {"alpha": [], "beta": []}
+    for line in (straight.run_dir / "history.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry["round"] is None:
+            assert "privacy/epsilon" not in entry["metrics"]
+        else:
+            spent[entry["client"]].append(entry["metrics"]["privacy/epsilon"])
+    for client, figures in spent.items():
+        data = straight.loop.clients[client].datamodule
+        users = len(data.train_dataloader().dataset)
+        expected = []
+        for number in (1, 2, 3):
+            accountant = PrivacyAccountant("rdp")
+            accountant.step(1.0, 16 / users, number * round(users / 16))
+            expected.append(accountant.epsilon(1e-3))
+        assert figures == pytest.approx(expected, rel=1e-6)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", StopAfter(2))
+    resumed = run("broken", ckpt_path="last")
+    for client in ("alpha", "beta"):
+        first, second = (t.loop.clients[client].module.state_dict() for t in (straight, resumed))
+        assert same(first, second)
+    assert (straight.run_dir / "history.jsonl").read_text() == (resumed.run_dir / "history.jsonl").read_text()
 
 
 # ---------------------------------------------------------------------- what is left alone, and what is refused
