@@ -68,6 +68,7 @@ class DifferentialPrivacy(Callback):
     """
 
     rounds_only = True  #: what stays with the client is not accounted for and need not be private
+    makes_private = True  #: a loop that is given it sends no update without a guarantee
 
     def __init__(
         self,

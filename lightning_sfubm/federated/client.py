@@ -49,6 +49,7 @@ class Client:
         self._changed = True  # the module holds something that ``saved`` does not
         self.phases_done: list[str] = []
         self.metrics: dict[str, float] = {}
+        self.privacy: dict[str, Any] | None = None  #: guarantee of what the last round trained; ``None`` = none
         self.watch = Stopwatch()
 
     def prepare(self) -> None:
@@ -114,6 +115,9 @@ class Client:
         with self.watch("training"):
             state = self.saved if self.rounds_done else None
             trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=state, weights_only=True)
+        from lightning_sfubm.callbacks.differential_privacy import privacy_of  # callbacks import this package
+
+        self.privacy = privacy_of(trainer)
         self._keep(trainer, folder / "trained.ckpt", weights_only=False)
         self.rounds_done += 1
         self.metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith("val/")}

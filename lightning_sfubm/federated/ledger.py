@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.messages import Message
 
 Entry = dict[str, object]
@@ -155,4 +156,4 @@ def _drop_torn_line(path: Path) -> None:
     """Remove a last line that a crash cut off in the middle: it was never complete, so its message never left."""
     content = path.read_bytes()
     if content and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+        write_atomically(path, content[: content.rfind(b"\n") + 1])

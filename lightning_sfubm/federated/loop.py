@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_sfubm.errors import CheckpointError, ConfigError, PrivacyError
+from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.checkpoint import find_state, load_state, save_state
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.federation import Federation
@@ -47,6 +48,7 @@ class Counters:
         round: rounds that are complete.
         exchanged: round of the last exchange of semantics, 0 = before the first; ``None`` = none yet.
         trained: validation metrics of the clients that have finished training in the round after ``round``.
+        privacy: guarantee of what each of them trained, where there is one.
         dropped: clients that dropped out of that round.
         versions: round whose global teacher a client holds.
         rounds_done: rounds a client has trained in.
@@ -57,6 +59,7 @@ class Counters:
     round: int = 0
     exchanged: int | None = None
     trained: dict[str, dict[str, float]] = field(default_factory=dict)
+    privacy: dict[str, dict[str, Any]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     versions: dict[str, int] = field(default_factory=dict)
     rounds_done: dict[str, int] = field(default_factory=dict)
@@ -90,7 +93,14 @@ class FederatedLoop:
         if federation.sends_teacher and len(clients) > 1:
             federation.weights.check_clients(federation.smallest_round(clients))
         self.federation, self.clients = federation, dict(sorted(clients.items()))
+        callbacks = list(callbacks)
         self.callbacks = [c for c in callbacks if isinstance(c, FederatedCallback)]
+        self._private = any(getattr(c, "makes_private", False) for c in callbacks)
+        if self._private and federation.weighting == "examples":
+            raise PrivacyError(
+                "weighting 'examples' discloses numbers of interactions that differential privacy does not cover: set it to "
+                "'uniform'"
+            )
         self.run_dir, self.seed = run_dir, seed
         self.loggers = list(loggers)
         self.counters = Counters()
@@ -131,7 +141,7 @@ class FederatedLoop:
                 callback.load_state_dict(stored["callbacks"][callback.state_key])
         history = self.run_dir / "history.jsonl"
         kept = history.read_text().splitlines(keepends=True)[: stored["history"]] if stored["history"] else []
-        history.write_text("".join(kept))
+        write_atomically(history, "".join(kept).encode())
         self.ledger.resume(stored["ledger"])
 
     def run(self) -> None:
@@ -204,7 +214,7 @@ class FederatedLoop:
                 self._exchange_teacher(number)
             for callback in self.callbacks:
                 callback.on_aggregate(self, number)
-        counters.round, counters.trained, counters.dropped = number, {}, []
+        counters.round, counters.trained, counters.privacy, counters.dropped = number, {}, {}, []
         with self.stopwatch("stage 1: checkpoints"):
             self._checkpoint()
         for callback in self.callbacks:
@@ -229,6 +239,8 @@ class FederatedLoop:
             shares=federation.sends_teacher and len(self.clients) > 1,
         )
         self.counters.trained[name] = client.metrics
+        if client.privacy is not None:
+            self.counters.privacy[name] = client.privacy
         self.counters.rounds_done[name] = client.rounds_done
 
     def _drop(self, name: str, number: int, error: ClientDropped) -> None:
@@ -240,6 +252,12 @@ class FederatedLoop:
         schema = self.server.teacher
         if schema is None:
             raise ConfigError("this server was built without a teacher to exchange")
+        unprotected = [name for name in self.counters.trained if name not in self.counters.privacy]
+        if self._private and unprotected:
+            raise PrivacyError(
+                f"round {number}: the run asks for differential privacy, but what {unprotected} trained has no guarantee; "
+                "nothing is sent. Give every client the callback DifferentialPrivacy"
+            )
         arrived = self._aggregate_securely if self.federation.secure_aggregation else self._aggregate
         try:
             names = arrived(number, schema)
@@ -330,6 +348,8 @@ class FederatedLoop:
     def _protect(self, name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, object]]:
         """What the callbacks make of a client's tensors before they leave, and the mechanisms applied."""
         mechanism: dict[str, object] = {}
+        if kind == "teacher" and name in self.counters.privacy:
+            mechanism["differential privacy"] = self.counters.privacy[name]
         for callback in self.callbacks:
             tensors = callback.on_upload(self, name, kind, tensors)
             mechanism |= callback.describe_upload(kind)
