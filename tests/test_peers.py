@@ -159,7 +159,7 @@ def test_the_clock_stands_still_while_lists_are_written(
         clock.now += 50.0
         return torch.zeros(len(histories), export.num_items + 1)
 
-    recorder.start()
+    recorder.start(steps_per_epoch=4)
     done = []
     for _ in range(6):
         clock.now += 1.0
@@ -171,6 +171,7 @@ def test_the_clock_stands_still_while_lists_are_written(
     assert done == [False, False, False, True, True, True]
     assert module.training
     assert facts["fingerprint"] == export.meta["fingerprint"]
+    assert facts["steps_per_epoch"] == 4
 
 
 @pytest.mark.parametrize("model", ["sasrec", "gru4rec"])
@@ -189,6 +190,7 @@ def test_ours_end_to_end(run: Any, export: Any, tmp_path: Path, model: str) -> N
     assert first["steps"] == 1
     assert last["val"]["full_ndcg@10"] > 0.35 > first["val"]["full_ndcg@10"]
     assert entry["chosen"] == last
+    assert entry["steps_per_epoch"] == 4  # 120 users in batches of 32
     assert result["comparison"] == {model: {}}
     assert str(tmp_path) not in results.read_text()
 
@@ -198,27 +200,46 @@ def test_ours_end_to_end(run: Any, export: Any, tmp_path: Path, model: str) -> N
         run("report", *where, "--results", results)
 
 
-def test_comparison_chooses_on_validation(script: Any) -> None:
+def test_comparison_chooses_on_validation_within_the_budget(script: Any) -> None:
     report = script("report")
 
     def made(library: str, *points: tuple[float, float, float]) -> dict[str, Any]:
-        snapshots = [{"cpu_s": s, "val": {report.CHOICE: v}, "test": {report.CHOICE: t}} for s, v, t in points]
-        chosen = max(snapshots, key=lambda s: s["val"][report.CHOICE])
-        return {"library": library, "model": "sasrec", "snapshots": snapshots, "chosen": chosen}
+        snapshots = [
+            {"cpu_s": s, "steps": int(s), "val": {report.CHOICE: v}, "test": {report.CHOICE: t}} for s, v, t in points
+        ]
+        settings = {"lr": points[0][1]}
+        return {"library": library, "model": "sasrec", "budget": "60,120,240", "steps_per_epoch": 30,
+                "settings": settings, "snapshots": snapshots}  # fmt: skip
 
     runs = [
-        made("ours", (60, 0.30, 0.26), (120, 0.40, 0.33)),
-        made("a", (60, 0.10, 0.10), (120, 0.20, 0.50)),  # best on test, not on validation
-        made("a", (60, 0.20, 0.20), (120, 0.30, 0.30)),
-        made("b", (60, 0.25, 0.99), (120, 0.10, 0.10)),
+        made("ours", (60.3, 0.30, 0.26), (121, 0.40, 0.33)),
+        made("a", (61, 0.10, 0.10), (123, 0.20, 0.50)),  # best on test, not on validation
+        made("a", (60, 0.20, 0.20), (125, 0.30, 0.30)),
+        made("a", (60, 0.26, 0.40)),  # stopped early
+        made("b", (130, 0.25, 0.99), (241, 0.10, 0.10)),  # its first step passed two stages
     ]
-    best = report.best_runs(runs)["sasrec"]
-    assert best["a"]["chosen"]["test"][report.CHOICE] == 0.30
-    assert (best["a"]["tried"], best["b"]["tried"]) == (2, 1)
-    compared = report.compare(best)
-    assert compared["best_peer"] == "a"
-    assert compared["test_ratio"] == pytest.approx(1.1)
-    assert compared["cpu_s_to_98_percent_of_best_peer"] == {"ours": 60, "a": 120, "b": None}
+    found = report.at_budgets(runs)["sasrec"]
+    assert sorted(found) == [60, 120, 240]
+    assert {name: (best["val"][report.CHOICE], best["tried"]) for name, best in found[60].items()} == {
+        "ours": (0.30, 1),
+        "a": (0.26, 3),
+    }
+    assert {name: (best["test"][report.CHOICE], best["tried"]) for name, best in found[120].items()} == {
+        "ours": (0.33, 1),
+        "a": (0.30, 2),
+        "b": (0.99, 1),
+    }
+    assert found[120]["a"]["epochs"] == pytest.approx(125 / 30)
+    assert found[240]["b"]["val"][report.CHOICE] == 0.25  # the best within the budget, not the last
+    compared = report.compare(found)
+    assert list(compared) == ["60", "120"]
+    assert compared["60"] == {
+        "best_peer": "a",
+        "test_ratio": pytest.approx(0.65),
+        "budget_to_98_percent_of_best_peer": 60,
+    }
+    assert compared["120"]["test_ratio"] == pytest.approx(1.1)
+    assert compared["120"]["budget_to_98_percent_of_best_peer"] == 60
 
 
 def test_recbole_files_and_scores(script: Any, export: Any, tmp_path: Path) -> None:

@@ -115,8 +115,10 @@ class Recorder:
     since: float = 0.0
     snapshots: list[dict[str, Any]] = field(default_factory=list)
 
-    def start(self) -> None:
-        """Let the clock run."""
+    def start(self, steps_per_epoch: int | None = None) -> None:
+        """Let the clock run; the number of steps is given once, at the first start."""
+        if steps_per_epoch is not None:
+            self.facts["steps_per_epoch"] = steps_per_epoch
         self.since = time.process_time()
 
     def step(self, module: torch.nn.Module, score: Score, epoch: int) -> bool:
@@ -158,7 +160,7 @@ def lightning_callback(base: type, recorder: Recorder, make_score: Callable[[Any
 
     class Snapshots(base):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            recorder.start()
+            recorder.start(int(trainer.num_training_batches))
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             if recorder.step(pl_module, make_score(pl_module), trainer.current_epoch):

@@ -2,8 +2,9 @@
 
     python benchmarks/peers/report.py --export EXPORT --out RUNS
 
-Full-catalogue metrics, history masked, ties against the target. Of every run the snapshot with the best validation NDCG@10
-counts, and of every library and model the run with the best of these. Writes benchmarks/results/peers.json.
+Full-catalogue metrics, history masked, ties against the target. At every stage of the budget, of every library and model the
+snapshot with the best validation NDCG@10 counts, of all its runs that have spent this stage. Writes
+benchmarks/results/peers.json.
 """
 
 import argparse
@@ -93,42 +94,60 @@ def evaluate_run(folder: Path, export: Export, data: DomainDataModule) -> dict[s
             snapshot[split] = {metric: float(result.per_user(metric).mean()) for metric in METRICS}
             errors = result.per_user(CHOICE).std(ddof=1) / len(result) ** 0.5
             snapshot[split]["standard_error"] = float(errors)
+    last = run["snapshots"][-1]
+    run["cpu_s_per_epoch"] = last["cpu_s"] / last["steps"] * run["steps_per_epoch"]
     run["chosen"] = max(run["snapshots"], key=lambda s: s["val"][CHOICE])
     return run
 
 
-def best_runs(runs: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Model -> library -> its best run by validation, together with the number of runs it was chosen from."""
-    best: dict[str, dict[str, dict[str, Any]]] = {}
+def stage(run: dict[str, Any], snapshot: dict[str, Any]) -> float:
+    """The largest stage of the run's budget that was spent at a snapshot."""
+    return max(part for part in map(float, run["budget"].split(",")) if part <= snapshot["cpu_s"])
+
+
+def at_budgets(runs: list[dict[str, Any]]) -> dict[str, dict[float, dict[str, dict[str, Any]]]]:
+    """Model -> budget -> library -> its best snapshot by validation within the budget, of the runs that spent it.
+
+    A run that was stopped early counts for the budgets it has reached; ``tried`` is the number of runs chosen from.
+    """
+    found: dict[str, dict[float, dict[str, dict[str, Any]]]] = {}
     for run in runs:
-        libraries = best.setdefault(run["model"], {})
-        other = libraries.get(run["library"])
-        tried = (other["tried"] if other else 0) + 1
-        if other is None or run["chosen"]["val"][CHOICE] > other["chosen"]["val"][CHOICE]:
-            other = dict(run)
-        libraries[run["library"]] = {**other, "tried": tried}
-    return best
+        stages = [stage(run, snapshot) for snapshot in run["snapshots"]]
+        for budget in stages:
+            within = [s for s, spent in zip(run["snapshots"], stages, strict=True) if spent <= budget]
+            best = max(within, key=lambda s: s["val"][CHOICE])
+            libraries = found.setdefault(run["model"], {}).setdefault(budget, {})
+            other = libraries.get(run["library"])
+            tried = (other["tried"] if other else 0) + 1
+            if other is None or best["val"][CHOICE] > other["val"][CHOICE]:
+                other = {**best, "settings": run["settings"], "epochs": best["steps"] / run["steps_per_epoch"]}
+            libraries[run["library"]] = {**other, "tried": tried}
+    return found
 
 
-def compare(libraries: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Ours against the peer with the best validation value, at the same budget."""
-    peers = {name: run for name, run in libraries.items() if name != "ours"}
-    if "ours" not in libraries or not peers:
-        return {}
-    peer = max(peers, key=lambda name: peers[name]["chosen"]["val"][CHOICE])
-    goal = REACHED * peers[peer]["chosen"]["val"][CHOICE]
+def compare(budgets: dict[float, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Ours against the peer with the best validation value, at each budget that both have spent."""
+    result: dict[str, Any] = {}
+    for budget, libraries in sorted(budgets.items()):
+        peers = [name for name in libraries if name != "ours"]
+        if "ours" not in libraries or not peers:
+            continue
+        peer = max(peers, key=lambda name: libraries[name]["val"][CHOICE])
+        goal = REACHED * libraries[peer]["val"][CHOICE]
+        ours, other = libraries["ours"]["test"][CHOICE], libraries[peer]["test"][CHOICE]
+        result[f"{budget:g}"] = {
+            "best_peer": peer,
+            "test_ratio": ours / other if other else None,
+            "budget_to_98_percent_of_best_peer": next(
+                (spent for spent, all_of in sorted(budgets.items()) if own(all_of, goal)), None
+            ),
+        }
+    return result
 
-    def seconds(run: dict[str, Any]) -> float | None:
-        return next((s["cpu_s"] for s in run["snapshots"] if s["val"][CHOICE] >= goal), None)
 
-    ours, other = libraries["ours"]["chosen"], peers[peer]["chosen"]
-    per_second = {name: run["chosen"]["test"][CHOICE] / run["chosen"]["cpu_s"] for name, run in libraries.items()}
-    return {
-        "best_peer": peer,
-        "test_ratio": ours["test"][CHOICE] / other["test"][CHOICE] if other["test"][CHOICE] else None,
-        "test_ndcg_per_cpu_s": per_second,
-        "cpu_s_to_98_percent_of_best_peer": {name: seconds(run) for name, run in libraries.items()},
-    }
+def own(libraries: dict[str, dict[str, Any]], goal: float) -> bool:
+    """Whether our validation value is at least ``goal``."""
+    return "ours" in libraries and libraries["ours"]["val"][CHOICE] >= goal
 
 
 def main() -> None:
@@ -144,30 +163,33 @@ def main() -> None:
     if not folders:
         raise DataError(f"{arguments.out}: no runs here; run the scripts run_*.py first.")
     runs = [evaluate_run(folder, export, data) for folder in folders]
-    best = best_runs(runs)
+    budgets = at_budgets(runs)
     result = {
         "environment": environment(),
         "data": {name: value for name, value in export.meta.items() if name != "root"},
-        "comparison": {model: compare(libraries) for model, libraries in best.items()},
+        "comparison": {model: compare(found) for model, found in budgets.items()},
         "runs": runs,
     }
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.write_text(json.dumps(result, indent=1) + "\n")
 
     print(
-        f"{'model':8s} {'library':10s} {'tried':>5s} {'CPU-s':>7s} {'val NDCG@10':>12s} {'test NDCG@10':>19s} {'HR@10':>7s}"
+        f"{'model':8s} {'CPU-s':>6s} {'library':10s} {'tried':>5s} {'epochs':>7s} {'val NDCG@10':>12s} "
+        f"{'test NDCG@10':>19s} {'HR@10':>7s}"
     )
-    for model, libraries in best.items():
-        for name, run in sorted(libraries.items(), key=lambda pair: -pair[1]["chosen"]["val"][CHOICE]):
-            chosen = run["chosen"]
-            test = f"{chosen['test'][CHOICE]:.4f} +- {chosen['test']['standard_error']:.4f}"
-            print(
-                f"{model:8s} {name:10s} {run['tried']:5d} {chosen['cpu_s']:7.0f} {chosen['val'][CHOICE]:12.4f} "
-                f"{test:>19s} {chosen['test']['full_hr@10']:7.4f}"
-            )
-        comparison = result["comparison"][model]
-        if comparison:
-            print(f"{model}: ours / {comparison['best_peer']} on test {comparison['test_ratio']:.3f}")
+    for model, found in budgets.items():
+        for budget, libraries in sorted(found.items()):
+            for name, best in sorted(libraries.items(), key=lambda pair: -pair[1]["val"][CHOICE]):
+                test = f"{best['test'][CHOICE]:.4f} +- {best['test']['standard_error']:.4f}"
+                print(
+                    f"{model:8s} {budget:6g} {name:10s} {best['tried']:5d} {best['epochs']:7.2f} "
+                    f"{best['val'][CHOICE]:12.4f} {test:>19s} {best['test']['full_hr@10']:7.4f}"
+                )
+        for budget, compared in result["comparison"][model].items():
+            ratio = compared["test_ratio"]
+            print(f"{model}, {budget} CPU-s: ours / {compared['best_peer']} on test {ratio and round(ratio, 3)}")
+    for run in runs:
+        print(f"{run['model']:8s} {run['library']:10s} {run['cpu_s_per_epoch']:.0f} CPU-s an epoch")
     print(f"written: {arguments.results}")
 
 

@@ -113,7 +113,7 @@ def main() -> None:
             under_way = True
             return model.calculate_loss(interaction)
 
-        recorder.start()
+        recorder.start(len(loader))
         try:
             while True:
                 trainer._train_epoch(loader, epoch, loss_func=loss_within_budget)
