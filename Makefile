@@ -10,6 +10,8 @@ RUN_DIR ?= runs/demo
 DATA ?= data
 # Minutes after which a results grid stops; it goes on when the command is given again.
 BUDGET ?= 600
+# Runs of a grid at a time; they share the threads.
+JOBS ?= 1
 
 .PHONY: help demo test lint setup bench results clean
 
@@ -18,7 +20,7 @@ help:
 	@echo "make test   set up and run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the benchmarks; writes benchmarks/results/ (DATA=folder of real domains)"
-	@echo "make results  the results grids (DATA=folder of real domains, BUDGET=minutes a grid); can be stopped and given again"
+	@echo "make results  the results grids (DATA=folder of real domains, BUDGET=minutes a grid, JOBS=runs at a time); can be stopped and given again"
 	@echo "make clean  remove the environment and the build products (not the caches of models and data)"
 
 setup: $(STAMP)
@@ -49,7 +51,7 @@ bench: $(STAMP)
 
 results: $(STAMP)
 	@status=0; for grid in configs/results/*.yaml; do \
-		$(BIN)/lightning-sfubm results --grid $$grid --root $(DATA) --budget $(BUDGET) --publish docs/results/$$(basename $$grid .yaml) || status=1; \
+		$(BIN)/lightning-sfubm results --grid $$grid --root $(DATA) --budget $(BUDGET) --jobs $(JOBS) --publish docs/results/$$(basename $$grid .yaml) || status=1; \
 	done; exit $$status
 
 clean:

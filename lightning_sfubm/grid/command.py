@@ -30,6 +30,7 @@ def results(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="folder of runs and cells; by default runs/results/<name of the grid>")
     parser.add_argument("--only", action="append", default=[], metavar="PAIR/RUN/SEED", help="pattern; may be repeated")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after so many minutes; go on next time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the threads (default 1)")
     parser.add_argument("--tables-only", action="store_true", help="build tables from the cells that are there")
     parser.add_argument(
         "--publish",
@@ -43,7 +44,7 @@ def results(argv: list[str]) -> None:
     left: list[str] = []
     if not options.tables_only:
         budget = None if options.budget is None else 60 * options.budget
-        left = run_grid(grid, out, options.root, options.only, budget)
+        left = run_grid(grid, out, options.root, options.only, budget, options.jobs)
     cells = all_cells(out, options.publish)
     tables = ordered(grid, cells)
     facts = comparisons(grid, tables, _published_facts(options.publish))

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,9 @@ def sources(configs: tuple[Path, ...], root: str | None) -> dict[str, str]:
     return {name: domain.source_fingerprint() for name, domain in domains.items()}
 
 
-def run_grid(grid: Grid, out: Path, root: str | None, only: list[str], budget_s: float | None) -> list[str]:
+def run_grid(
+    grid: Grid, out: Path, root: str | None, only: list[str], budget_s: float | None, jobs: int = 1
+) -> list[str]:
     """Compute every missing cell.
 
     Args:
@@ -47,34 +52,43 @@ def run_grid(grid: Grid, out: Path, root: str | None, only: list[str], budget_s:
         out: folder of runs and cells.
         root: data root.
         only: patterns of ``pair/run/seed``.
-        budget_s: wall-clock seconds after which no run is started and the one at work is stopped; it goes on next time.
+        budget_s: wall-clock seconds after which no run is started and those at work are stopped; they go on next time.
+        jobs: runs at a time. With more than one the threads of the machine are shared out among them, unless
+            ``OMP_NUM_THREADS`` is set: a run's sums, and so its last digits, can depend on its number of threads.
 
     Returns:
         Keys of the runs that are not complete.
+
+    Raises:
+        ConfigError: ``jobs`` is below 1.
     """
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: at least one run has to be at work")
     console, started = Console(highlight=False), time.monotonic()
     chosen = grid.select(only)
     data = {pair: sources(grid.pairs[pair], root) for pair in dict.fromkeys(run.pair for run in chosen)}
-    incomplete = []
-    for number, run in enumerate(chosen, 1):
-        key = run.hash(data[run.pair])
+    shared = os.environ if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+
+    def compute(number: int, run: Run) -> bool:
+        key, name = run.hash(data[run.pair]), f"{number}/{len(chosen)} {run.key}"
         missing = _missing(run, out, list(data[run.pair]), key)
         if not missing:
-            console.print(f"[dim]{number}/{len(chosen)} {run.key}: done before[/dim]")
-            continue
+            console.print(f"[dim]{name}: done before[/dim]")
+            return True
         left = None if budget_s is None else budget_s - (time.monotonic() - started)
         if left is not None and left <= 0:
-            incomplete.append(run.key)
-            continue
-        console.print(f"[bold]{number}/{len(chosen)} {run.key}[/bold]: {', '.join(missing)}")
+            return False
+        console.print(f"[bold]{name}[/bold]: {', '.join(missing)}")
         before = time.monotonic()
-        _process(run, out / "runs" / run.key, root, key, left)
+        problem = _process(run, out / "runs" / run.key, root, key, left, shared)
         _export(run, out, key)
         done = not _missing(run, out, list(data[run.pair]), key)
-        console.print(f"  {'done' if done else 'not complete'} after {time.monotonic() - before:.0f} s")
-        if not done:
-            incomplete.append(run.key)
-    return incomplete
+        console.print(f"{name}: {'done' if done else 'not complete'} after {time.monotonic() - before:.0f} s{problem}")
+        return done
+
+    with ThreadPoolExecutor(jobs) as pool:  # each thread waits for the process of a run
+        done = list(pool.map(compute, range(1, len(chosen) + 1), chosen))
+    return [run.key for run, whole in zip(chosen, done, strict=True) if not whole]
 
 
 def _missing(run: Run, out: Path, domains: list[str], key: str) -> list[str]:
@@ -96,8 +110,14 @@ def _arguments(run: Run, root: str | None, folder: Path) -> list[str]:
     return arguments + (["--data.root", root] if root else [])
 
 
-def _process(run: Run, folder: Path, root: str | None, key: str, timeout: float | None) -> None:
-    """One ``fit`` in a process of its own: memory is measured per run, and a crash ends that run alone."""
+def _process(
+    run: Run, folder: Path, root: str | None, key: str, timeout: float | None, variables: Mapping[str, str]
+) -> str:
+    """One ``fit`` in a process of its own: memory is measured per run, and a crash ends that run alone.
+
+    Returns:
+        What went wrong, for the terminal.
+    """
     mark = folder / MARK
     resumable = mark.exists() and json.loads(mark.read_text()).get("grid_hash") == key
     arguments = _arguments(run, root, folder)
@@ -111,13 +131,16 @@ def _process(run: Run, folder: Path, root: str | None, key: str, timeout: float 
         log.write(f"$ lightning-sfubm fit {' '.join(arguments)}\n")
         log.flush()
         try:
-            code = subprocess.run(command, stdout=log, stderr=log, timeout=timeout, check=False).returncode
+            code = subprocess.run(
+                command, stdout=log, stderr=log, timeout=timeout, env=variables, check=False
+            ).returncode
         except subprocess.TimeoutExpired:
             log.write("stopped: the budget is used up\n")
-            return
-    if code:
-        tail = (folder / "output.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        Console(highlight=False).print(f"  exit code {code}: {' '.join(tail)} ({folder / 'output.log'})")
+            return ""
+    if not code:
+        return ""
+    tail = (folder / "output.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
+    return f"; exit code {code}: {' '.join(tail)} ({folder / 'output.log'})"
 
 
 def _export(run: Run, out: Path, key: str) -> None:

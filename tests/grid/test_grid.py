@@ -1,6 +1,7 @@
 """The results grid: what a grid file may say, what is computed again, and what the tables state."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,13 @@ class FakeFit:
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
         self.rows_before_death: int | None = None
+        self.at_work: threading.Barrier | None = None
 
-    def __call__(self, command: list[str], **_: Any) -> Any:
+    def __call__(self, command: list[str], *, env: dict[str, str], **_: Any) -> Any:
         self.calls.append(command)
+        self.threads = env.get("OMP_NUM_THREADS")
+        if self.at_work is not None:
+            self.at_work.wait(timeout=60)
         folder = Path(command[command.index("--trainer.default_root_dir") + 1])
         seed = int(command[command.index("--seed_everything") + 1])
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -260,6 +265,17 @@ def test_no_run_starts_when_the_budget_is_used_up(tmp_path: Path, fit: FakeFit) 
     grid = load_grid(grid_file(tmp_path), set(METHODS))
     assert runner.run_grid(grid, tmp_path / "out", None, [], 0.0) == ["p/main/1", "p/main/2", "p/v/1"]
     assert fit.calls == []
+
+
+def test_runs_side_by_side_share_the_threads(tmp_path: Path, fit: FakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 6)
+    fit.at_work = threading.Barrier(3)  # passed only when three runs are at work at once
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    assert runner.run_grid(grid, tmp_path / "out", None, [], None, jobs=3) == []
+    assert (len(fit.calls), fit.threads) == (3, "2")
+    with pytest.raises(ConfigError, match="--jobs 0"):
+        runner.run_grid(grid, tmp_path / "out", None, [], None, jobs=0)
 
 
 def test_the_command_builds_tables_figures_and_what_may_be_published(
