@@ -23,8 +23,8 @@ class BucketBatchSampler(Sampler[BatchIndex]):
     An epoch's rows are permuted, cut into buckets of ``bucket_batches`` batches, sorted by length within a bucket and
     cut into batches, whose order is shuffled. With several ranks a *global* batch of ``batch_size * world_size`` rows
     is cut this way and every rank takes each ``world_size``-th row of it: two ranks see, step by step, what one process
-    with the double batch size sees. Only the last global batch may be short; it repeats rows up to a multiple of the
-    world size.
+    with the double batch size sees. Only the last global batch may be short: ranks may get a row less of it, so losses
+    are weighed by what a rank has; a rank left without any gets the first row again.
 
     Lightning calls :meth:`set_epoch` before each epoch. The trainer must run with ``use_distributed_sampler=False``.
 
@@ -75,10 +75,8 @@ class BucketBatchSampler(Sampler[BatchIndex]):
         rows = rows[np.lexsort((self.lengths[rows], bucket))]
         for number in generator.permutation(len(self)):
             batch = rows[number * step : (number + 1) * step]
-            short = -len(batch) % self.world_size
-            if short:
-                batch = np.concatenate([batch, np.resize(batch, short)])
-            yield BatchIndex(self.epoch, batch[self.rank :: self.world_size])
+            own = batch[self.rank :: self.world_size]
+            yield BatchIndex(self.epoch, own if len(own) else batch[:1])
 
 
 class SortedBatchSampler(Sampler[BatchIndex]):

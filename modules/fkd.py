@@ -17,6 +17,7 @@ from lightning_sfubm.modules.losses.cross_entropy import full_cross_entropy
 from lightning_sfubm.modules.losses.distillation import DistilWeights, distil
 from lightning_sfubm.modules.losses.fkd import align, swap_items
 from lightning_sfubm.modules.losses.precision import Precision
+from lightning_sfubm.modules.losses.ranks import mean_over_ranks, union_over_ranks
 from lightning_sfubm.modules.semantic import SemanticTeacher
 from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
 from lightning_sfubm.seeds import torch_generator
@@ -236,7 +237,8 @@ class FKDDistiller(CatalogueModule):
             terms["teacher_ce"] = full_cross_entropy(
                 states, scaled, batch["targets"][predicting], self.logits_precision
             )
-            loss = terms["teacher_ce"] * (self.alpha if self.phase == "joint" else 1.0)
+            teacher_ce = mean_over_ranks(terms["teacher_ce"], len(states))
+            loss = teacher_ce * (self.alpha if self.phase == "joint" else 1.0)
         if self.phase != "teacher":
             loss = loss + self._student_loss(batch, states.detach(), table.detach(), scaled.detach(), terms)
         self.log_losses(batch, loss=loss, **terms)
@@ -267,8 +269,9 @@ class FKDDistiller(CatalogueModule):
         if self.w_what_if:
             terms["counter_what_if"], weighted = self._what_if(history, predicting, targets, z, teacher_table)
             loss = loss + weighted
-        if self.w_align:
-            items = torch.unique(torch.cat([history.flatten(), targets]))
+        loss = mean_over_ranks(loss, len(targets))
+        if self.w_align:  # over the items of all ranks: each computes the same value
+            items = union_over_ranks(torch.cat([history.flatten(), targets]), self.num_items + 1)
             items = items[items != 0]
             terms["align"] = align(self.align_projection(self.ids(items)), z[items], self.tau)
             loss = loss + self.w_align * terms["align"]

@@ -18,6 +18,7 @@ from lightning_sfubm.modules.llm.calibration import fit_factor
 from lightning_sfubm.modules.llm.injected import InjectedLM
 from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
 from lightning_sfubm.modules.llm.optim import adamw_with_warmup
+from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.seeds import torch_generator
 
 RANK_MODES = {"branch": ("head", "score"), "list": ("score", "generate", "constrained")}
@@ -303,7 +304,7 @@ class LLMHead(InjectedLM):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["target"]))
         if self.residual_weights is not None:
             self.log("train/residual", self.residual_weights[0], batch_size=len(batch["target"]))
-        return loss
+        return mean_over_ranks(loss, len(batch["target"]))
 
     def _evaluate(self, stage: str, batch: RankBatch) -> None:
         scores, _, _ = self._rank(batch)

@@ -13,6 +13,7 @@ from lightning_sfubm.modules.llm.optim import adamw_with_warmup
 from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.stage1 import load_stage1
 from lightning_sfubm.modules.llm.titles import mean_title_embeddings
+from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.seeds import seeded
 
 
@@ -100,7 +101,7 @@ class PromptProjector(L.LightningModule):
         user_loss = self._info_nce(self.tokens.users(ids), titles)
         self.log("train/item_nce", loss, prog_bar=True, batch_size=len(items))
         self.log("train/user_nce", user_loss, batch_size=len(items))
-        return loss + user_loss
+        return mean_over_ranks(loss + user_loss, len(items))
 
     def _info_nce(self, soft: Tensor, titles: Tensor) -> Tensor:
         centred = F.normalize(soft - soft.mean(0), dim=-1)

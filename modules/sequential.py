@@ -12,6 +12,7 @@ from lightning_sfubm.modules.layers.items import ItemTable
 from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_affinities
 from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs, full_cross_entropy
 from lightning_sfubm.modules.losses.precision import Precision
+from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.modules.losses.sampled import (
     binary_cross_entropy,
     bpr_max,
@@ -171,7 +172,7 @@ class SequentialRecommender(CatalogueModule):
         states, items = self._scaled(self._encode(batch["history"], table)[predicting], table)
         loss = self._loss(states, items, targets)
         self.log_losses(batch, loss=loss)
-        return loss
+        return mean_over_ranks(loss, len(targets))
 
     # ------------------------------------------------------------------ contracts
 

@@ -179,7 +179,7 @@ class CatalogueModule(L.LightningModule):
     def log_losses(self, batch: TrainBatch, **terms: Tensor) -> None:
         """Log training terms under ``train/``, averaged over the epoch."""
         values = {f"train/{name}": value.detach() for name, value in terms.items()}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["user"]))
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["user"]), sync_dist=True)
 
     # ------------------------------------------------------------------ optimiser
 

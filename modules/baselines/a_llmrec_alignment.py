@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs
+from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.modules.losses.sampled import binary_cross_entropy, other_items
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.modules.stage1 import CatalogueModule
@@ -201,7 +202,7 @@ class ALLMRecAlignment(CatalogueModule):
             text_reconstruction=text_loss,
             recommendation=recommendation,
         )
-        return loss
+        return mean_over_ranks(loss, len(taken))
 
     # ------------------------------------------------------------------------------------------------ contracts
 

@@ -16,6 +16,7 @@ from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_affinities
 from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs, full_cross_entropy
 from lightning_sfubm.modules.losses.precision import Precision
+from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
 
 PHASES = ("federated", "finetune")
@@ -217,7 +218,7 @@ class FFMSR(CatalogueModule):
         predicting = batch["targets"] != 0
         states, table = cosine_inputs(self._states(batch["history"], items)[predicting], items.outputs, self.tau)
         terms = {"ce": full_cross_entropy(states, table, batch["targets"][predicting], self.logits_precision)}
-        loss = terms["ce"]
+        loss = mean_over_ranks(terms["ce"], len(states))
         if self.w_orthogonal:
             terms["orthogonal_text"] = orthogonality(items.text, ids)
             loss = loss + self.w_orthogonal * terms["orthogonal_text"]

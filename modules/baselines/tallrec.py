@@ -12,6 +12,7 @@ from lightning_sfubm.contracts import RankBatch
 from lightning_sfubm.datamodules.preference_datamodule import PreferenceBatch
 from lightning_sfubm.datamodules.prompt_templates import load_template
 from lightning_sfubm.modules.baselines.published_head import PublishedHead
+from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 
 #: the published adapters sit on the query and value projections
 QUERY_VALUE = r".*\.(q|v)_proj"
@@ -206,7 +207,7 @@ class TALLRecBinary(_Instructed):
         """Loss of a batch."""
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["user"]))
-        return loss
+        return mean_over_ranks(loss, len(batch["user"]))
 
     def _evaluate(self, stage: str, batch: Any) -> None:
         metric: Any = self.auc[stage]

@@ -10,6 +10,7 @@ from lightning_sfubm.modules.baselines.unisrec import transferable
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs
 from lightning_sfubm.modules.losses.precision import Precision
+from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.seeds import torch_generator
 
@@ -112,7 +113,7 @@ class UniSRecPretraining(SequentialRecommender):
             terms["seq_seq"] = sequence_sequence_loss(states[:, -1], augmented[:, -1], targets[:, -1], self.tau)
             loss = loss + self.seq_seq_weight * terms["seq_seq"]
         self.log_losses(batch, loss=loss, **terms)
-        return loss
+        return mean_over_ranks(loss, len(history))
 
     def _adapt(self, ids: Tensor, text: Tensor) -> Tensor:
         """Vectors (M, H) of items (M,), zero for padding."""

@@ -1,0 +1,49 @@
+"""Means over all ranks of a data-parallel run, where each rank has its own number of terms."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def num_ranks() -> int:
+    """Processes that average their gradients; 1 outside a distributed run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(loss: Tensor, count: int) -> Tensor:
+    """Scale a rank's mean so that the ranks' average is the mean over all their terms.
+
+    Data parallelism averages gradients with equal weights, but ranks rarely hold equally many terms: sequences differ in
+    length. Scaled like this, several ranks take the very step that one process takes on all their rows together.
+
+    Args:
+        loss: scalar mean over ``count`` terms of this rank.
+        count: terms of this rank; may be 0, if the loss is then 0 too.
+
+    Returns:
+        ``loss * count * ranks / sum of counts``; ``loss`` itself outside a distributed run.
+    """
+    ranks = num_ranks()
+    if ranks == 1:
+        return loss
+    total = torch.tensor(float(count), device=loss.device)
+    dist.all_reduce(total)
+    return loss * (count * ranks / total.clamp_min(1.0))
+
+
+def union_over_ranks(ids: Tensor, size: int) -> Tensor:
+    """The distinct ids of all ranks, in rising order.
+
+    Args:
+        ids: ids in ``0..size - 1``, any shape.
+        size: number of possible ids.
+
+    Returns:
+        (K,) int64, the same on every rank.
+    """
+    if num_ranks() == 1:
+        return torch.unique(ids)
+    present = torch.zeros(size, dtype=torch.uint8, device=ids.device)
+    present[ids.flatten()] = 1
+    dist.all_reduce(present, op=dist.ReduceOp.MAX)
+    return present.nonzero().squeeze(1)
