@@ -24,12 +24,19 @@ from filelock import FileLock, Timeout
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.checkpoint import find_state, load_state, read_loop, save_state
-from lightning_sfubm.federated.envelopes import Action, Reply, Request, describe_shapes, read_shapes, terms
+from lightning_sfubm.federated.envelopes import (
+    Action,
+    Reply,
+    Request,
+    check_across_machines,
+    describe_shapes,
+    read_shapes,
+    terms,
+)
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.messages import Message, MessageSchema, teacher_schema, unpack
 from lightning_sfubm.federated.server import Server
-from lightning_sfubm.federated.silo import check_across_machines
 from lightning_sfubm.federated.weights import TooFewClientsError
 
 log = logging.getLogger(__name__)
@@ -56,12 +63,14 @@ class Patience:
         round_s: for an exchange or a round; who has not answered by then has dropped out of it.
         finish_s: for the local phases. They need no server: a silo that takes longer goes on alone.
         poll_s: between two looks at which nodes are connected.
+        retry_s: before a node that refused is asked again, at the next occasion.
     """
 
     start_s: float = 600.0
     round_s: float = 3600.0
     finish_s: float = 86400.0
     poll_s: float = 3.0
+    retry_s: float = 60.0
 
 
 @dataclass
@@ -118,7 +127,7 @@ class Coordinator:
         self.progress = _Progress()
         self.ledger = Ledger(run_dir / "ledger.jsonl")
         self.known: dict[str, int] = {}  #: node by silo
-        self._refused: set[int] = set()
+        self._refused: dict[int, float] = {}  # when, by node
         self._server: Server | None = None
 
     @property
@@ -154,7 +163,8 @@ class Coordinator:
             progress = self.progress
             log.info("going on after round %d of %d", progress.round, federation.rounds)
         else:
-            self.ledger.start()
+            self.ledger.resume(0)
+            self._name_run()
         self._gather()
         if progress.exchanged is None and len(federation.active(self.silos, 0)) > 1:
             self._exchange_semantics(0)
@@ -163,6 +173,14 @@ class Coordinator:
             self._round(number)
             log.info("round %d of %d: %.1f s", number, federation.rounds, time.monotonic() - started)
         self._finish()
+
+    def _name_run(self) -> None:
+        """Give the run its name before anything is sent: silos keep to it, also if there is no state to go on from yet."""
+        file = self.run_dir / "federation.id"
+        if file.exists():
+            self.progress.federation = file.read_text()
+        else:
+            write_atomically(file, self.progress.federation.encode())
 
     # ------------------------------------------------------------------ who is there
 
@@ -184,14 +202,16 @@ class Coordinator:
     def _greet(self, deadline_s: float) -> None:
         """Ask every node that is new who it is; take the ones whose names and shared weights fit."""
         nodes = self.transport.nodes()
-        met = {node for node in self.known.values() if node in nodes} | self._refused
+        now = time.monotonic()
+        refused = {node for node, when in self._refused.items() if now - when < self.patience.retry_s}
+        met = {*self.known.values(), *refused}
         new = {node: self._request("hello", 0) for node in nodes if node not in met}
         for node, reply in sorted(self.transport.ask(new, deadline_s).items()) if new else []:
             try:
                 self._welcome(node, nodes[node], reply, nodes)
             except (MessageError, ConfigError) as error:
                 log.warning("a silo is not taken: %s", error)
-                self._refused.add(node)
+                self._refused[node] = now
 
     def _welcome(self, node: int, registered: str, reply: Reply, nodes: Mapping[int, str]) -> None:
         name = reply.silo

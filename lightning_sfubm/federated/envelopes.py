@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, empty
 
-from lightning_sfubm.errors import MessageError
+from lightning_sfubm.errors import ConfigError, MessageError
 from lightning_sfubm.federated.federation import Federation
 
 Action = Literal["hello", "semantics", "train", "finish"]
@@ -72,6 +72,19 @@ class Reply:
             raise MessageError("the name of a silo must be 1 to 128 printable characters")
         if not self.error.isidentifier() and self.error:
             raise MessageError("the kind of an error must be a name")
+
+
+def check_across_machines(federation: Federation) -> None:
+    """Refuse what only a loop in one process can do.
+
+    Raises:
+        ConfigError: secure aggregation is asked for.
+    """
+    if federation.secure_aggregation is not None:
+        raise ConfigError(
+            "trainer.federation.secure_aggregation takes several messages a round and runs in one process only; across "
+            "machines the server would see each update: remove it if the silos agree to that"
+        )
 
 
 def terms(federation: Federation, seed: int) -> str:

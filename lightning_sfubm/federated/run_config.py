@@ -117,7 +117,8 @@ def build_federation(settings: Mapping[str, Any]) -> Federation:
     name = f"{Federation.__module__}.{Federation.__qualname__}"
     try:
         parsed = parser.parse_object({"federation": {"class_path": name, "init_args": dict(settings)}})
-        built: Federation = parser.instantiate_classes(parsed).federation
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name of the same
+        built: Federation = instantiate(parsed).federation
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"trainer.federation: {' '.join(str(error).split())[:400]}") from None
     return built

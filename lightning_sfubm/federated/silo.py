@@ -19,7 +19,14 @@ from torch import Tensor
 from lightning_sfubm.errors import ConfigError, MessageError, PrivacyError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.client import Client
-from lightning_sfubm.federated.envelopes import Reply, Request, describe_shapes, read_terms, terms
+from lightning_sfubm.federated.envelopes import (
+    Reply,
+    Request,
+    check_across_machines,
+    describe_shapes,
+    read_terms,
+    terms,
+)
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import ClientDropped
 from lightning_sfubm.federated.loop import FederatedLoop
@@ -218,19 +225,6 @@ def _from_server(schema: MessageSchema, payload: bytes) -> Message:
     if message.client != SERVER:
         raise MessageError(f"a message of '{message.client[:40]}' arrived in the place of one of the server")
     return message
-
-
-def check_across_machines(federation: Federation) -> None:
-    """Refuse what only a loop in one process can do.
-
-    Raises:
-        ConfigError: secure aggregation is asked for.
-    """
-    if federation.secure_aggregation is not None:
-        raise ConfigError(
-            "trainer.federation.secure_aggregation takes several messages a round and runs in one process only; across "
-            "machines the server would see each update: remove it if the silos agree to that"
-        )
 
 
 def open_silo(configs: Sequence[str], name: str) -> Silo:
