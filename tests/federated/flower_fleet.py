@@ -190,33 +190,53 @@ class Fleet:
 
     def kill(self, name: str) -> None:
         """End a process and all it started, as a machine that loses power."""
-        os.killpg(self.running[name].pid, signal.SIGKILL)
+        for process in [self.running[name].pid, *descendants(self.running[name].pid)]:
+            _send(process, signal.SIGKILL)
         self.running.pop(name).wait()
 
     def kill_server_app(self) -> None:
         """End the ServerApp alone."""
-        session = self.running["superlink"].pid
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if os.getsid(int(entry.name)) == session and any(w.endswith(b"flwr-serverapp") for w in words):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        assert found, "there is no ServerApp"
-        for process in found:
-            os.kill(process, signal.SIGKILL)
+        started = descendants(self.running["superlink"].pid)
+        apps = [process for process in started if b"flwr-serverapp" in _command(process)]
+        assert apps, f"there is no ServerApp among {[_command(process) for process in started]}"
+        for process in apps:
+            _send(process, signal.SIGKILL)
 
     def stop(self) -> None:
-        """End every process, also where a test has failed."""
+        """End every process and what it started, also where a test has failed."""
+        started = [p for process in self.running.values() for p in (process.pid, *descendants(process.pid))]
         for process in self.running.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
+            process.terminate()
         for process in self.running.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # whatever it has left behind
-            process.wait()
+        for pid in started:  # children of theirs may have sessions of their own
+            if b"flwr" in _command(pid) or b"flower" in _command(pid):
+                _send(pid, signal.SIGKILL)
+        for process in self.running.values():
+            process.wait(timeout=10)
         self.running.clear()
+
+
+def descendants(process: int) -> list[int]:
+    """Processes that a process has started, and theirs."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [process]
+    for ancestor in found:
+        found += [child for child, parent in parents.items() if parent == ancestor]
+    return found[1:]
+
+
+def _command(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _send(process: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
