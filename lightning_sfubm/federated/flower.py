@@ -39,8 +39,8 @@ server_app = ServerApp()
 def answer(message: Message, context: Context) -> Message:
     """Answer a request of the coordinator. What went wrong is logged here; only the kind of an error is sent.
 
-    ``--node-config`` of the SuperNode gives ``silo`` (its name) and ``config`` (paths of its own configuration files,
-    separated by ``:``).
+    The node config of the SuperNode (``lightning-sfubm flower-silo`` writes it) gives ``silo``, its name, and ``config``, the
+    paths of its own configuration files, separated by ``:``.
     """
     _log_to_stderr()
     name = str(context.node_config.get("silo", "")) or "nameless"
@@ -50,7 +50,7 @@ def answer(message: Message, context: Context) -> Message:
         configs = [path for path in str(context.node_config.get("config", "")).split(":") if path]
         if "silo" not in context.node_config or not configs:
             raise ConfigError(
-                'start the SuperNode with --node-config \'silo="NAME" config="FEDERATION.yaml:SILO.yaml"\''
+                "start this silo with lightning-sfubm flower-silo, which says its name and its configuration"
             )
         request = Request(**_unpack(message.content, {"action", "federation", "round", "terms"}))
         reply = open_silo(configs, name).answer(request)

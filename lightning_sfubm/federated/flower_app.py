@@ -84,7 +84,12 @@ def flower_app(argv: Sequence[str]) -> None:
     parser.add_argument("--run-dir", type=Path, help="the server's states, on the machine of the SuperLink; OUT/server")
     parser.add_argument("--superlink", default="127.0.0.1:9091", metavar="HOST:PORT", help="address of the SuperLink")
     parser.add_argument("--connection", default="federation", help="name of the connection for 'flwr run'")
-    parser.add_argument("--certificates", type=Path, default=Path("certificates"), help="folder of ca.crt and the keys")
+    parser.add_argument(
+        "--certificates",
+        type=Path,
+        default=Path("certificates"),
+        help="folder of ca.crt, server.pem, server.key and the silos' public keys",
+    )
     parser.add_argument(
         "--insecure", action="store_true", help="no TLS and no node authentication; for trials on one machine"
     )
@@ -159,44 +164,42 @@ def files(config: Mapping[str, Value], options: argparse.Namespace) -> dict[str,
 
 
 def _commands(config: Mapping[str, Value], options: argparse.Namespace) -> str:
-    host, _, port = options.superlink.rpartition(":")
-    keys = shlex.quote(str(options.certificates))
-    quiet = " ".join(f"{key}={value}" for key, value in QUIET.items())
-    files = f"--ssl-ca-certfile {keys}/ca.crt --ssl-certfile {keys}/server.pem --ssl-keyfile {keys}/server.key"
-    link = "--insecure" if options.insecure else f"{files} --enable-supernode-auth"
-    home = shlex.quote(str((options.out / "home").absolute()))
-    app = shlex.quote(str((options.out / "app").absolute()))
-    shared = ":".join(str(path) for path in options.config)
+    """The commands, to be copied; those of a silo run in a folder with what it was given."""
+    silos = [shlex.quote(name) for name in str(config["silos"]).split(",")]
+    _, _, port = options.superlink.rpartition(":")
+    keys = shlex.quote(str(options.certificates.absolute()))
+    home, app = (shlex.quote(str((options.out / part).absolute())) for part in ("home", "app"))
+    given = " ".join(f"--config {shlex.quote(path.name)}" for path in options.config)
+    link, trust = "--insecure", ["--insecure" for _ in silos]
+    if not options.insecure:
+        link = f"--ssl-ca-certfile {keys}/ca.crt --ssl-certfile {keys}/server.pem --ssl-keyfile {keys}/server.key"
+        link += " --enable-supernode-auth"
+        trust = [f"--root-certificates ca.crt --key {silo}.key" for silo in silos]
     lines = [
-        f"# {options.name}: {len(str(config['silos']).split(','))} silos, {config['rounds']} rounds",
+        f"# {options.name}: {len(silos)} silos, {config['rounds']} rounds",
         "",
-        "On every machine, before any command:",
+        "## Server",
         "",
-        f"    export {quiet}",
-        "",
-        f"The server ({host}):",
-        "",
+        f"    export {' '.join(f'{key}={value}' for key, value in QUIET.items())}",
+        f"    export FLWR_HOME={home}",
         f"    flower-superlink --host 0.0.0.0 --port {port} --disable-runtime-dependency-installation {link}",
         "",
     ]
     if not options.insecure:
-        lines += ["The server, once for each silo, with the public key that the silo sent:", ""]
-        for silo in str(config["silos"]).split(","):
-            key = f"{keys}/{shlex.quote(silo)}.pub"
-            lines.append(
-                f"    FLWR_HOME={home} flwr supernode register {key} {options.connection} --name {shlex.quote(silo)}"
-            )
+        lines += [
+            "Once for each silo, in another shell with the same variables, with the public key that the silo sent:",
+            "",
+        ]
+        name = options.connection
+        lines += [f"    flwr supernode register {keys}/{silo}.key.pub {name} --name {silo}" for silo in silos]
         lines.append("")
-    lines += ["Each silo, with its own configuration file, which never leaves it:", ""]
-    for silo in str(config["silos"]).split(","):
-        trust = "--insecure"
-        if not options.insecure:
-            trust = f"--root-certificates {keys}/ca.crt --auth-supernode-private-key {keys}/{shlex.quote(silo)}"
-        own = shlex.quote(f'silo="{silo}" config="{shared}:{silo}.yaml"')
-        lines.append(f"    flower-supernode --superlink {options.superlink} {trust} --node-config {own}")
-    run = f"    FLWR_HOME={home} flwr run {app} {options.connection} --stream"
-    again = "The same command goes on after the last complete round where a run was cut off."
-    return "\n".join([*lines, "", "The run, on the server:", "", run, "", again, ""])
+    lines += ["## Silos", ""]
+    for silo, trusted in zip(silos, trust, strict=True):
+        own = f"{given} --config {silo}.yaml"
+        lines.append(f"    lightning-sfubm flower-silo --silo {silo} {own} --superlink {options.superlink} {trusted}")
+    run = f"    flwr run {app} {options.connection} --stream"
+    again = "Given again, it goes on after the last complete round, where it was cut off."
+    return "\n".join([*lines, "", "## Run, on the server", "", run, "", again, ""])
 
 
 def _load(paths: Sequence[Path]) -> dict[str, Any]:

@@ -89,9 +89,9 @@ def write_certificates(folder: Path, names: list[str]) -> None:
         signed = unsigned.sign(authority, hashes.SHA256())
         path.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
     for name in names:
-        key = write_key(folder / name, serialization.PrivateFormat.OpenSSH)
+        key = write_key(folder / f"{name}.key", serialization.PrivateFormat.OpenSSH)
         form = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        (folder / f"{name}.pub").write_bytes(key.public_key().public_bytes(*form))
+        (folder / f"{name}.key.pub").write_bytes(key.public_key().public_bytes(*form))
 
 
 def free_port() -> int:
@@ -167,20 +167,21 @@ class Fleet:
 
     def register(self, silo: str, connection: str = "federation") -> None:
         """Make a silo's public key known to the SuperLink."""
-        key = str(self.folder / f"keys/{silo}.pub")
+        key = str(self.folder / f"keys/{silo}.key.pub")
         command = [self.bin / "flwr", "supernode", "register", key, connection, "--name", silo]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def supernode(self, silo: str, config: str) -> None:
+    def supernode(self, silo: str, *configs: str) -> None:
         """Start a silo's SuperNode and wait until it is connected."""
         seen = (self.folder / f"logs/{silo}.log").exists() and self.log(silo).count("SuperNode ID")
         self.start(
             silo,
-            *("flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())),
+            *("python", "-m", "lightning_sfubm", "flower-silo", "--silo", silo),
+            *(part for path in configs for part in ("--config", path)),
+            *("--superlink", f"127.0.0.1:{self.port}", "--port", str(free_port())),
             *("--root-certificates", str(self.folder / "keys/ca.crt")),
-            *("--auth-supernode-private-key", str(self.folder / f"keys/{silo}")),
-            *("--node-config", f'silo="{silo}" config="{config}"'),
+            *("--key", str(self.folder / f"keys/{silo}.key")),
         )
         wait_for(lambda: self.log(silo).count("SuperNode ID") > int(seen), 120, f"SuperNode {silo}")
 

@@ -38,6 +38,30 @@ class Hang(FederatedCallback):
             time.sleep(600)
 '''
 
+#: a run of somebody who could reach the SuperLink: its code writes down where it was executed
+FOREIGN = """
+import pathlib, sys
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+HERE = pathlib.Path(FOLDER)
+(HERE / pathlib.Path(sys.argv[0]).name).touch()
+client_app = ClientApp()
+server_app = ServerApp()
+
+@client_app.train()
+def train(message, context):
+    (HERE / "trained").touch()
+
+@server_app.main()
+def main(grid, context):
+    content = RecordDict({"fields": ConfigRecord({"action": "hello"}), "payloads": ArrayRecord()})
+    messages = [Message(content, node, "train") for node in grid.get_node_ids()]
+    for reply in grid.send_and_receive(messages, timeout=90):
+        print("answer:", dict(reply.content["fields"]), flush=True)
+"""
+
 
 @pytest.fixture
 def setting(tmp_path: Path) -> "Setting":
@@ -115,7 +139,7 @@ class Setting:
 
     def node(self, fleet: Fleet, silo: str, callbacks: Any = ()) -> None:
         own = self.write(silo, [silo], self.folder / silo, callbacks)
-        fleet.supernode(silo, f"{self.folder / 'federation.yaml'}:{own}")
+        fleet.supernode(silo, str(self.folder / "federation.yaml"), own)
 
 
 @pytest.fixture
@@ -153,7 +177,9 @@ def progress(setting: Setting) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(400)
-def test_a_run_over_flower_gives_the_weights_of_one_process(setting: Setting, fleets: list[Fleet]) -> None:
+def test_a_run_over_flower_gives_the_weights_of_one_process_and_brings_no_code(
+    setting: Setting, fleets: list[Fleet]
+) -> None:
     fleet = setting.fleet(rounds=2)
     fleets.append(fleet)
     fleet.superlink()
@@ -173,6 +199,19 @@ def test_a_run_over_flower_gives_the_weights_of_one_process(setting: Setting, fl
             said[str(entry["direction"])] += 1
         assert "token" not in fleet.log(silo)
     assert said == {"up": 8, "down": 6}  # each: initial weights, item vectors, two updates; mixed vectors, two teachers
+    assert_no_code_of_a_run_is_executed(setting, fleet)
+
+
+def assert_no_code_of_a_run_is_executed(setting: Setting, fleet: Fleet) -> None:
+    seen, app = setting.folder / "seen", fleet.app / "app"
+    seen.mkdir()
+    project = (app / "pyproject.toml").read_text().replace("lightning_sfubm.federated.flower:", "foreign:")
+    (app / "pyproject.toml").write_text(project)
+    (app / "foreign.py").write_text(f"FOLDER = {str(seen)!r}\n{FOREIGN}")
+    fleet.run("foreign")
+    wait_for(lambda: fleet.log("foreign").count("answer:") == len(SILOS), 100, "answers of the silos")
+    assert fleet.log("foreign").count("'error': 'MessageError'") == len(SILOS)
+    assert [file.name for file in seen.iterdir()] == ["flwr-serverapp"]
 
 
 @pytest.mark.timeout(500)
