@@ -1,6 +1,7 @@
 """The run config of the Flower app: the schedule and nothing else, as the flat TOML values that Flower carries."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.coordinator import Patience
+from lightning_sfubm.federated.envelopes import check_across_machines
 from lightning_sfubm.federated.federation import Federation
 
 #: settings of the schedule that a coordinator needs; those of the local phases are each silo's own
@@ -85,9 +87,10 @@ def run_config(
         patience: deadlines.
 
     Raises:
-        ConfigError: the settings make no schedule.
+        ConfigError: the settings make no schedule, or one that cannot be carried.
     """
     federation = build_federation(settings)
+    check_across_machines(federation)  # what is refused has no place in the values below
     values: dict[str, Value] = {
         "silos": ",".join(silos),
         "seed": seed,
@@ -120,7 +123,9 @@ def build_federation(settings: Mapping[str, Any]) -> Federation:
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name of the same
         built: Federation = instantiate(parsed).federation
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"trainer.federation: {' '.join(str(error).split())[:400]}") from None
+        words = " ".join(str(error).split())
+        reason = re.search(r"Errors: - (.+?)(?: - Expected|\Z)", words)  # the parser lists what else the value is not
+        raise ConfigError(f"trainer.federation: {(reason[1] if reason else words)[:400]}") from None
     return built
 
 
