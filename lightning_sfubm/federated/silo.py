@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock
 from torch import Tensor
@@ -232,14 +232,12 @@ def open_silo(configs: Sequence[str], name: str) -> Silo:
 
     Args:
         configs: paths, later ones win: the federation's common part, then this silo's ``data``.
-        name: of the silo; ``data`` must be the data module of this domain, or hold it in ``domains``.
+        name: of the silo and of its domain in ``data.domains``.
 
     Raises:
         ConfigError: no federation is agreed to, or there is no such domain.
     """
     from lightning_sfubm.cli import SFUBMCLI
-    from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
-    from lightning_sfubm.datamodules.federated_datamodule import FederatedDataModule
     from lightning_sfubm.federated.trainer import FederatedTrainer
 
     arguments = [part for path in configs for part in ("--config", path)]
@@ -248,17 +246,18 @@ def open_silo(configs: Sequence[str], name: str) -> Silo:
     ):  # Lightning would print the arguments of this process, among them a token of Flower's
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended.*")
         cli = SFUBMCLI(args=arguments, run=False)
-    trainer, data = cli.trainer, cli.datamodule
+    trainer, data = cli.trainer, cast(Any, cli.datamodule)
     assert isinstance(trainer, FederatedTrainer)
     if trainer.federation is None:
         raise ConfigError(f"{configs[-1]}: trainer.federation is missing: it says what this silo agrees to send")
-    domains = {data.name: data} if isinstance(data, DomainDataModule) else getattr(data, "domains", {})
+    domains = getattr(data, "domains", {})
     if name not in domains:
         raise ConfigError(
-            f"{configs[-1]}: data has no domain '{name}', the name of this silo; it has {sorted(domains)}"
+            f"{configs[-1]}: data must be a FederatedDataModule with the domain '{name}', the name of this silo; its domains "
+            f"are {sorted(domains)}"
         )
-    root = None if isinstance(data, DomainDataModule) else data.root
-    clients = trainer.build_clients(cli.model, FederatedDataModule({name: domains[name]}, root))
+    data.domains = {name: domains[name]}  # whatever else there is, it is not this silo's
+    clients = trainer.build_clients(cli.model, data)
     return Silo(
         trainer.federation, clients[name], trainer.loop_callbacks, trainer.run_dir, trainer.seed, trainer.shared_loggers
     )

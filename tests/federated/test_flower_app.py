@@ -202,7 +202,8 @@ def test_a_silo_opens_from_its_own_configuration_files(tmp_path: Path, monkeypat
     own = tmp_path / "alpha.yaml"
     noise = {"class_path": "lightning_sfubm.callbacks.privacy_noise.PrivacyNoise", "init_args": {"sigma": 0.0}}
     trainer = {"default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "callbacks": [noise]}
-    own.write_text(yaml.safe_dump({"trainer": trainer, "data": alpha}))  # the data module of one domain, alone
+    data = {"class_path": synthetic["data"]["class_path"], "init_args": {"domains": {"alpha": alpha}}}
+    own.write_text(yaml.safe_dump({"trainer": trainer, "data": data}))
 
     read = RunConfig.read(app_config(out)["config"])
 
@@ -218,5 +219,5 @@ def test_a_silo_opens_from_its_own_configuration_files(tmp_path: Path, monkeypat
     assert reply.silo == "alpha"
     assert read_shapes(reply.shape)[0] == 64
     assert json.loads((tmp_path / "run/ledger.jsonl").read_text())["kind"] == "teacher"
-    with pytest.raises(ConfigError, match="no domain 'beta'"):
+    with pytest.raises(ConfigError, match="the domain 'beta'"):
         open_silo([str(common), str(own)], "beta")
