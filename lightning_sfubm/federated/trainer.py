@@ -246,7 +246,7 @@ class FederatedTrainer(L.Trainer):
             values = getattr(trainer, stage)(client.module, datamodule=client.datamodule, verbose=False)[0]
             results.append({f"{name}/{key}": float(value) for key, value in values.items()})
         if verbose and self.is_global_zero:
-            from lightning_sfubm.evaluation.console import print_metrics
+            from lightning_sfubm.evaluation.terminal import print_metrics
 
             print_metrics(stage, results)
         return results

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from lightning_sfubm.__main__ import main
+from lightning_sfubm.cli import SFUBMCLI
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.aggregation import KMeans
 from lightning_sfubm.federated.coordinator import Coordinator
@@ -221,3 +223,26 @@ def test_a_silo_opens_from_its_own_configuration_files(tmp_path: Path, monkeypat
     assert json.loads((tmp_path / "run/ledger.jsonl").read_text())["kind"] == "teacher"
     with pytest.raises(ConfigError, match="the domain 'beta'"):
         open_silo([str(common), str(own)], "beta")
+
+
+def test_the_page_says_what_the_generated_commands_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/how-to/federate-across-machines.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # restored afterwards: the configuration sets it
+    files = dict(re.findall(r"`(\w+\.yaml)`[^\n]*(?:\n[^\n`][^\n]*)*?:\n\n```yaml\n(.*?)```", page, re.DOTALL))
+    assert sorted(files) == ["alpha.yaml", "federation.yaml"]
+    for name, text in files.items():
+        Path(name).write_text(text)
+    shell = (
+        "\n".join(re.findall(r"```bash\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ").replace("$HOST", "127.0.0.1")
+    )
+    commands = [line.split() for line in shell.splitlines()]
+    generator = next(words for words in commands if words[:2] == ["lightning-sfubm", "flower-app"])
+    main(generator[1:])
+    written = [line.split() for line in Path("flower/README.md").read_text().splitlines()]
+    for start in (["flower-superlink"], ["flwr", "supernode"], ["lightning-sfubm", "flower-silo"], ["flwr", "run"]):
+        shown = next(words for words in commands if words[: len(start)] == start)
+        made = next(words for words in written if words[: len(start)] == start)
+        assert sorted(word.removeprefix(f"{tmp_path}/") for word in made) == sorted(shown), start
+    arguments = ["--config", "federation.yaml", "--config", "alpha.yaml"]
+    assert SFUBMCLI(args=arguments, run=False).trainer.federation.rounds == 3  # type: ignore[attr-defined]
