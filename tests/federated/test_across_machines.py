@@ -146,8 +146,10 @@ def assert_equal_runs(together: Any, tmp_path: Path, names: list[str], folder: s
         for key, value in here["state_dict"].items():
             assert torch.equal(there["state_dict"][key], value), f"{name}: {key}"
         lines = [e for e in read_ledger(run / "ledger.jsonl") if not e.get("resent")]
-        sent = {tuple(e[k] for k in keys) for e in lines if (e["round"], e["kind"]) != (0, "teacher")}
-        assert sent == {tuple(e[k] for k in keys) for e in said if e["client"] == name}
+        here_said = {tuple(e[k] for k in keys) for e in said if e["client"] == name}
+        there_said = {tuple(e[k] for k in keys) for e in lines if (e["round"], e["kind"]) != (0, "teacher")}
+        assert {e for e in there_said if e[1] == "up"} == {e for e in here_said if e[1] == "up"}
+        assert there_said <= here_said  # a silo that was away missed a teacher that a later one replaced
     server = torch.load(find_state(tmp_path / "server/checkpoints") / "server.ckpt", weights_only=True)
     assert server["version"] == together.loop.server.version > 0
     for key, value in together.loop.server.global_teacher.items():
@@ -177,7 +179,7 @@ def test_a_hard_schedule_gives_the_weights_of_the_loop(machines: Any, in_one_pro
     assert {"2": ["beta"], "3": ["beta"]}.items() >= driver.progress.dropped.items()
 
 
-@pytest.mark.parametrize("cut", [2, 4, 5, 7, 9])
+@pytest.mark.parametrize("cut", [1, 4, 6, 9])
 def test_a_coordinator_that_is_killed_goes_on(cut: int, machines: Any, in_one_process: Any, tmp_path: Path) -> None:
     names = ["alpha", "beta"]
     together = in_one_process(names, rounds=2)
