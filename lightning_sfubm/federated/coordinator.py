@@ -14,10 +14,10 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -35,42 +35,12 @@ from lightning_sfubm.federated.envelopes import (
 )
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.ledger import Ledger
+from lightning_sfubm.federated.membership import Membership, Patience, Transport
 from lightning_sfubm.federated.messages import Message, MessageSchema, teacher_schema, unpack
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.weights import TooFewClientsError
 
 log = logging.getLogger(__name__)
-
-
-class Transport(Protocol):
-    """What carries requests to silos and replies back."""
-
-    def nodes(self) -> Mapping[int, str]:
-        """Nodes that are connected, with the name each was registered under, or an empty one."""
-        ...
-
-    def ask(self, requests: Mapping[int, Request], deadline_s: float) -> Mapping[int, Reply]:
-        """Send a request to each node and return the replies that arrived in time; a reply that is not one is left out."""
-        ...
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long the coordinator waits.
-
-    Attributes:
-        start_s: for the silos to connect and to answer the first request.
-        round_s: for an exchange or a round; who has not answered by then has dropped out of it.
-        finish_s: for the local phases. They need no server: a silo that takes longer goes on alone.
-        poll_s: between two looks at which nodes are connected.
-        retry_s: before a node that refused is asked again, at the next occasion.
-    """
-
-    start_s: float = 600.0
-    round_s: float = 3600.0
-    finish_s: float = 86400.0
-    poll_s: float = 3.0
-    retry_s: float = 60.0
 
 
 @dataclass
@@ -79,12 +49,10 @@ class _Progress:
     federation: str = field(default_factory=lambda: secrets.token_hex(16))
     round: int = 0
     exchanged: int | None = None
-    shape: str = ""
+    start: str = ""  # hash of the weights that all silos start from
     finished: list[str] = field(default_factory=list)
     dropped: dict[str, list[str]] = field(default_factory=dict)
-    outbox: dict[str, dict[str, str]] = field(
-        default_factory=dict
-    )  # silo -> kind -> sha256 of a message not yet delivered
+    outbox: dict[str, dict[str, str]] = field(default_factory=dict)  # silo -> kind -> hash of a message to deliver
     ledger: int = 0
 
 
@@ -97,7 +65,8 @@ class Coordinator:
         transport: carries requests and replies.
         run_dir: where states and the server's own message ledger are written.
         seed: root seed, the same for all.
-        min_silos: silos that must be there before the run starts; ``None`` = all that take part from the start.
+        min_silos: silos that must be there before the run starts; ``None`` = all that take part from the start. A run that
+            goes on waits for the others as long, and then goes on without them.
         patience: deadlines.
 
     Raises:
@@ -122,12 +91,11 @@ class Coordinator:
             federation.weights.check_clients(federation.smallest_round(silos))
         self.federation, self.silos, self.transport = federation, sorted(silos), transport
         self.run_dir, self.seed = run_dir, seed
-        self.min_silos = len(federation.active(silos, 1)) if min_silos is None else min_silos
+        self.min_silos = min_silos
         self.patience = patience if patience is not None else Patience()
+        self.members = Membership(self.silos, transport, self.patience, self._agree)
         self.progress = _Progress()
         self.ledger = Ledger(run_dir / "ledger.jsonl")
-        self.known: dict[str, int] = {}  #: node by silo
-        self._refused: dict[int, float] = {}  # when, by node
         self._server: Server | None = None
 
     @property
@@ -185,47 +153,14 @@ class Coordinator:
     # ------------------------------------------------------------------ who is there
 
     def _gather(self) -> None:
-        end = time.monotonic() + self.patience.start_s
-        wanted = self.federation.active(self.silos, self.progress.round + 1)
-        while not set(wanted) <= set(self.known) and time.monotonic() < end:
-            self._greet(end - time.monotonic())
-            if not set(wanted) <= set(self.known):
-                time.sleep(self.patience.poll_s)
-        missing = sorted(set(self.silos) - set(self.known))
-        if not self.known or len(self.known) < self.min_silos:
-            raise ConfigError(
-                f"{len(self.known)} silos came within {self.patience.start_s:g} s, {self.min_silos} are needed; missing: "
-                f"{missing}. Their own logs say why where they refused"
-            )
-        log.info("silos: %s%s", ", ".join(sorted(self.known)), f"; missing: {', '.join(missing)}" if missing else "")
+        wanted = (
+            self.federation.active(self.silos, self.progress.round + 1) or self.silos
+        )  # all have left: the last word
+        fewest = 1 if self.progress.step else min(len(wanted), self.min_silos or len(wanted))
+        self.members.gather(wanted, max(1, fewest), lambda: self._request("hello", 0))
 
-    def _greet(self, deadline_s: float) -> None:
-        """Ask every node that is new who it is; take the ones whose names and shared weights fit."""
-        nodes = self.transport.nodes()
-        now = time.monotonic()
-        refused = {node for node, when in self._refused.items() if now - when < self.patience.retry_s}
-        met = {*self.known.values(), *refused}
-        new = {node: self._request("hello", 0) for node in nodes if node not in met}
-        for node, reply in sorted(self.transport.ask(new, deadline_s).items()) if new else []:
-            try:
-                self._welcome(node, nodes[node], reply, nodes)
-            except (MessageError, ConfigError) as error:
-                log.warning("a silo is not taken: %s", error)
-                self._refused[node] = now
-
-    def _welcome(self, node: int, registered: str, reply: Reply, nodes: Mapping[int, str]) -> None:
-        name = reply.silo
-        if reply.error:
-            raise ConfigError(f"'{name}' refused ({reply.error}); its own log says why")
-        if name not in self.silos:
-            raise ConfigError(f"'{name}' is not among the silos {self.silos}")
-        if registered and registered != name:
-            raise ConfigError(f"the node that is registered as '{registered}' says that it is '{name}'")
-        if self.known.get(name) in nodes:
-            raise ConfigError(f"two nodes say that they are '{name}'")
-        self._agree(reply)
-        self.known[name] = node
-        log.info("silo '%s' is there", name)
+    def _greet(self) -> None:
+        self.members.greet(lambda: self._request("hello", 0), self.patience.round_s)
 
     def _agree(self, reply: Reply) -> None:
         """Build the server from the first silo's description; every other must start from the same weights."""
@@ -237,13 +172,11 @@ class Coordinator:
             message = self._checked(teacher_schema(template, with_weight=False), reply.silo, 0, reply.teacher)
             self.ledger.record(reply.silo, "up", message, {})
             initial = message.tensors
-        digest = hashlib.sha256(reply.shape.encode())
+        digest = hashlib.sha256(describe_shapes(dim, template).encode())
         for tensor in initial.values():
             digest.update(tensor.numpy().tobytes())
-        shape = f"{digest.hexdigest()} {describe_shapes(dim, initial)}"
-        if not self.progress.shape:
-            self.progress.shape = shape
-        elif shape != self.progress.shape:
+        self.progress.start = self.progress.start or digest.hexdigest()
+        if digest.hexdigest() != self.progress.start:
             raise ConfigError(f"'{reply.silo}' starts from other shared weights than the others: same model and seed?")
         if self._server is None:
             self._server = Server(
@@ -272,9 +205,9 @@ class Coordinator:
     def _round(self, number: int) -> None:
         federation, progress = self.federation, self.progress
         if federation.joined(self.silos, number) and progress.exchanged != number:
-            self._greet(self.patience.round_s)
+            self._greet()
             self._exchange_semantics(number)
-        self._greet(self.patience.round_s)
+        self._greet()
         drawn = federation.sample(self.silos, number, self.seed)
         replies = self._ask(number, {name: self._request("train", number, name) for name in drawn})
         arrived = list(replies)
@@ -298,7 +231,7 @@ class Coordinator:
         return list(updates)
 
     def _finish(self) -> None:
-        self._greet(self.patience.round_s)
+        self._greet()
         left = [name for name in self.silos if name not in self.progress.finished]
         number = self.federation.rounds + 1
         replies = self._ask(
@@ -330,21 +263,23 @@ class Coordinator:
     def _ask(self, round: int, requests: dict[str, Request], deadline_s: float | None = None) -> dict[str, Reply]:
         """Replies of the silos that complied, in sorted order; all others are noted as dropped."""
         nodes = self.transport.nodes()
-        there = {self.known[n]: request for n, request in requests.items() if self.known.get(n) in nodes}
-        self._record_down(round, {n: requests[n] for n, node in self.known.items() if node in there})
+        there = {
+            self.members.known[n]: request for n, request in requests.items() if self.members.known.get(n) in nodes
+        }
+        self._record_down(round, {n: requests[n] for n, node in self.members.known.items() if node in there})
         replies = (
             self.transport.ask(there, self.patience.round_s if deadline_s is None else deadline_s) if there else {}
         )
         complied = {}
         for name in sorted(requests):
-            reply = replies.get(self.known.get(name, -1))
+            reply = replies.get(self.members.known.get(name, -1))
             if reply is not None and not reply.error and reply.silo == name:
                 complied[name] = reply
                 if requests[name].action in ("train", "finish"):
                     self.progress.outbox.pop(name, None)  # delivered
             else:
                 reason = "did not answer" if reply is None else reply.error or f"says that it is '{reply.silo}'"
-                self._drop(round, name, reason if name in self.known else "never came")
+                self._drop(round, name, reason if name in self.members.known else "never came")
         return complied
 
     def _accepted(

@@ -83,7 +83,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 class FlowerTransport:
-    """A :class:`~lightning_sfubm.federated.coordinator.Transport` over a Flower grid."""
+    """A :class:`~lightning_sfubm.federated.membership.Transport` over a Flower grid."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from lightning_sfubm import __version__
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.results import write_atomically
-from lightning_sfubm.federated.coordinator import Patience
+from lightning_sfubm.federated.membership import Patience
 from lightning_sfubm.federated.run_config import RunConfig, Value, run_config
 
 FLOWER = "1.41"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.federated.coordinator import Patience
 from lightning_sfubm.federated.envelopes import check_across_machines
 from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.membership import Patience
 
 #: settings of the schedule that a coordinator needs; those of the local phases are each silo's own
 _SCHEDULE = (

@@ -163,13 +163,13 @@ class Fleet:
             *(*files, "--ssl-keyfile", f"{keys}/server.key"),
             *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
         )
-        wait_for(lambda: "Application startup complete" in self.log("superlink"), 60, "SuperLink")
+        wait_for(lambda: "Application startup complete" in self.log("superlink"), 120, "SuperLink")
 
     def register(self, silo: str, connection: str = "federation") -> None:
         """Make a silo's public key known to the SuperLink."""
         key = str(self.folder / f"keys/{silo}.key.pub")
         command = [self.bin / "flwr", "supernode", "register", key, connection, "--name", silo]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def supernode(self, silo: str, *configs: str) -> None:

@@ -58,7 +58,7 @@ def train(message, context):
 def main(grid, context):
     content = RecordDict({"fields": ConfigRecord({"action": "hello"}), "payloads": ArrayRecord()})
     messages = [Message(content, node, "train") for node in grid.get_node_ids()]
-    for reply in grid.send_and_receive(messages, timeout=90):
+    for reply in grid.send_and_receive(messages, timeout=180):
         print("answer:", dict(reply.content["fields"]), flush=True)
 """
 
@@ -132,7 +132,7 @@ class Setting:
         arguments = ["--config", self.write_shared(**schedule), "--silos", *SILOS, "--out", str(app)]
         keys = self.folder / "fleet/keys"
         where = ["--superlink", f"127.0.0.1:{port}", "--certificates", str(keys)]
-        flower_app([*arguments, *where, "--start-s", "120", "--round-s", "150", "--finish-s", "150"])
+        flower_app([*arguments, *where, "--start-s", "240", "--round-s", "240", "--finish-s", "240"])
         fleet = Fleet(self.folder / "fleet", app, port, str(self.modules))
         write_certificates(keys, SILOS)
         return fleet
@@ -176,11 +176,11 @@ def progress(setting: Setting) -> dict[str, Any]:
     return dict(read_loop(server_state(setting))["stored"]["progress"])
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_run_over_flower_gives_the_weights_of_one_process_and_brings_no_code(
     setting: Setting, fleets: list[Fleet]
 ) -> None:
-    fleet = setting.fleet(rounds=2)
+    fleet = setting.fleet(rounds=1)
     fleets.append(fleet)
     fleet.superlink()
     for silo in SILOS:
@@ -188,7 +188,7 @@ def test_a_run_over_flower_gives_the_weights_of_one_process_and_brings_no_code(
         setting.node(fleet, silo)
     fleet.run()
     together = setting.in_one_process()
-    wait_for(lambda: "finished after 2 rounds" in fleet.log("run"), 240, "the run")
+    wait_for(lambda: "finished after 1 rounds" in fleet.log("run"), 300, "the run")
     assert_same_result(setting, together)
     said = {"up": 0, "down": 0}
     for silo in SILOS:
@@ -198,7 +198,7 @@ def test_a_run_over_flower_gives_the_weights_of_one_process_and_brings_no_code(
         for entry in mine:
             said[str(entry["direction"])] += 1
         assert "token" not in fleet.log(silo)
-    assert said == {"up": 8, "down": 6}  # each: initial weights, item vectors, two updates; mixed vectors, two teachers
+    assert said == {"up": 6, "down": 4}  # each: initial weights, item vectors, an update; mixed vectors, a teacher
     assert_no_code_of_a_run_is_executed(setting, fleet)
 
 
@@ -209,12 +209,12 @@ def assert_no_code_of_a_run_is_executed(setting: Setting, fleet: Fleet) -> None:
     (app / "pyproject.toml").write_text(project)
     (app / "foreign.py").write_text(f"FOLDER = {str(seen)!r}\n{FOREIGN}")
     fleet.run("foreign")
-    wait_for(lambda: fleet.log("foreign").count("answer:") == len(SILOS), 100, "answers of the silos")
+    wait_for(lambda: fleet.log("foreign").count("answer:") == len(SILOS), 200, "answers of the silos")
     assert fleet.log("foreign").count("'error': 'MessageError'") == len(SILOS)
     assert [file.name for file in seen.iterdir()] == ["flwr-serverapp"]
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_silo_and_the_server_may_die(setting: Setting, fleets: list[Fleet]) -> None:
     fleet = setting.fleet(rounds=3)
     fleets.append(fleet)
@@ -226,14 +226,14 @@ def test_a_silo_and_the_server_may_die(setting: Setting, fleets: list[Fleet]) ->
         setting.node(fleet, silo, [hang])
     fleet.run()
     together = setting.in_one_process([{"class_path": "hooks_of_this_test.Away"}])
-    wait_for(hangs.exists, 150, "round 2")
+    wait_for(hangs.exists, 240, "round 2")
     fleet.kill("drama")
-    wait_for(lambda: progress(setting)["round"] == 2, 160, "the end of round 2 without the silo")
+    wait_for(lambda: progress(setting)["round"] == 2, 200, "the end of round 2 without the silo")
     fleet.kill_server_app()
     assert progress(setting)["dropped"] == {"2": ["drama"]}
     setting.node(fleet, "drama", [hang])
     fleet.run("again")
-    wait_for(lambda: "finished after 3 rounds" in fleet.log("again"), 200, "the run that goes on")
+    wait_for(lambda: "finished after 3 rounds" in fleet.log("again"), 300, "the run that goes on")
     assert "going on after round 2 of 3" in fleet.log("again")
     assert progress(setting)["dropped"] == {"2": ["drama"]}
     assert progress(setting)["finished"] == SILOS
