@@ -153,9 +153,8 @@ class Coordinator:
     # ------------------------------------------------------------------ who is there
 
     def _gather(self) -> None:
-        wanted = (
-            self.federation.active(self.silos, self.progress.round + 1) or self.silos
-        )  # all have left: the last word
+        # where all have left, the last message is still to be delivered
+        wanted = self.federation.active(self.silos, self.progress.round + 1) or self.silos
         fewest = 1 if self.progress.step else min(len(wanted), self.min_silos or len(wanted))
         self.members.gather(wanted, max(1, fewest), lambda: self._request("hello", 0))
 
