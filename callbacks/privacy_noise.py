@@ -44,6 +44,10 @@ class PrivacyNoise(FederatedCallback):
         secret = "kept by the client" if self.secret_dir else "derived from the run's seed (simulation only)"
         return {**GaussianPerturbation(self.sigma, b"").describe(), "secret": secret}
 
+    def order_seed(self, seed: int, client: str) -> int:
+        """Root of the order in which a client's vectors leave: its secret where it has one, or the run's seed."""
+        return seed if self.secret_dir is None else int.from_bytes(self._secret(seed, client), "big")
+
     def mechanism(self, seed: int, client: str, sigma: float | None = None) -> GaussianPerturbation:
         """The perturbation of one client, at this callback's sigma or another (for sweeps)."""
         return GaussianPerturbation(self.sigma if sigma is None else sigma, self._secret(seed, client))

@@ -13,6 +13,8 @@ commands
   predict   top items for each user, from a checkpoint
   report    build report.html and report.json again from a finished run folder
   results   run a grid of pairs, methods and seeds, and build its tables; can be stopped and given again
+  flower-app    write the Flower app of a federation across machines, and the commands that start it
+  flower-silo   start a silo of such a federation on this machine
 
 examples
   lightning-sfubm fit --config configs/experiment/demo.yaml
@@ -26,7 +28,7 @@ class path. Settings of the environment: SFUBM_CACHE moves the cache of models a
 """
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
-_OWN = ("report", "results")
+_OWN = ("report", "results", "flower-app", "flower-silo")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,6 +55,14 @@ def main(argv: list[str] | None = None) -> None:
             from lightning_sfubm.grid.command import results
 
             results(argv[1:])
+        elif argv[0] == "flower-app":
+            from lightning_sfubm.federated.flower_app import flower_app
+
+            flower_app(argv[1:])
+        elif argv[0] == "flower-silo":
+            from lightning_sfubm.federated.flower_silo import flower_silo
+
+            flower_silo(argv[1:])
         else:
             known = ", ".join((*_LIGHTNING, *_OWN))
             raise SFUBMError(f"unknown command '{argv[0]}': use one of {known}, or --help")

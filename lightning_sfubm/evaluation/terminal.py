@@ -1,6 +1,7 @@
 """The result table on a terminal, as the end of a run."""
 
 import os
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,20 @@ def print_results(run_dir: str | os.PathLike[str], console: Console | None = Non
             console.print(f"  {fact['domain']}: {_difference(fact)}", markup=False, highlight=False)
     for problem in folder.problems:
         console.print(f"note: {problem}", style="yellow", markup=False, highlight=False)
+
+
+def print_metrics(stage: str, results: Sequence[Mapping[str, float]], console: Console | None = None) -> None:
+    """Print what ``validate`` or ``test`` of a federated run found, one line for every client and metric.
+
+    Args:
+        stage: ``"validate"`` or ``"test"``.
+        results: metrics by ``<client>/<stage>/<metric>``, one mapping a client.
+        console: where to; standard output by default.
+    """
+    table = Table(title=stage, title_justify="left", show_header=False)
+    for name, value in ((name, value) for client in results for name, value in sorted(client.items())):
+        table.add_row(name.replace("[", r"\["), f"{value:.4f}")
+    (console or Console()).print(table)
 
 
 def _table(domain: Json) -> Table:

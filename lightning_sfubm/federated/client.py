@@ -44,6 +44,7 @@ class Client:
             )
         self.name, self.module, self.datamodule, self.seed = name, module, datamodule, seed
         self.make_trainer = make_trainer
+        self.order_seed = seed  #: root of the order of uploads; a secret where the run's seed is known to the server
         self.saved: Path | None = None
         self.rounds_done = 0
         self._changed = True  # the module holds something that ``saved`` does not
@@ -82,7 +83,7 @@ class Client:
         self._changed = True
 
     def _order(self) -> Tensor:
-        generator = torch_generator(self.seed, "upload order", self.name)
+        generator = torch_generator(self.order_seed, "upload order", self.name)
         return torch.randperm(len(self.module.semantics()), generator=generator)
 
     def train_round(

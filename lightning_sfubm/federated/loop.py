@@ -121,6 +121,11 @@ class FederatedLoop:
         """Folder of the run's states."""
         return self.run_dir / "checkpoints"
 
+    @property
+    def shares_teacher(self) -> bool:
+        """Whether what a round trains leaves the client."""
+        return self.federation.sends_teacher and len(self.clients) > 1
+
     def resume(self, path: Path) -> None:
         """Go on from the newest whole state under ``path``. The history is cut back to it; the ledger is never cut.
 
@@ -148,11 +153,7 @@ class FederatedLoop:
         """Run to the end from wherever the counters stand."""
         federation = self.federation
         if self.counters.step == 0:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            for folder in ("checkpoints", "clients", "csv"):  # of an earlier run in the same place
-                shutil.rmtree(self.run_dir / folder, ignore_errors=True)
-            (self.run_dir / "history.jsonl").write_text("")
-            self.ledger.start()
+            self._start()
         if self.counters.exchanged is None and len(federation.active(self.clients, 0)) > 1:
             self._exchange_semantics(0)
         for number in range(self.counters.round + 1, federation.rounds + 1):
@@ -163,6 +164,13 @@ class FederatedLoop:
                     with self.stopwatch(f"stage 1: local {phase}"):
                         self._local_phase(name, client, phase)
             client.finish()
+
+    def _start(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for folder in ("checkpoints", "clients", "csv"):  # of an earlier run in the same place
+            shutil.rmtree(self.run_dir / folder, ignore_errors=True)
+        (self.run_dir / "history.jsonl").write_text("")
+        self.ledger.start()
 
     # ------------------------------------------------------------------ item semantics
 
@@ -179,11 +187,7 @@ class FederatedLoop:
         Raises:
             PrivacyError: no callback protects item semantics. Add ``PrivacyNoise``; sigma 0 must be asked for.
         """
-        if not any("semantics" in c.protects for c in self.callbacks):
-            raise PrivacyError(
-                "item semantics would leave unprotected: add lightning_sfubm.callbacks.privacy_noise.PrivacyNoise to "
-                "trainer.callbacks (its sigma may be 0), or set exchange to 'teacher' or 'nothing'"
-            )
+        self._check_protected()
         schema, uploads = self.server.semantics, {}
         for name in self.federation.active(self.clients, round):
             try:
@@ -193,6 +197,13 @@ class FederatedLoop:
         for name, answer in self.server.aggregate_semantics(round, uploads).items():
             self.clients[name].receive_semantics(self._receive(name, schema, answer)["vectors"])
         self.counters.exchanged = round
+
+    def _check_protected(self) -> None:
+        if not any("semantics" in c.protects for c in self.callbacks):
+            raise PrivacyError(
+                "item semantics would leave unprotected: add lightning_sfubm.callbacks.privacy_noise.PrivacyNoise to "
+                "trainer.callbacks (its sigma may be 0), or set exchange to 'teacher' or 'nothing'"
+            )
 
     # ------------------------------------------------------------------ rounds
 
@@ -210,7 +221,7 @@ class FederatedLoop:
                     self._checkpoint(linked=True)
         metrics = dict(counters.trained)
         with self.stopwatch("stage 1: rounds, messages and aggregation"):
-            if federation.sends_teacher and len(self.clients) > 1:
+            if self.shares_teacher:
                 self._exchange_teacher(number)
             for callback in self.callbacks:
                 callback.on_aggregate(self, number)
@@ -236,7 +247,7 @@ class FederatedLoop:
             federation.epochs(name),
             self._folder(name),
             partial(self._history, name, client.module.round_phase, number),
-            shares=federation.sends_teacher and len(self.clients) > 1,
+            shares=self.shares_teacher,
         )
         self.counters.trained[name] = client.metrics
         if client.privacy is not None:
@@ -252,12 +263,7 @@ class FederatedLoop:
         schema = self.server.teacher
         if schema is None:
             raise ConfigError("this server was built without a teacher to exchange")
-        unprotected = [name for name in self.counters.trained if name not in self.counters.privacy]
-        if self._private and unprotected:
-            raise PrivacyError(
-                f"round {number}: the run asks for differential privacy, but what {unprotected} trained has no guarantee; "
-                "nothing is sent. Give every client the callback DifferentialPrivacy"
-            )
+        self._check_guarantees(number)
         arrived = self._aggregate_securely if self.federation.secure_aggregation else self._aggregate
         try:
             names = arrived(number, schema)
@@ -267,15 +273,27 @@ class FederatedLoop:
         for name in self.clients if number == self.federation.rounds else names:
             self._catch_up(name)
 
+    def _check_guarantees(self, number: int) -> None:
+        unprotected = [name for name in self.counters.trained if name not in self.counters.privacy]
+        if self._private and unprotected:
+            raise PrivacyError(
+                f"round {number}: the run asks for differential privacy, but what {unprotected} trained has no guarantee; "
+                "nothing is sent. Give every client the callback DifferentialPrivacy"
+            )
+
+    def _update(self, name: str) -> dict[str, Tensor]:
+        """What a client has trained, as it is sent where every update travels in a message of its own."""
+        tensors = self.clients[name].module.shared_state()
+        if self.federation.weighting == "examples":
+            tensors["__weight__"] = Tensor([self.clients[name].num_examples])
+        return tensors
+
     def _aggregate(self, number: int, schema: MessageSchema) -> list[str]:
         """Updates up, each in a message of its own; returns whose arrived."""
         payloads = {}
         for name in sorted(self.counters.trained):
-            tensors = self.clients[name].module.shared_state()
-            if self.federation.weighting == "examples":
-                tensors["__weight__"] = Tensor([self.clients[name].num_examples])
             try:
-                payloads[name] = self._send(name, schema, number, tensors)
+                payloads[name] = self._send(name, schema, number, self._update(name))
             except ClientDropped as error:
                 self._drop(name, number, error)
         self._check_updates(len(payloads))

@@ -23,6 +23,7 @@ from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
 
 log = logging.getLogger(__name__)
+_NEEDS = "a federated run needs trainer.federation and a FederatedDataModule with at least one entry in data.domains"
 _OWN = {"max_epochs", "min_epochs", "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "max_steps"}
 
 
@@ -110,11 +111,21 @@ class FederatedTrainer(L.Trainer):
     ) -> FederatedLoop:
         """Clients and loop for a model template and the data of all domains."""
         federation = federation if federation is not None else self.federation
+        if federation is None:
+            raise ConfigError(_NEEDS)
+        clients = self.build_clients(model, datamodule)
+        return FederatedLoop(federation, clients, self.loop_callbacks, self.run_dir, self.seed, self.shared_loggers)
+
+    @property
+    def loop_callbacks(self) -> list[Callback]:
+        """Callbacks of a federated loop: those that were configured, and the one that logs rounds."""
+        return [*self._user_callbacks, RoundLogger(quiet=self._flags.get("enable_progress_bar") is False)]
+
+    def build_clients(self, model: L.LightningModule, datamodule: Any) -> dict[str, Client]:
+        """A client for every domain, ready to train, with a copy of the model."""
         domains = getattr(datamodule, "domains", None)
-        if federation is None or not domains:
-            raise ConfigError(
-                "a federated run needs trainer.federation and a FederatedDataModule with at least one entry in data.domains"
-            )
+        if not domains:
+            raise ConfigError(_NEEDS)
         datamodule.prepare_data()
         datamodule.setup("fit")
         clients = {}
@@ -124,10 +135,12 @@ class FederatedTrainer(L.Trainer):
                 return self.make_trainer(client=name, **kwargs)
 
             client = Client(name, copy.deepcopy(model), domain, make_trainer, self.seed)
+            for callback in self._user_callbacks:
+                if hasattr(callback, "order_seed"):
+                    client.order_seed = callback.order_seed(self.seed, name)
             client.prepare()
             clients[name] = client
-        callbacks = [*self._user_callbacks, RoundLogger(quiet=self._flags.get("enable_progress_bar") is False)]
-        return FederatedLoop(federation, clients, callbacks, self.run_dir, self.seed, self.shared_loggers)
+        return clients
 
     def prepare(self, model: L.LightningModule, datamodule: Any) -> None:
         """Set up clients and loop without running it, for methods that take part in no federation."""
@@ -233,7 +246,7 @@ class FederatedTrainer(L.Trainer):
             values = getattr(trainer, stage)(client.module, datamodule=client.datamodule, verbose=False)[0]
             results.append({f"{name}/{key}": float(value) for key, value in values.items()})
         if verbose and self.is_global_zero:
-            from lightning_sfubm.evaluation.console import print_metrics
+            from lightning_sfubm.evaluation.terminal import print_metrics
 
             print_metrics(stage, results)
         return results

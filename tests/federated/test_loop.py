@@ -206,10 +206,13 @@ def test_resume_refuses_other_clients_models_and_schedules(federated_data: Any, 
         federated_trainer(rounds=1).fit(small_distiller(), datamodule=federated_data(num_items=60), ckpt_path="last")
 
 
-def test_test_after_fit_equals_test_from_the_checkpoint(federated_data: Any, federated_trainer: Any) -> None:
+def test_test_after_fit_equals_test_from_the_checkpoint(
+    federated_data: Any, federated_trainer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer = federated_trainer(rounds=1)
     trainer.fit(small_distiller(), datamodule=federated_data())
-    live = trainer.test(small_distiller(), datamodule=federated_data(), verbose=False)
+    live = trainer.test(small_distiller(), datamodule=federated_data())
+    assert all(name in capsys.readouterr().out for name in list(live[0])[:1])
     fresh = federated_trainer(rounds=1).test(
         small_distiller(), datamodule=federated_data(), ckpt_path="last", verbose=False
     )

@@ -1,0 +1,350 @@
+"""The server's side of a federation across machines: the schedule of the loop, with requests in the place of clients.
+
+    hello to every silo  ->  semantics up, server mixes  ->  rounds: teacher down, local epochs, weights up, aggregation
+    ->  finish: the last teacher down, local phases on each silo, nothing up
+
+It holds a :class:`~lightning_sfubm.federated.server.Server` and knows silos by what they send. Its state is written after the
+exchange and after every round; a coordinator that is killed goes on at the last complete round, and silos answer again what
+they have already done. A silo that does not answer in time, refuses, or sends what the schema refuses has dropped out of the
+round, as in the loop.
+"""
+
+import copy
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
+from lightning_sfubm.evaluation.results import write_atomically
+from lightning_sfubm.federated.checkpoint import find_state, load_state, read_loop, save_state
+from lightning_sfubm.federated.envelopes import (
+    Action,
+    Reply,
+    Request,
+    check_across_machines,
+    describe_shapes,
+    read_shapes,
+    terms,
+)
+from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.ledger import Ledger
+from lightning_sfubm.federated.membership import Membership, Patience, Transport
+from lightning_sfubm.federated.messages import Message, MessageSchema, teacher_schema, unpack
+from lightning_sfubm.federated.server import Server
+from lightning_sfubm.federated.weights import TooFewClientsError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Progress:
+    step: int = 0
+    federation: str = field(default_factory=lambda: secrets.token_hex(16))
+    round: int = 0
+    exchanged: int | None = None
+    start: str = ""  # hash of the weights that all silos start from
+    finished: list[str] = field(default_factory=list)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    outbox: dict[str, dict[str, str]] = field(default_factory=dict)  # silo -> kind -> hash of a message to deliver
+    ledger: int = 0
+
+
+class Coordinator:
+    """Drives silos through a :class:`~lightning_sfubm.federated.federation.Federation`.
+
+    Args:
+        federation: the schedule.
+        silos: names of all silos, also of those that join later.
+        transport: carries requests and replies.
+        run_dir: where states and the server's own message ledger are written.
+        seed: root seed, the same for all.
+        min_silos: silos that must be there before the run starts; ``None`` = all that take part from the start. A run that
+            goes on waits for the others as long, and then goes on without them.
+        patience: deadlines.
+
+    Raises:
+        ConfigError: no silo, an unknown one in a setting, or a schedule that cannot be carried across machines.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        silos: list[str],
+        transport: Transport,
+        run_dir: Path,
+        seed: int,
+        min_silos: int | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        if not silos or len(set(silos)) != len(silos):
+            raise ConfigError(f"silos = {silos}: give every silo of the federation once, by name")
+        check_across_machines(federation)
+        federation.check_clients(silos)
+        if federation.sends_teacher and len(silos) > 1:
+            federation.weights.check_clients(federation.smallest_round(silos))
+        self.federation, self.silos, self.transport = federation, sorted(silos), transport
+        self.run_dir, self.seed = run_dir, seed
+        self.min_silos = min_silos
+        self.patience = patience if patience is not None else Patience()
+        self.members = Membership(self.silos, transport, self.patience, self._agree)
+        self.progress = _Progress()
+        self.ledger = Ledger(run_dir / "ledger.jsonl")
+        self._server: Server | None = None
+
+    @property
+    def server(self) -> Server:
+        """The server; there is none before the first silo has said what it shares."""
+        if self._server is None:
+            raise ConfigError("no silo has said hello yet")
+        return self._server
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the states."""
+        return self.run_dir / "checkpoints"
+
+    def run(self) -> None:
+        """Run to the end, from the newest whole state where there is one.
+
+        Raises:
+            ConfigError: too few silos came, or another coordinator is at work in this folder.
+            CheckpointError: the folder holds a run of another schedule.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.run_dir / ".lock", timeout=60):  # one that was killed is gone by then
+                self._run()
+        except Timeout:
+            raise ConfigError(f"{self.run_dir}: another ServerApp is at work there; end it first") from None
+
+    def _run(self) -> None:
+        federation, progress = self.federation, self.progress
+        if any(self.checkpoints.glob("state-*")):
+            self._resume()
+            progress = self.progress
+            log.info("going on after round %d of %d", progress.round, federation.rounds)
+        else:
+            self.ledger.resume(0)
+            self._name_run()
+        self._gather()
+        if progress.exchanged is None and len(federation.active(self.silos, 0)) > 1:
+            self._exchange_semantics(0)
+        for number in range(progress.round + 1, federation.rounds + 1):
+            started = time.monotonic()
+            self._round(number)
+            log.info("round %d of %d: %.1f s", number, federation.rounds, time.monotonic() - started)
+        self._finish()
+
+    def _name_run(self) -> None:
+        """Give the run its name before anything is sent: silos keep to it, also if there is no state to go on from yet."""
+        file = self.run_dir / "federation.id"
+        if file.exists():
+            self.progress.federation = file.read_text()
+        else:
+            write_atomically(file, self.progress.federation.encode())
+
+    # ------------------------------------------------------------------ who is there
+
+    def _gather(self) -> None:
+        # where all have left, the last message is still to be delivered
+        wanted = self.federation.active(self.silos, self.progress.round + 1) or self.silos
+        fewest = 1 if self.progress.step else min(len(wanted), self.min_silos or len(wanted))
+        self.members.gather(wanted, max(1, fewest), lambda: self._request("hello", 0))
+
+    def _greet(self) -> None:
+        self.members.greet(lambda: self._request("hello", 0), self.patience.round_s)
+
+    def _agree(self, reply: Reply) -> None:
+        """Build the server from the first silo's description; every other must start from the same weights."""
+        dim, template = read_shapes(reply.shape)
+        if bool(template) != self.federation.sends_teacher:
+            raise ConfigError(f"'{reply.silo}' does not share what exchange = '{self.federation.exchange}' says")
+        initial = dict(template)
+        if template:
+            message = self._checked(teacher_schema(template, with_weight=False), reply.silo, 0, reply.teacher)
+            self.ledger.record(reply.silo, "up", message, {})
+            initial = message.tensors
+        digest = hashlib.sha256(describe_shapes(dim, template).encode())
+        for tensor in initial.values():
+            digest.update(tensor.numpy().tobytes())
+        self.progress.start = self.progress.start or digest.hexdigest()
+        if digest.hexdigest() != self.progress.start:
+            raise ConfigError(f"'{reply.silo}' starts from other shared weights than the others: same model and seed?")
+        if self._server is None:
+            self._server = Server(
+                self.federation.aggregator,
+                dim,
+                initial or None,
+                copy.deepcopy(self.federation.weights),
+                self.federation.weighting,
+            )
+            if self.progress.step:
+                load_state(find_state(self.checkpoints), self._server, {})
+
+    # ------------------------------------------------------------------ the schedule
+
+    def _exchange_semantics(self, round: int) -> None:
+        if not self.federation.sends_semantics:
+            return
+        active = self.federation.active(self.silos, round)
+        replies = self._ask(round, {name: self._request("semantics", round) for name in active})
+        uploads = self._accepted(round, replies, self.server.semantics, lambda reply: reply.semantics)
+        for name, answer in self.server.aggregate_semantics(round, uploads).items():
+            self._post(name, answer)
+        self.progress.exchanged = round
+        self._checkpoint()
+
+    def _round(self, number: int) -> None:
+        federation, progress = self.federation, self.progress
+        if federation.joined(self.silos, number) and progress.exchanged != number:
+            self._greet()
+            self._exchange_semantics(number)
+        self._greet()
+        drawn = federation.sample(self.silos, number, self.seed)
+        replies = self._ask(number, {name: self._request("train", number, name) for name in drawn})
+        arrived = list(replies)
+        if federation.sends_teacher and len(self.silos) > 1:
+            assert self.server.teacher is not None
+            updates = self._accepted(number, replies, self.server.teacher, lambda reply: reply.teacher)
+            arrived = self._aggregate(number, updates)
+        for name, last in federation.leaves.items():
+            if last == number < federation.rounds and name in arrived and self.server.version:
+                self._post(name, self.server.broadcast())  # it goes on alone with what this round gave
+        progress.round = number
+        self._checkpoint()
+
+    def _aggregate(self, number: int, updates: dict[str, bytes]) -> list[str]:
+        try:
+            if len(updates) < self.federation.min_updates:
+                raise TooFewClientsError(f"{len(updates)} updates arrived, {self.federation.min_updates} are needed.")
+            self.server.aggregate_teacher(number, updates)
+        except TooFewClientsError as error:
+            log.warning("round %d: %s The global teacher stays as it was.", number, error)
+        return list(updates)
+
+    def _finish(self) -> None:
+        self._greet()
+        left = [name for name in self.silos if name not in self.progress.finished]
+        number = self.federation.rounds + 1
+        replies = self._ask(
+            number, {name: self._request("finish", number, name) for name in left}, self.patience.finish_s
+        )
+        self.progress.finished = sorted({*self.progress.finished, *replies})
+        self._checkpoint()
+        missing = sorted(set(self.silos) - set(self.progress.finished))
+        if missing:
+            log.warning(
+                "not known to have finished: %s. The same command again asks them once more", ", ".join(missing)
+            )
+        log.info("finished after %d rounds", self.progress.round)
+
+    # ------------------------------------------------------------------ messages
+
+    def _request(self, action: Action, number: int, name: str = "") -> Request:
+        semantics = teacher = b""
+        if name:
+            semantics = self._posted(name, "semantics")
+            gone = self.federation.leaves.get(name, number) < min(number, self.federation.rounds)
+            if gone:
+                teacher = self._posted(name, "teacher")
+            elif self.federation.sends_teacher and self.server.version and len(self.silos) > 1:
+                teacher = self.server.broadcast().payload
+        agreed = terms(self.federation, self.seed)
+        return Request(action, self.progress.federation, number, agreed, semantics, teacher)
+
+    def _ask(self, round: int, requests: dict[str, Request], deadline_s: float | None = None) -> dict[str, Reply]:
+        """Replies of the silos that complied, in sorted order; all others are noted as dropped."""
+        nodes = self.transport.nodes()
+        there = {
+            self.members.known[n]: request for n, request in requests.items() if self.members.known.get(n) in nodes
+        }
+        self._record_down(round, {n: requests[n] for n, node in self.members.known.items() if node in there})
+        replies = (
+            self.transport.ask(there, self.patience.round_s if deadline_s is None else deadline_s) if there else {}
+        )
+        complied = {}
+        for name in sorted(requests):
+            reply = replies.get(self.members.known.get(name, -1))
+            if reply is not None and not reply.error and reply.silo == name:
+                complied[name] = reply
+                if requests[name].action in ("train", "finish"):
+                    self.progress.outbox.pop(name, None)  # delivered
+            else:
+                reason = "did not answer" if reply is None else reply.error or f"says that it is '{reply.silo}'"
+                self._drop(round, name, reason if name in self.members.known else "never came")
+        return complied
+
+    def _accepted(
+        self, round: int, replies: dict[str, Reply], schema: MessageSchema, pick: Callable[[Reply], bytes]
+    ) -> dict[str, bytes]:
+        """Messages that follow the schema, checked one by one so that a bad one drops its sender alone."""
+        accepted = {}
+        for name, reply in replies.items():
+            try:
+                message = self._checked(schema, name, round, pick(reply))
+            except MessageError as error:
+                self._drop(round, name, f"message refused: {error}")
+                continue
+            self.ledger.record(name, "up", message, {})
+            accepted[name] = message.payload
+        return accepted
+
+    @staticmethod
+    def _checked(schema: MessageSchema, name: str, round: int, payload: bytes) -> Message:
+        message = unpack(schema, payload)
+        if (message.client, message.round) != (name, round):
+            raise MessageError(
+                f"'{name}' sent a message of '{message.client}' and round {message.round} in round {round}"
+            )
+        return message
+
+    def _drop(self, round: int, name: str, reason: str) -> None:
+        log.warning("round %d: silo '%s' dropped out (%s)", round, name, reason)
+        self.progress.dropped.setdefault(str(round), []).append(name)
+
+    def _record_down(self, round: int, requests: dict[str, Request]) -> None:
+        for name, request in sorted(requests.items()):
+            for kind in ("semantics", "teacher"):
+                if payload := getattr(request, kind):
+                    self.ledger.record_bytes(name, "down", kind, round, payload, {})
+
+    # ------------------------------------------------------------------ files
+
+    def _post(self, name: str, message: Message) -> None:
+        """Keep a message until its silo takes part again."""
+        write_atomically(self.run_dir / "outbox" / message.sha256, message.payload)
+        self.progress.outbox.setdefault(name, {})[message.kind] = message.sha256
+
+    def _posted(self, name: str, kind: str) -> bytes:
+        sha256 = self.progress.outbox.get(name, {}).get(kind)
+        if sha256 is None:
+            return b""
+        try:
+            return (self.run_dir / "outbox" / sha256).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{self.run_dir / 'outbox' / sha256}: {error}") from None
+
+    def _resume(self) -> None:
+        stored: dict[str, Any] = read_loop(find_state(self.checkpoints))["stored"]
+        agreed = {"schedule": self.federation.schedule(self.seed), "silos": self.silos}
+        if {key: stored[key] for key in agreed} != agreed:
+            raise CheckpointError(f"{self.checkpoints}: was written by another schedule or for other silos: {stored}")
+        self.progress = _Progress(**stored["progress"])
+        self.ledger.resume(self.progress.ledger)
+
+    def _checkpoint(self) -> None:
+        self.progress.step += 1
+        self.progress.ledger = self.ledger.entries
+        stored = {
+            "progress": vars(self.progress),
+            "schedule": dict(self.federation.schedule(self.seed)),
+            "silos": self.silos,
+        }
+        save_state(self.checkpoints, self.progress.step, stored, self.server, {})
