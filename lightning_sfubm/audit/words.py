@@ -1,0 +1,146 @@
+"""The privacy report in plain words: questions a privacy officer asks, answered from the facts of the run alone."""
+
+import math
+from typing import Any
+
+from lightning_sfubm.audit.facts import last_membership
+from lightning_sfubm.audit.replay import GLOBAL
+from lightning_sfubm.evaluation.run_folder import Json
+
+_KINDS = {
+    "semantics": "item vectors (numbers computed from product texts)",
+    "teacher": "weights of the shared model (numbers computed from user behaviour)",
+}
+
+
+def answers(facts: Json) -> list[tuple[str, list[str]]]:
+    """Questions with their answers, each a few sentences.
+
+    Args:
+        facts: see :func:`~lightning_sfubm.audit.facts.privacy_facts`.
+    """
+    return [
+        ("What left each organisation?", _left(facts)),
+        ("What never leaves?", [_NEVER]),
+        ("Can somebody find out which products an organisation has?", _products(facts)),
+        ("Can somebody find out whether a certain person is in the data?", _persons(facts)),
+        ("Is there a guarantee?", _guarantee(facts)),
+        ("Can this report be trusted?", _trust(facts)),
+    ]
+
+
+_NEVER = (
+    "User numbers, histories, ratings, product titles and product numbers: a message has no field for any of them, and one "
+    "that does not follow its schema is refused whole. This is no promise that nothing can be inferred from the numbers that do "
+    "leave; that is what the next questions are about."
+)
+
+
+def _left(facts: Json) -> list[str]:
+    sentences = []
+    rows = [row for row in facts["communication"]["rows"] if row["direction"] == "up"]
+    for client in dict.fromkeys(row["client"] for row in rows):
+        parts = []
+        for row in (row for row in rows if row["client"] == client):
+            what = _KINDS.get(row["kind"], f"{row['kind']} (part of the secure aggregation, unreadable to the server)")
+            parts.append(f"{row['messages']} message{'s' if row['messages'] != 1 else ''} of {what}")
+        sentences.append(f"{client} sent {', '.join(parts)}.")
+    return sentences or ["Nothing: no message was sent."]
+
+
+def _products(facts: Json) -> list[str]:
+    rows = facts["attacks"]["linkage"]
+    if not rows:
+        used = [
+            (domain, entry) for domain, entries in facts["perturbation"].items() for entry in entries if entry["used"]
+        ]
+        return [
+            f"{domain}: somebody who has a list of candidate products would recognise "
+            f"{_percent(entry['linkage_with_replacement'])} of them (simulated, not on recorded messages)."
+            for domain, entry in used
+        ] or ["No item vectors were attacked."]
+    sentences = [
+        f"{row['client']}: somebody who has a list of candidate products with their texts recognises "
+        f"{_percent(row['with_replacement']['value'])} of the {row['attacked']} vectors tried, and "
+        f"{_percent(row['without_replacement']['value'])} where each product may be named once; by guessing, "
+        f"{_percent(row['chance'])}. Averaging all uploads gives {_percent(row['after_averaging']['value'])}."
+        for row in rows
+    ]
+    return [*sentences, "The noise on item vectors is a heuristic: it blurs, and no bound follows from it."]
+
+
+def _persons(facts: Json) -> list[str]:
+    rows = last_membership(facts)
+    if not rows:
+        return [
+            "This was not measured. "
+            + (" ".join(facts["attacks"]["not_run"]) or "Run the audit on recorded messages to measure it.")
+        ]
+    sentences = []
+    for row in rows:
+        whom = "the shared model that every organisation gets" if row["client"] == GLOBAL else "its own update"
+        auc, tpr = row["auc"], row["tpr"]
+        verdict = (
+            "better than guessing" if auc["low"] > 0.5 else "not better than guessing within the error of this test"
+        )
+        sentences.append(
+            f"{row['domain']}, from {whom}, {_SCORES[row['score']]}: of one person inside and one outside, the attacker "
+            f"names the right one in {_percent(auc['value'])} of cases (between {_percent(auc['low'])} and {_percent(auc['high'])}; "
+            f"guessing: 50 %), which is {verdict}. Accusing one outsider in a hundred wrongly, they find "
+            f"{_percent(tpr['value'])} of the insiders (guessing: 1 %)."
+        )
+    return sentences
+
+
+_SCORES = {
+    "loss": "by how well the model fits the person",
+    "calibrated": "by comparison with models of the attacker's own",
+}
+
+
+def _guarantee(facts: Json) -> list[str]:
+    sentences = []
+    for row in facts["mechanisms"]:
+        what = f"{row['client']}, {_KINDS.get(row['kind'], row['kind'])}"
+        if row["standing"] == "guarantee":
+            sentences.append(f"{what}: yes. {epsilon_words(row['epsilon'], row['delta'], row['neighbours'])}")
+        elif row["standing"] == "hidden":
+            sentences.append(
+                f"{what}: the server sees the sum over organisations and no single update, if it follows the protocol."
+            )
+        elif row["standing"] == "heuristic":
+            sentences.append(f"{what}: no. Noise is added, which is a heuristic and no guarantee.")
+        else:
+            sentences.append(f"{what}: no. They are sent as they are.")
+    return sentences or ["Nothing was sent, so none is needed."]
+
+
+def epsilon_words(epsilon: Any, delta: Any, neighbours: Any) -> str:
+    """What an (epsilon, delta) means, with the neighbouring relation."""
+    if not isinstance(epsilon, int | float) or not math.isfinite(epsilon):
+        return "Differential privacy was configured without noise: epsilon is infinite, and nothing is promised."
+    odds = math.exp(min(epsilon, 50.0))
+    return (
+        f"Differential privacy with epsilon {epsilon:.3g} at delta {delta:.1g}, where two data sets are neighbours if they "
+        f"differ by {neighbours}: whatever the attacker knows, the messages of all rounds together raise the odds "
+        f"that a certain person took part by a factor of at most {odds:,.3g} (from 50 % to at most {100 * odds / (1 + odds):.1f} %), "
+        f"except with a probability of {delta:.1g}. It does not cover what else is published: metrics, logs, settings chosen by them."
+    )
+
+
+def _trust(facts: Json) -> list[str]:
+    check = facts["self_check"]
+    stands = (
+        "Every number on what was sent was compared with the ledger and agrees."
+        if check["holds"]
+        else "No: the comparison with the ledger below found contradictions."
+    )
+    return [
+        f"{stands} The ledger is a file in which every line carries the hash of the line before it. Whoever can write the file "
+        "can write a new one as a whole: note the hash of its last line elsewhere to be able to tell. Attacks show what these "
+        "attackers found, not what a cleverer one could find."
+    ]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %" if value >= 0.001 or value == 0 else f"{100 * value:.2g} %"
