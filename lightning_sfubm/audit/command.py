@@ -41,8 +41,8 @@ def audit(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "lightning-sfubm audit",
         description="Check the messages that a run has recorded (trainer.federation.init_args.keep_messages) against "
-        "its ledger, attack them, and write audit.json, privacy_report.html and privacy_report.json into the run folder. Further options "
-        "are those of fit and must describe the run as it was.",
+        "its ledger, attack them, and write audit.json, privacy_report.html and privacy_report.json into the run folder. "
+        "Further options are those of fit and must describe the run as it was.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="append", default=[], help="as of fit; by default RUN_DIR/config.yaml")

@@ -22,8 +22,8 @@ def curve_points(run_dirs: Iterable[Path]) -> list[Json]:
 
     Returns:
         A point has ``domain``, ``epsilon`` (``None`` = no guarantee), ``delta``, ``sigma``, ``membership`` (of the last
-        aggregated teacher, or of the client's own update where none was aggregated: figures by score), ``linkage``, and ``utility``
-        (Hit@1 and NDCG@10 by branch, with intervals, where the run holds results).
+        aggregated teacher, or of the client's own update where none was aggregated: figures by score), ``linkage``, and
+        ``utility`` (Hit@1 and NDCG@10 by branch, with intervals, where the run holds results).
 
     Raises:
         DataError: a folder has no audit that attacked something.

@@ -30,9 +30,9 @@ def answers(facts: Json) -> list[tuple[str, list[str]]]:
 
 
 _NEVER = (
-    "User numbers, histories, ratings, product titles and product numbers: a message has no field for any of them, and one "
-    "that does not follow its schema is refused whole. This is no promise that nothing can be inferred from the numbers that do "
-    "leave; that is what the next questions are about."
+    "User numbers, histories, ratings, product titles and product numbers: a message has no field for any of them, and "
+    "one that does not follow its schema is refused. This is no promise that nothing can be inferred from the numbers that "
+    "do leave; that is what the next questions are about."
 )
 
 
@@ -77,17 +77,17 @@ def _persons(facts: Json) -> list[str]:
             + (" ".join(facts["attacks"]["not_run"]) or "Run the audit on recorded messages to measure it.")
         ]
     sentences = []
-    for row in rows:
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        tried = [row for row in rows if row["domain"] == domain]
+        row = max(tried, key=lambda row: row["auc"]["value"])
         whom = "the shared model that every organisation gets" if row["client"] == GLOBAL else "its own update"
         auc, tpr = row["auc"], row["tpr"]
-        verdict = (
-            "better than guessing" if auc["low"] > 0.5 else "not better than guessing within the error of this test"
-        )
+        better = "better than guessing" if auc["low"] > 0.5 else "not told from guessing by a test of this size"
         sentences.append(
-            f"{row['domain']}, from {whom}, {_SCORES[row['score']]}: of one person inside and one outside, the attacker "
-            f"names the right one in {_percent(auc['value'])} of cases (between {_percent(auc['low'])} and {_percent(auc['high'])}; "
-            f"guessing: 50 %), which is {verdict}. Accusing one outsider in a hundred wrongly, they find "
-            f"{_percent(tpr['value'])} of the insiders (guessing: 1 %)."
+            f"{domain}: in the strongest of {len(tried)} attacks tried (on {whom}, {_SCORES[row['score']]}) the attacker, "
+            f"shown one person inside and one outside, names the right one in {_percent(auc['value'])} of cases (between "
+            f"{_percent(auc['low'])} and {_percent(auc['high'])}; guessing: 50 %), which is {better}. Accusing one "
+            f"outsider in a hundred wrongly, they find {_percent(tpr['value'])} of the insiders (guessing: 1 %)."
         )
     return sentences
 
@@ -123,8 +123,9 @@ def epsilon_words(epsilon: Any, delta: Any, neighbours: Any) -> str:
     return (
         f"Differential privacy with epsilon {epsilon:.3g} at delta {delta:.1g}, where two data sets are neighbours if they "
         f"differ by {neighbours}: whatever the attacker knows, the messages of all rounds together raise the odds "
-        f"that a certain person took part by a factor of at most {odds:,.3g} (from 50 % to at most {100 * odds / (1 + odds):.1f} %), "
-        f"except with a probability of {delta:.1g}. It does not cover what else is published: metrics, logs, settings chosen by them."
+        f"that a certain person took part by a factor of at most {odds:,.3g} (from 50 % to at most "
+        f"{100 * odds / (1 + odds):.1f} %), except with a probability of {delta:.1g}. It does not cover what else is "
+        "published: metrics, logs, settings chosen by them."
     )
 
 
