@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def audit(argv: list[str]) -> None:
     arguments = ["fit", *(part for config in configs for part in ("--config", config)), *rest, "--experiment", "null"]
     if run_dir is not None:
         arguments += ["--trainer.default_root_dir", str(run_dir)]
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended.*")
     cli = _Parsed(args=[*arguments, "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"])
     trainer: FederatedTrainer = cli.trainer  # type: ignore[assignment]
     if trainer.federation is None:
