@@ -33,7 +33,9 @@ def rounds_plot(membership: list[Json]) -> Figure | None:
     if not domains:
         return None
     figure = Figure(figsize=(max(4.8, 3.9 * len(domains)), 3.2), layout="constrained")
-    for panel, domain in zip(figure.subplots(1, len(domains), squeeze=False)[0], domains, strict=True):
+    panels = figure.subplots(1, len(domains), squeeze=False, sharey=True)[0]
+    panels[0].set_ylabel("area under ROC")
+    for panel, domain in zip(panels, domains, strict=True):
         rows = [row for row in membership if row["domain"] == domain and row["score"] == "loss"]
         for colour, shift, client in zip(COLOURS, (-0.06, 0.06), (domain, GLOBAL), strict=False):
             line = [row for row in rows if row["client"] == client]
@@ -44,7 +46,6 @@ def rounds_plot(membership: list[Json]) -> Figure | None:
         panel.set_title(domain)
         panel.set_xlabel("round")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_ylabel("membership inference, area under ROC")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 

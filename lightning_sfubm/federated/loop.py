@@ -154,6 +154,7 @@ class FederatedLoop:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             for folder in ("checkpoints", "clients", "csv", FOLDER):  # of an earlier run in the same place
                 shutil.rmtree(self.run_dir / folder, ignore_errors=True)
+            (self.run_dir / "audit.json").unlink(missing_ok=True)
             (self.run_dir / "history.jsonl").write_text("")
             self.ledger.start()
         if self.counters.exchanged is None and len(federation.active(self.clients, 0)) > 1:
