@@ -1,6 +1,6 @@
 """Privacy beside utility on real domains: what attacks find and what recommendations are worth, by epsilon and by sigma.
 
-    python benchmarks/privacy_curves.py --data-root DIR [--users 2000] [--publish]
+    python benchmarks/privacy_curves.py --data-root DIR [--users 1200] [--publish]
 
 DIR holds one folder a domain (``beauty``, ``health``), as for configs/experiment/health_beauty.yaml. Every run is a federation
 of the two with recorded messages, audited as ``lightning-sfubm audit`` does. Half of the users of a domain train, the
@@ -163,8 +163,8 @@ def main() -> None:
     """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--users", type=int, default=2000, help="users a domain, half of whom train")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--users", type=int, default=1200, help="users a domain, half of whom train")
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--local-epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=256, help="expected users a private step")
     parser.add_argument("--epsilons", type=float, nargs="*", default=[math.inf, 32, 8, 2, 0.5])

@@ -32,6 +32,7 @@ from lightning_sfubm.privacy.attacks import (
     membership,
     random_update,
     rate_limit,
+    strongest_call,
 )
 from lightning_sfubm.privacy.attacks.attribute import most_common
 from lightning_sfubm.privacy.attacks.membership import FALSE_POSITIVES
@@ -48,7 +49,7 @@ class AuditSettings:
     Attributes:
         shadows: shadow models a domain, even; 0 = membership by loss alone.
         max_users: users a domain whose membership is asked about, half of them members.
-        max_items: uploaded vectors that are linked (without replacement that is quadratic), and bound of probes.
+        max_items: uploaded vectors that are linked (without replacement that is quadratic), and probes of item inference.
         classes: most common categories that attribute inference tells apart.
         random_updates: updates of random direction that say where item inference lies by chance.
         seed: of every draw.
@@ -281,25 +282,25 @@ def _item_scores(
     client: Client, update: Update, after: Mapping[str, Tensor], settings: AuditSettings
 ) -> dict[str, Tensor]:
     layer, vectors = "adaptor.experts.weight", client.module.semantics()  # type: ignore[operator]
+    generator = torch_generator(settings.seed, "probes", client.name)
+    probes = torch.randperm(len(vectors), generator=generator)[: settings.max_items]
+    earlier, later = (_logit_inputs(client, update, weights, probes) for weights in (update.before, after))
     return {
         "first layer": first_layer_shift(update.before[layer], after[layer], vectors),
-        "logits": logit_shift(
-            _logit_inputs(client, update, update.before, settings), _logit_inputs(client, update, after, settings)
-        ),
+        "rise of logits": logit_shift(earlier, later),
+        "strongest call": strongest_call(*later, probes),
     }
 
 
 @torch.no_grad()
 def _logit_inputs(
-    client: Client, update: Update, weights: Mapping[str, Tensor], settings: AuditSettings
+    client: Client, update: Update, weights: Mapping[str, Tensor], probes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """States of probes, histories of a single item each, and the vectors of all items."""
+    """States of histories of a single item each, and the vectors of all items."""
     _load(client, update, weights)
     teacher: Any = client.module.teacher
-    generator = torch_generator(settings.seed, "probes", client.name)
-    probes = torch.randperm(len(teacher.text) - 1, generator=generator)[: min(500, settings.max_items)] + 1
     table = teacher.frozen_table()
-    states, items = teacher.scaled(teacher.states(probes[:, None], table)[:, -1], table)
+    states, items = teacher.scaled(teacher.states(probes[:, None] + 1, table)[:, -1], table)
     return states.float(), items[1:].float()
 
 

@@ -62,7 +62,7 @@ def test_a_recorded_run_is_checked_attacked_and_reported(recorded: Any) -> None:
     for row in facts["membership"]:
         assert (row["members"], row["others"], row["limit"]) == (40, 40, None)
         assert row["auc"]["low"] <= row["auc"]["value"] <= row["auc"]["high"]
-    assert {row["score"] for row in facts["items"]} == {"first layer", "logits"}
+    assert {row["score"] for row in facts["items"]} == {"first layer", "rise of logits", "strongest call"}
     assert all(len(row["random_updates"]) == 2 for row in facts["items"])
     report_facts = json.loads(report.with_suffix(".json").read_text())
     assert report_facts["self_check"]["holds"]

@@ -22,6 +22,7 @@ from lightning_sfubm.privacy.attacks import (
     random_update,
     rate_at,
     rate_limit,
+    strongest_call,
 )
 from lightning_sfubm.privacy.attacks.attribute import most_common
 
@@ -223,6 +224,21 @@ def test_items_that_became_likelier_are_found() -> None:
     torch.testing.assert_close(scores, logit_shift((states, items), (states, moved), block=7), atol=1e-5, rtol=1e-4)
     with pytest.raises(DataError, match="probe"):
         logit_shift((states[:0], items), (states[:0], moved))
+
+
+def test_items_that_another_item_calls_for_are_found() -> None:
+    items = normalize(draw(200, 16), dim=1)
+    trained, probes = torch.arange(200) % 4 == 0, torch.arange(200)
+    states = 8 * normalize(draw(200, 16, seed=1), dim=1)
+    states[1:] += 12 * (items * trained[:, None])[:-1]  # what stands before a trained item leads to it
+    scores = strongest_call(states, items, probes)
+    assert area_under_roc(scores[trained], scores[~trained]).low > 0.8
+    itself = strongest_call(20 * items, items, probes)  # an item that calls for itself says nothing
+    chance = area_under_roc(itself[trained], itself[~trained])
+    assert chance.low <= 0.5 <= chance.high
+    torch.testing.assert_close(scores, strongest_call(states, items, probes, block=7))
+    with pytest.raises(DataError, match="two probe"):
+        strongest_call(states[:1], items, probes[:1])
 
 
 def test_a_random_update_has_the_length_of_the_true_one_in_every_tensor() -> None:

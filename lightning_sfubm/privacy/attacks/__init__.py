@@ -13,7 +13,7 @@
 """
 
 from lightning_sfubm.privacy.attacks.attribute import Attribute, attribute_inference
-from lightning_sfubm.privacy.attacks.items import first_layer_shift, logit_shift, random_update
+from lightning_sfubm.privacy.attacks.items import first_layer_shift, logit_shift, random_update, strongest_call
 from lightning_sfubm.privacy.attacks.limit import area_limit, rate_limit
 from lightning_sfubm.privacy.attacks.linkage import averaged, linkage, linked, nearest_matches, one_to_one_matches
 from lightning_sfubm.privacy.attacks.membership import Membership, calibrated_scores, complementary_halves, membership
@@ -38,4 +38,5 @@ __all__ = [
     "random_update",
     "rate_at",
     "rate_limit",
+    "strongest_call",
 ]

@@ -1,8 +1,8 @@
 """Item inference: find out which items of the catalogue a client was trained on in a round.
 
-The attacker holds the weights before and after the client's local training (what the server sees) and the catalogue. Two
-scores, one for each end of the model: how far the first layer's map of an item's text vector moved, and how much likelier
-the item became as the next one.
+The attacker holds the weights before and after the client's local training (what the server sees) and the catalogue. Three
+scores: how far the first layer's map of an item's text vector moved, how much likelier the item became as the next one, and how
+strongly any single item now calls for it (a transition that the model remembers).
 """
 
 from collections.abc import Mapping
@@ -50,6 +50,32 @@ def logit_shift(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], blo
             logits = states[start : start + block] @ items.T
             total += sign * torch.log_softmax(logits, dim=1).sum(dim=0)
     return total / queries
+
+
+def strongest_call(states: Tensor, items: Tensor, probes: Tensor, block: int = 256) -> Tensor:
+    """Largest log-probability of each item as the next one after any probe but itself.
+
+    Args:
+        states: (Q, H) of histories of one item each, after training.
+        items: (N, H) item vectors.
+        probes: (Q,) int64, which row of ``items`` each history holds.
+        block: probes at a time.
+
+    Returns:
+        (N,) scores.
+
+    Raises:
+        DataError: there are fewer than two probes.
+    """
+    if len(states) < 2:
+        raise DataError("item inference needs at least two probe histories")
+    best = items.new_full((len(items),), -torch.inf)
+    for start in range(0, len(states), block):
+        own = probes[start : start + block]
+        logits = torch.log_softmax(states[start : start + block] @ items.T, dim=1)
+        logits[torch.arange(len(own)), own] = -torch.inf
+        best = torch.maximum(best, logits.max(dim=0).values)
+    return best
 
 
 def random_update(
