@@ -16,6 +16,7 @@ from lightning_sfubm.cli import SFUBMCLI
 from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.results import write_atomically
+from lightning_sfubm.federated.checkpoint import read_loop
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.trainer import FederatedTrainer
@@ -109,6 +110,7 @@ def audit_run(trainer: FederatedTrainer, loop: FederatedLoop, settings: AuditSet
         Path of the privacy report.
 
     Raises:
+        ConfigError: the configuration is not that of the run.
         PrivacyError: nothing was recorded; or ledger and messages do not agree: then nothing is attacked, and audit.json and
             the report say what is wrong.
     """
@@ -116,6 +118,7 @@ def audit_run(trainer: FederatedTrainer, loop: FederatedLoop, settings: AuditSet
 
     console, run_dir = Console(highlight=False, stderr=True), loop.run_dir
     _recorded_or_raise(run_dir)
+    _same_run_or_raise(loop)
     check = check_run(run_dir, schemas(loop))
     facts: dict[str, Any] = {
         **{key: value for key, value in environment().items() if key in ("started", "versions", "commit")},
@@ -130,7 +133,7 @@ def audit_run(trainer: FederatedTrainer, loop: FederatedLoop, settings: AuditSet
     report = build_privacy_report(run_dir)
     if check.problems:
         raise PrivacyError(
-            f"the audit of {run_dir} stops here, for messages and ledger do not agree: {check.problems[0]}"
+            f"the audit of {run_dir} stops here, for messages, ledger and configuration do not agree: {check.problems[0]}"
             + (f" (and {len(check.problems) - 1} more, see audit.json)" if len(check.problems) > 1 else "")
         )
     return report
@@ -156,6 +159,17 @@ def schemas(loop: FederatedLoop) -> Schemas:
     if server.teacher is not None and server.broadcast_schema is not None:
         known |= {("teacher", "up"): server.teacher, ("teacher", "down"): server.broadcast_schema}
     return known
+
+
+def _same_run_or_raise(loop: FederatedLoop) -> None:
+    """Initial weights and private orders follow from seed and schedule: with others the attacks would miss."""
+    for state in sorted(loop.checkpoints.glob("state-*"), reverse=True)[:1]:
+        schedule = read_loop(state)["stored"]["schedule"]
+        if schedule != json.loads(json.dumps(loop.federation.schedule(loop.seed))):
+            raise ConfigError(
+                f"the run was written by the schedule {schedule}, the configuration has {loop.federation.schedule(loop.seed)}: "
+                "audit a run with its own configuration (--run_dir alone takes the one in the run folder)"
+            )
 
 
 def _recorded_or_raise(run_dir: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.messages import Message
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ def replay(
         lines: all lines of the ledger; masked updates are not among the messages, but their guarantees are here.
         clients: by name, to put vectors into the order of their catalogues.
         initial: shared weights that every client starts from.
+
+    Raises:
+        ConfigError: a client has another number of items than its messages speak of.
     """
     uploads: list[Upload] = []
     updates: list[Update] = []
@@ -74,10 +78,10 @@ def replay(
         seen.add(key)
         what = (entry["kind"], entry["direction"])
         if what == ("semantics", "up"):
-            vectors = clients[name].in_catalogue_order(message.tensors["vectors"])
+            vectors = _in_order(clients[name], message)
             uploads.append(Upload(name, round, vectors, float(entry["mechanism"].get("sigma", 0.0))))
         elif what == ("semantics", "down"):
-            views = {**views, name: clients[name].in_catalogue_order(message.tensors["vectors"])}
+            views = {**views, name: _in_order(clients[name], message)}
         elif what == ("teacher", "up"):
             weights = {key: value for key, value in message.tensors.items() if key != "__weight__"}
             privacy = entry["mechanism"].get("differential privacy", {})
@@ -88,6 +92,16 @@ def replay(
                 updates.append(Update(GLOBAL, round, current, message.tensors, views, _weakest(promised, round)))
                 current = message.tensors
     return uploads, updates
+
+
+def _in_order(client: "Client", message: Message) -> Tensor:
+    vectors, items = message.tensors["vectors"], len(client.semantics())
+    if len(vectors) != items:
+        raise ConfigError(
+            f"client '{client.name}' has {items} items, its message of round {message.round} has {len(vectors)}: the audit "
+            "needs the configuration and the data of the run"
+        )
+    return client.in_catalogue_order(vectors)
 
 
 def _promised(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, Mapping[str, Any]]]:

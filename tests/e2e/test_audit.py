@@ -16,7 +16,7 @@ from lightning_sfubm.audit.curve import curve_points
 from lightning_sfubm.audit.replay import replay
 from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
-from lightning_sfubm.errors import DataError, PrivacyError
+from lightning_sfubm.errors import ConfigError, DataError, PrivacyError
 from tests.conftest import small_distiller
 
 SETTINGS = AuditSettings(shadows=2, random_updates=2)
@@ -199,6 +199,19 @@ def test_tampering_stops_the_audit_and_shows_in_the_report(recorded: Any, what: 
     assert "Do not rely on this" in (trainer.run_dir / "privacy_report.html").read_text()
     with pytest.raises(DataError, match="nothing was attacked"):
         curve_points([trainer.run_dir])
+
+
+def test_another_configuration_than_the_runs_is_refused(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, data = recorded(rounds=1)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "4")
+    with pytest.raises(ConfigError, match="was written by the schedule"):
+        audited(trainer, data)
+
+
+def test_other_data_than_the_runs_are_refused(recorded: Any, federated_data: Any) -> None:
+    trainer, _ = recorded(rounds=1)
+    with pytest.raises(ConfigError, match="has 90 items, its message of round 0 has"):
+        audited(trainer, federated_data(num_users=300, num_items=90, train_users=40))
 
 
 # ---------------------------------------------------------------------- the command
