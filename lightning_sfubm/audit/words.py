@@ -29,6 +29,8 @@ def answers(facts: Json) -> list[tuple[str, list[str]]]:
     ]
 
 
+_LARGE_EPSILON = 10.0  #: beyond it the odds may rise more than twenty-thousandfold
+
 _NEVER = (
     "User numbers, histories, ratings, product titles and product numbers: a message has no field for any of them, and "
     "one that does not follow its schema is refused. This is no promise that nothing can be inferred from the numbers that "
@@ -49,6 +51,24 @@ def _left(facts: Json) -> list[str]:
 
 
 def _products(facts: Json) -> list[str]:
+    return _recognised(facts) + _trained_products(facts["attacks"]["items"])
+
+
+def _trained_products(rows: list[Json]) -> list[str]:
+    """The strongest of the attacks on updates, by domain."""
+    sentences = []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        tried = [row for row in rows if row["domain"] == domain]
+        row = max(tried, key=lambda row: row["auc"]["value"])
+        by_chance = f", up to {_percent(row['random_updates'][-1])} by chance alone" if row["random_updates"] else ""
+        sentences.append(
+            f"{domain}: from what its training changed in the shared model, the strongest of {len(tried)} attacks tells a product "
+            f"that was bought there from one that was not in {_percent(row['auc']['value'])} of cases (guessing: 50 %{by_chance})."
+        )
+    return sentences
+
+
+def _recognised(facts: Json) -> list[str]:
     rows = facts["attacks"]["linkage"]
     if not rows:
         used = [
@@ -58,7 +78,7 @@ def _products(facts: Json) -> list[str]:
             f"{domain}: somebody who has a list of candidate products would recognise "
             f"{_percent(entry['linkage_with_replacement'])} of them (simulated, not on recorded messages)."
             for domain, entry in used
-        ] or ["No item vectors were attacked."]
+        ] or ["No item vectors were sent, or none were attacked."]
     sentences = [
         f"{row['client']}: somebody who has a list of candidate products with their texts recognises "
         f"{_percent(row['with_replacement']['value'])} of the {row['attacked']} vectors tried, and "
@@ -120,12 +140,13 @@ def epsilon_words(epsilon: Any, delta: Any, neighbours: Any) -> str:
     if not isinstance(epsilon, int | float) or not math.isfinite(epsilon):
         return "Differential privacy was configured without noise: epsilon is infinite, and nothing is promised."
     odds = math.exp(min(epsilon, 50.0))
+    hollow = " So large an epsilon promises next to nothing." if epsilon > _LARGE_EPSILON else ""
     return (
         f"Differential privacy with epsilon {epsilon:.3g} at delta {delta:.1g}, where two data sets are neighbours if they "
         f"differ by {neighbours}: whatever the attacker knows, the messages of all rounds together raise the odds "
         f"that a certain person took part by a factor of at most {odds:,.3g} (from 50 % to at most "
         f"{100 * odds / (1 + odds):.1f} %), except with a probability of {delta:.1g}. It does not cover what else is "
-        "published: metrics, logs, settings chosen by them."
+        f"published: metrics, logs, settings chosen by them.{hollow}"
     )
 
 

@@ -82,6 +82,8 @@ def test_epsilon_in_words() -> None:
     assert "factor of at most 3 (from 50 % to at most 75.0 %)" in words
     assert "differ by one user's whole sequence added or removed" in words
     assert "1e-05" in words
+    assert "next to nothing" not in words
+    assert "next to nothing" in epsilon_words(32.0, 1e-5, "")
     for nothing in (None, math.inf):
         assert "nothing is promised" in epsilon_words(nothing, 1e-5, "")
 
