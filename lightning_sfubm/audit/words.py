@@ -62,8 +62,9 @@ def _trained_products(rows: list[Json]) -> list[str]:
         row = max(tried, key=lambda row: row["auc"]["value"])
         by_chance = f", up to {_percent(row['random_updates'][-1])} by chance alone" if row["random_updates"] else ""
         sentences.append(
-            f"{domain}: from what its training changed in the shared model, the strongest of {len(tried)} attacks tells a product "
-            f"that was bought there from one that was not in {_percent(row['auc']['value'])} of cases (guessing: 50 %{by_chance})."
+            f"{domain}: from what its training changed in the shared model, the strongest of {len(tried)} attacks tells a "
+            f"product that its users took from one that they did not in {_percent(row['auc']['value'])} of cases "
+            f"(guessing: 50 %{by_chance})."
         )
     return sentences
 
@@ -132,6 +133,11 @@ def _guarantee(facts: Json) -> list[str]:
             sentences.append(f"{what}: no. Noise is added, which is a heuristic and no guarantee.")
         else:
             sentences.append(f"{what}: no. They are sent as they are.")
+    if any("simulation" in str(row["parameters"].get("secret", "")) for row in facts["mechanisms"]):
+        sentences.append(
+            "In this run the noise was derived from the run's seed: whoever knows the seed can remove it, so that what is said "
+            "above holds for a simulation only. Set secret_dir to have each organisation draw its own."
+        )
     return sentences or ["Nothing was sent, so none is needed."]
 
 

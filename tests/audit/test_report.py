@@ -88,6 +88,15 @@ def test_epsilon_in_words() -> None:
         assert "nothing is promised" in epsilon_words(nothing, 1e-5, "")
 
 
+def test_noise_that_the_seed_gives_away_is_called_a_simulation(tmp_path: Path) -> None:
+    for secret, simulated in (("kept by the client", False), ("derived from the run's seed (simulation only)", True)):
+        ledger = Ledger(tmp_path / "ledger.jsonl")
+        ledger.start()
+        ledger.record_bytes("a", "up", "semantics", 0, b"1", {**NOISE, "secret": secret})
+        answers = facts_of(build_privacy_report(tmp_path))["in_plain_words"]
+        assert ("holds for a simulation only" in str(answers)) == simulated
+
+
 def test_a_changed_ledger_is_announced_at_the_top(run_dir: Path) -> None:
     path = run_dir / "ledger.jsonl"
     path.write_text(path.read_text().replace('"bytes": 5', '"bytes": 6'))
