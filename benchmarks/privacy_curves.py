@@ -36,7 +36,6 @@ from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.federated_datamodule import FederatedDataModule
 from lightning_sfubm.datamodules.readers.table import TableReader
 from lightning_sfubm.datamodules.text import HFTextEncoder
-from lightning_sfubm.errors import PrivacyError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.evaluate import evaluate_ranker
 from lightning_sfubm.federated.hooks import FederatedCallback
@@ -180,13 +179,13 @@ def main() -> None:
     epsilon_runs = [run(options, f"epsilon_{e:g}", "teacher", private(options, e)) for e in options.epsilons]
     sigma_runs = [run(options, f"sigma_{s:g}", "semantics", [PrivacyNoise(s)]) for s in options.sigmas]
     by_epsilon, by_sigma = curve_points(epsilon_runs), curve_points(sigma_runs)
-    check(by_epsilon)
     result = {
         "environment": environment(),
         "command": f"python benchmarks/privacy_curves.py --data-root DIR --users {options.users}",
         "settings": {
             name: value for name, value in vars(options).items() if name not in ("data_root", "out", "publish")
         },
+        "contradictions": contradictions(by_epsilon),
         "by_epsilon": by_epsilon,
         "by_sigma": by_sigma,
     }
@@ -196,22 +195,21 @@ def main() -> None:
             if figure is not None:
                 figure.savefig(IMAGES / f"{name}.png", dpi=110)
     show(by_epsilon, by_sigma)
+    print("contradictions:", "; ".join(result["contradictions"]) or "none")
 
 
-def check(points: list[dict[str, Any]]) -> None:
-    """Without noise the attack must succeed, and at the smallest epsilon be at chance: else the curve shows nothing.
-
-    Raises:
-        PrivacyError: it does not hold.
-    """
+def contradictions(points: list[dict[str, Any]]) -> list[str]:
+    """What the curve should show and does not: success without noise, chance at the smallest epsilon."""
+    found = []
     for domain in sorted({point["domain"] for point in points}):
         line = [point for point in points if point["domain"] == domain]
-        loosest, tightest = line[0]["membership"]["loss"]["auc"], line[-1]["membership"]["loss"]["auc"]
-        if loosest["low"] <= 0.5 or not tightest["low"] <= 0.5 <= tightest["high"]:
-            raise PrivacyError(
-                f"{domain}: membership inference has the area {loosest} at the largest epsilon and {tightest} at the "
-                "smallest; expected is an area above .5 and one at .5"
-            )
+        for score in ("loss", "calibrated"):
+            loosest, tightest = (point["membership"].get(score, {}).get("auc") for point in (line[0], line[-1]))
+            if loosest and loosest["low"] <= 0.5:
+                found.append(f"{domain}, {score}: at chance at the largest epsilon")
+            if tightest and not tightest["low"] <= 0.5 <= tightest["high"]:
+                found.append(f"{domain}, {score}: not at chance at the smallest epsilon")
+    return found
 
 
 def show(by_epsilon: list[dict[str, Any]], by_sigma: list[dict[str, Any]]) -> None:
