@@ -50,6 +50,7 @@ def rounds_plot(membership: list[Json]) -> Figure | None:
     return figure
 
 
+@matplotlib.rc_context(STYLE)
 def epsilon_plot(points: list[Json]) -> Figure | None:
     """Membership inference and utility against epsilon, one row a domain; a run without a guarantee stands at infinity."""
     measured = [point for point in points if point["membership"]]
@@ -96,12 +97,11 @@ def epsilon_plot(points: list[Json]) -> Figure | None:
                 utility.plot(*zip(*values, strict=True), style, color=colour, markersize=4, label=f"{branch}, {name}")
         utility.set_title(f"{domain}: utility on test users")
         utility.set_ylim(bottom=0)
-        if utility.lines:
-            utility.legend(loc="lower right")
         for panel in (area, rate, utility):
             panel.set_xticks(x, ["∞ (none)" if p["epsilon"] is None else f"{p['epsilon']:.3g}" for p in line])
             panel.set_xlabel("ε")
-    figure.legend(*area.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    named = [pair for panel in (area, utility) for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+    figure.legend(*zip(*named, strict=True), loc="outside lower center", ncols=4)
     return figure
 
 
