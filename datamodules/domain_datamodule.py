@@ -1,6 +1,7 @@
 """The LightningDataModule of one domain: source -> rules -> splits -> candidate lists -> loaders."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from lightning_sfubm.datamodules.preprocess import PreprocessSettings
 from lightning_sfubm.datamodules.ranking import FixedCandidates, RankRows, RedrawnCandidates
 from lightning_sfubm.datamodules.readers.base import Reader
 from lightning_sfubm.datamodules.sequences import TrainSequences, Windows
-from lightning_sfubm.datamodules.splits import Splits, leave_one_out, train_counts
+from lightning_sfubm.datamodules.splits import Splits, leave_one_out, retrained, train_counts
 from lightning_sfubm.datamodules.storage import prepared_domain
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.candidates import CandidateLists, CandidateSampler, stored_candidates, title_groups
@@ -141,6 +142,19 @@ class DomainDataModule(L.LightningDataModule):
         twin.trainer = None
         twin.stage2_positions = 0
         twin._domain = None
+        return twin
+
+    def trained_by(self, users: np.ndarray) -> "DomainDataModule":
+        """The same domain with other users to train on, for shadow models of an audit.
+
+        Args:
+            users: (U,) bool.
+        """
+        twin = copy.copy(self)
+        twin.trainer = None
+        twin._splits = retrained(self.splits, users, self.stage2_positions)
+        counts = torch.from_numpy(train_counts(self.domain, twin._splits))
+        twin._catalogue = replace(self.catalogue, train_counts=counts)
         return twin
 
     @property

@@ -4,7 +4,7 @@ Everything is an index into the domain's flat item array: a split copies no data
 bounds that a test can check.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -102,6 +102,28 @@ def leave_one_out(
         stage2=train_end[stage2_rows] + within,
         stage2_users=stage2_rows,
         trained=trained,
+    )
+
+
+def retrained(splits: Splits, users: np.ndarray, stage2_positions: int = 0) -> Splits:
+    """The same split with other users to train on, for shadow models of an audit. Nothing is held out for stage 2 but
+    positions that would be were every user a member, so that members and others are treated alike.
+
+    Args:
+        splits: of the domain.
+        users: (U,) bool, users that train.
+        stage2_positions: positions held out per user, as given to :func:`leave_one_out`.
+    """
+    evaluated = np.zeros(len(users), dtype=bool)
+    evaluated[splits.eval_users] = True
+    room = np.clip(splits.stage2_end - splits.train_start - MIN_TRAIN_ITEMS, 0, stage2_positions)
+    ends = splits.stage2_end - room * evaluated
+    return replace(
+        splits,
+        train_end=np.where(users, ends, splits.train_start),
+        stage2=splits.stage2[:0],
+        stage2_users=splits.stage2_users[:0],
+        trained=users,
     )
 
 

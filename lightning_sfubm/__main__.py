@@ -11,7 +11,8 @@ commands
   validate  evaluate a checkpoint on validation data
   test      evaluate a checkpoint on test data
   predict   top items for each user, from a checkpoint
-  report    build report.html and report.json again from a finished run folder
+  report    build report.html and privacy_report.html (with .json) again from a finished run folder
+  audit     check a run's recorded messages against its ledger, attack them, refresh the privacy report
   results   run a grid of pairs, methods and seeds, and build its tables; can be stopped and given again
   flower-app    write the Flower app of a federation across machines, and the commands that start it
   flower-silo   start a silo of such a federation on this machine
@@ -21,6 +22,7 @@ examples
   lightning-sfubm fit --config configs/experiment/health_beauty.yaml --data.root DIR
   lightning-sfubm fit --config configs/experiment/demo.yaml --ckpt_path last     (go on where it stopped)
   lightning-sfubm report runs/demo
+  lightning-sfubm audit --config configs/experiment/demo.yaml      (of a run that has kept its messages)
   lightning-sfubm results --grid configs/results/demo.yaml
 
 'lightning-sfubm COMMAND --help' lists every option; any LightningModule and LightningDataModule can be named by
@@ -28,7 +30,7 @@ class path. Settings of the environment: SFUBM_CACHE moves the cache of models a
 """
 
 _LIGHTNING = ("fit", "validate", "test", "predict")
-_OWN = ("report", "results", "flower-app", "flower-silo")
+_OWN = ("report", "audit", "results", "flower-app", "flower-silo")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,6 +53,10 @@ def main(argv: list[str] | None = None) -> None:
             run(argv)
         elif argv[0] == "report":
             _report(argv[1:])
+        elif argv[0] == "audit":
+            from lightning_sfubm.audit.command import audit
+
+            audit(argv[1:])
         elif argv[0] == "results":
             from lightning_sfubm.grid.command import results
 
@@ -89,14 +95,17 @@ def main_lightning(argv: list[str] | None = None) -> None:
 def _report(argv: list[str]) -> None:
     import argparse
 
-    parser = argparse.ArgumentParser("lightning-sfubm report", description="Build the report of a finished run again.")
+    parser = argparse.ArgumentParser("lightning-sfubm report", description="Build the reports of a finished run again.")
     parser.add_argument("run_dir", help="folder of the run, for instance runs/demo")
     arguments = parser.parse_args(argv)
     from pathlib import Path
 
+    from lightning_sfubm.audit.report import build_privacy_report
     from lightning_sfubm.evaluation.report import build_report
 
     print(build_report(Path(arguments.run_dir)))
+    if (Path(arguments.run_dir) / "ledger.jsonl").is_file():
+        print(build_privacy_report(Path(arguments.run_dir)))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 
+from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.callbacks.dashboard import log_privacy, log_results_table
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import ConfigError
@@ -177,10 +178,13 @@ class Experiment:
         }
         _write_json(run_dir / "run.json", facts)
         report = build_report(run_dir)
+        privacy = build_privacy_report(run_dir) if (run_dir / "ledger.jsonl").is_file() else None
         results = RunFolder.read(run_dir).results
         log_results_table(trainer.shared_loggers, result_rows(r for rows in results.values() for r in rows))
         print_results(run_dir)
         console.print(f"\nReport: [bold]{report}[/bold]")
+        if privacy is not None:
+            console.print(f"Privacy report: [bold]{privacy}[/bold]")
         return report
 
     def _row(self, domain: "DomainRun", key: str, order: int, name: str, config_hash: str, console: Console) -> None:

@@ -9,13 +9,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_sfubm.errors import SFUBMError
 from lightning_sfubm.evaluation.facts import run_facts
 from lightning_sfubm.evaluation.report_template import CSS, TEMPLATE
 from lightning_sfubm.evaluation.results import COLD_BELOW, SHORT_UP_TO, write_atomically
 from lightning_sfubm.evaluation.run_folder import Json, RunFolder
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 def build_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -51,6 +54,31 @@ def render_html(facts: Json, figures: dict[str, str]) -> str:
     Returns:
         One self-contained document; all text is escaped.
     """
+    return (
+        template_environment()
+        .from_string(TEMPLATE)
+        .render(
+            css=CSS,
+            figures=figures,
+            run=facts["run"],
+            domains=facts["domains"],
+            comparisons=facts["comparisons"],
+            privacy=facts["privacy"],
+            averaging=_averaging(facts["privacy"]),
+            communication=facts["communication"],
+            problems=facts["problems"],
+            protocol=protocol_words(facts),
+            cards=list(facts["data_cards"]),
+            card_rows=_card_rows(list(facts["data_cards"].values())),
+            config=facts["config"],
+            cold=COLD_BELOW,
+            short=SHORT_UP_TO,
+        )
+    )
+
+
+def template_environment() -> "jinja2.Environment":
+    """Jinja with escaping, and the filters that write numbers in all reports."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -61,23 +89,7 @@ def render_html(facts: Json, figures: dict[str, str]) -> str:
         "words": _words,
         "flat": lambda mapping: list(_flat(mapping)),
     }
-    return environment.from_string(TEMPLATE).render(
-        css=CSS,
-        figures=figures,
-        run=facts["run"],
-        domains=facts["domains"],
-        comparisons=facts["comparisons"],
-        privacy=facts["privacy"],
-        averaging=_averaging(facts["privacy"]),
-        communication=facts["communication"],
-        problems=facts["problems"],
-        protocol=protocol_words(facts),
-        cards=list(facts["data_cards"]),
-        card_rows=_card_rows(list(facts["data_cards"].values())),
-        config=facts["config"],
-        cold=COLD_BELOW,
-        short=SHORT_UP_TO,
-    )
+    return environment
 
 
 def protocol_words(facts: Json) -> list[str]:

@@ -72,10 +72,14 @@ class Client:
 
     def receive_semantics(self, vectors: Tensor) -> None:
         """Take the server's answer, rows in the private order of :meth:`semantics`."""
+        self.module.receive_semantics(self.in_catalogue_order(vectors))
+        self._changed = True
+
+    def in_catalogue_order(self, vectors: Tensor) -> Tensor:
+        """Rows in the private order of :meth:`semantics`, put back: row i belongs to item i + 1."""
         restored = torch.empty_like(vectors)
         restored[self._order()] = vectors
-        self.module.receive_semantics(restored)
-        self._changed = True
+        return restored
 
     def receive_teacher(self, state: dict[str, Tensor]) -> None:
         """Take the server's shared weights."""

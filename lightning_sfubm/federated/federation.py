@@ -35,6 +35,8 @@ class Federation:
         local_min_epochs: epochs before which a local phase does not stop.
         patience: epochs without improvement of ``monitor`` that end a local phase.
         monitor: validation metric of the local phases.
+        keep_messages: keep every message as it travelled below ``<run_dir>/messages``, for ``lightning-sfubm audit``. They are
+            as sensitive as what they disclose: item vectors and weights in the clear. By default only hashes are kept.
 
     Raises:
         ConfigError: a number is out of range.
@@ -58,6 +60,7 @@ class Federation:
         local_min_epochs: int = 8,
         patience: int = 5,
         monitor: str = "val/ndcg@10",
+        keep_messages: bool = False,
     ) -> None:
         if rounds < 0 or local_epochs < 1 or patience < 1 or not 1 <= local_min_epochs <= local_max_epochs:
             raise ConfigError(
@@ -82,6 +85,7 @@ class Federation:
                     raise ConfigError(f"federation: {entry} gives '{name}' the number {number}; it must be positive")
         self.local_max_epochs, self.local_min_epochs = local_max_epochs, local_min_epochs
         self.patience, self.monitor = patience, monitor
+        self.keep_messages = keep_messages
 
     @property
     def sends_semantics(self) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.messages import Message
+from lightning_sfubm.federated.recording import MessageStore
 
 Entry = dict[str, object]
 GENESIS = "0" * 64
@@ -25,10 +26,11 @@ class Ledger:
 
     Args:
         path: the file.
+        store: where the messages themselves are kept for an audit; ``None`` = nowhere, the ledger holds hashes alone.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, store: MessageStore | None = None) -> None:
+        self.path, self.store = path, store
         self.entries = 0
         self._last = GENESIS
         self._earlier: set[tuple[object, ...]] = set()
@@ -36,6 +38,8 @@ class Ledger:
     def start(self) -> None:
         """Begin an empty ledger; one of an earlier run in the same place is replaced."""
         self.path.write_text("")
+        if self.store is not None:
+            self.store.keep_only(set())
         self.entries, self._last, self._earlier = 0, GENESIS, set()
 
     def resume(self, entries: int) -> None:
@@ -56,8 +60,10 @@ class Ledger:
             raise CheckpointError(
                 f"{self.path} has {len(lines)} entries, the checkpoint was written after {entries}: put the file back"
             )
+        if self.store is not None:  # a message is kept before its line is written: without a line it never left
+            self.store.keep_only({str(line["sha256"]) for line in lines})
         self._earlier = {tuple(line[key] for key in _SAME) for line in lines[entries:]}
-        self.entries, self._last = len(lines), _hash(lines[-1]) if lines else GENESIS
+        self.entries, self._last = len(lines), entry_hash(lines[-1]) if lines else GENESIS
 
     def record(self, client: str, direction: str, message: Message, mechanism: dict[str, object]) -> None:
         """Write one line, before the message is used.
@@ -112,9 +118,11 @@ class Ledger:
         }
         if tuple(entry[key] for key in _SAME) in self._earlier:
             entry["resent"] = True
+        if self.store is not None:
+            self.store.keep(payload)
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry, sort_keys=True) + "\n")
-        self.entries, self._last = self.entries + 1, _hash(entry)
+        self.entries, self._last = self.entries + 1, entry_hash(entry)
 
 
 def read_ledger(path: Path) -> list[Entry]:
@@ -136,7 +144,7 @@ def read_ledger(path: Path) -> list[Entry]:
                 f"{path}, line {number}: does not follow the line before it; the ledger was changed after it was written"
             )
         entries.append(entry)
-        last = _hash(entry)
+        last = entry_hash(entry)
     return entries
 
 
@@ -148,7 +156,8 @@ def content_hash(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _hash(entry: Entry) -> str:
+def entry_hash(entry: Entry) -> str:
+    """sha256 of a line, which the next one holds."""
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 

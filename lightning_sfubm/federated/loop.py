@@ -31,6 +31,7 @@ from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
 from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unpack
+from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.weights import TooFewClientsError
 from lightning_sfubm.training import Stopwatch
@@ -105,7 +106,9 @@ class FederatedLoop:
         self.loggers = list(loggers)
         self.counters = Counters()
         self.stopwatch = Stopwatch()
-        self.ledger = Ledger(run_dir / "ledger.jsonl")
+        self.ledger = Ledger(
+            run_dir / "ledger.jsonl", MessageStore(run_dir / FOLDER) if federation.keep_messages else None
+        )
         first = next(iter(self.clients.values())).module
         self.server = Server(
             federation.aggregator,
@@ -167,8 +170,9 @@ class FederatedLoop:
 
     def _start(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for folder in ("checkpoints", "clients", "csv"):  # of an earlier run in the same place
+        for folder in ("checkpoints", "clients", "csv", FOLDER):  # of an earlier run in the same place
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
+        (self.run_dir / "audit.json").unlink(missing_ok=True)
         (self.run_dir / "history.jsonl").write_text("")
         self.ledger.start()
 

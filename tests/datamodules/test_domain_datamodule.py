@@ -330,3 +330,17 @@ def test_a_young_shop_trains_and_validates_on_few_users_and_tests_all() -> None:
     assert data.candidate_hash == whole.candidate_hash
     assert data.catalogue.train_counts.sum() < whole.catalogue.train_counts.sum()
     assert data.catalogue.num_items == whole.catalogue.num_items
+
+
+def test_another_half_of_the_users_can_train_without_touching_the_first() -> None:
+    data = ready(train_users=40, stage2_positions=1)
+    before = data.catalogue.train_counts.clone()
+    others = data.trained_by(~data.splits.trained)
+    first = {user for batch in data.train_dataloader() for user in batch["user"].tolist()}
+    second = {user for batch in others.train_dataloader() for user in batch["user"].tolist()}
+    assert first
+    assert second
+    assert not first & second
+    assert torch.equal(data.catalogue.train_counts, before)
+    assert not torch.equal(others.catalogue.train_counts, before)
+    assert others.candidate_hash == data.candidate_hash

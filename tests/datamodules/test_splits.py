@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sfubm.datamodules.sequences import TrainSequences
-from lightning_sfubm.datamodules.splits import leave_one_out, train_counts
+from lightning_sfubm.datamodules.splits import leave_one_out, retrained, train_counts
 from lightning_sfubm.errors import ConfigError
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=12)
@@ -120,3 +120,19 @@ def test_users_that_do_not_train_are_tested_all_the_same() -> None:
     assert set(np.flatnonzero(splits.trained)) < set(np.flatnonzero(more.trained))
     with pytest.raises(ConfigError, match="train_users"):
         leave_one_out(offsets, train_users=0)
+
+
+@given(LENGTHS, st.integers(0, 3), st.integers(0, 5))
+@settings(derandomize=True, deadline=None)
+def test_members_and_others_are_cut_alike(lengths: list[int], held: int, seed: int) -> None:
+    offsets = offsets_of(lengths)
+    whole = leave_one_out(offsets, held, None, seed)
+    half = leave_one_out(offsets, held, None, seed, train_users=max(1, len(lengths) // 2))
+    everyone = np.ones(len(lengths), dtype=bool)
+    assert np.array_equal(retrained(half, everyone, held).train_end, whole.train_end)
+    others = retrained(half, ~half.trained, held)
+    assert np.array_equal(others.train_end[~half.trained], whole.train_end[~half.trained])
+    assert np.array_equal(others.train_end[half.trained], whole.train_start[half.trained])
+    assert len(others.stage2) == 0
+    evaluated = retrained(half, everyone, 0)
+    assert (evaluated.train_end[evaluated.eval_users] == evaluated.val).all()  # never a validation or test item

@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import normalize
 
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.privacy.attacks import linkage, nearest_matches, one_to_one_matches, perturbation_report
+from lightning_sfubm.privacy.attacks import linkage, nearest_matches, one_to_one_matches
 from lightning_sfubm.privacy.mechanisms import GaussianPerturbation, expected_cosine
+from lightning_sfubm.privacy.report import perturbation_report
 
 
 def items(n: int = 400, dim: int = 384, seed: int = 0) -> torch.Tensor:

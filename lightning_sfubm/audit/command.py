@@ -1,0 +1,182 @@
+"""``lightning-sfubm audit``: check the recorded messages of a run against its ledger, attack them, refresh its report."""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lightning_sfubm.audit.attack import AuditSettings, attack
+from lightning_sfubm.audit.check import Schemas, check_run
+from lightning_sfubm.audit.curve import curve_points
+from lightning_sfubm.audit.facts import CURVE
+from lightning_sfubm.cli import SFUBMCLI
+from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.evaluation.environment import environment
+from lightning_sfubm.evaluation.results import write_atomically
+from lightning_sfubm.federated.checkpoint import read_loop
+from lightning_sfubm.federated.loop import FederatedLoop
+from lightning_sfubm.federated.recording import FOLDER, MessageStore
+from lightning_sfubm.federated.trainer import FederatedTrainer
+
+
+class _Parsed(SFUBMCLI):
+    """Parses and builds; nothing is trained or written."""
+
+    def before_fit(self) -> None:
+        """Nothing is written."""
+
+    def fit(self, **kwargs: Any) -> None:
+        """Nothing is run."""
+
+
+def audit(argv: list[str]) -> None:
+    """Entry point.
+
+    Raises:
+        ConfigError: neither a configuration nor a run folder with one is given.
+        PrivacyError: nothing was recorded, or ledger and messages do not agree.
+    """
+    defaults = AuditSettings()
+    parser = argparse.ArgumentParser(
+        "lightning-sfubm audit",
+        description="Check the messages that a run has recorded (trainer.federation.init_args.keep_messages) against "
+        "its ledger, attack them, and write audit.json, privacy_report.html and privacy_report.json into the run folder. "
+        "Further options are those of fit and must describe the run as it was.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="append", default=[], help="as of fit; by default RUN_DIR/config.yaml")
+    parser.add_argument(
+        "--run_dir", type=Path, help="folder of the run; by default trainer.default_root_dir of the config"
+    )
+    parser.add_argument(
+        "--shadows",
+        type=int,
+        default=defaults.shadows,
+        help="shadow models a domain, even; 0 = none (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max_users", type=int, default=defaults.max_users, help="users a domain (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max_items", type=int, default=defaults.max_items, help="items that are linked (default %(default)s)"
+    )
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN_DIR",
+        help="another audited run, of another epsilon or sigma: the report shows the curve over all of them; may be repeated",
+    )
+    options, rest = parser.parse_known_args(argv)
+    if options.shadows < 0 or options.shadows % 2 or options.max_users < 2 or options.max_items < 2:
+        raise ConfigError("audit: --shadows must be even, --max_users and --max_items at least 2")
+    run_dir: Path | None = options.run_dir
+    configs = list(options.config)
+    if not configs:
+        stored = None if run_dir is None else run_dir / "config.yaml"
+        if stored is None or not stored.is_file():
+            raise ConfigError("audit: give --config, or --run_dir of a run with a config.yaml")
+        configs = [str(stored)]
+    arguments = ["fit", *(part for config in configs for part in ("--config", config)), *rest, "--experiment", "null"]
+    if run_dir is not None:
+        arguments += ["--trainer.default_root_dir", str(run_dir)]
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended.*")
+    cli = _Parsed(args=[*arguments, "--trainer.enable_progress_bar", "false", "--trainer.logger", "false"])
+    trainer: FederatedTrainer = cli.trainer  # type: ignore[assignment]
+    if trainer.federation is None:
+        raise ConfigError("audit: the configuration has no trainer.federation, so nothing was exchanged")
+    settings = AuditSettings(options.shadows, options.max_users, options.max_items, seed=trainer.seed)
+    _recorded_or_raise(trainer.run_dir)
+    report = audit_run(trainer, trainer.build_loop(cli.model, cli.datamodule), settings, "audit " + " ".join(argv))
+    if options.beside:
+        report = write_curve(trainer.run_dir, options.beside)
+    print(report)
+
+
+def audit_run(trainer: FederatedTrainer, loop: FederatedLoop, settings: AuditSettings, command: str = "") -> Path:
+    """Audit a finished run.
+
+    Args:
+        trainer: with the run's configuration.
+        loop: built from it, with untrained clients; their modules are changed.
+        settings: how much is attacked.
+        command: stated in the report.
+
+    Returns:
+        Path of the privacy report.
+
+    Raises:
+        ConfigError: the configuration is not that of the run.
+        PrivacyError: nothing was recorded; or ledger and messages do not agree: then nothing is attacked, and audit.json and
+            the report say what is wrong.
+    """
+    from lightning_sfubm.audit.report import build_privacy_report
+
+    console, run_dir = Console(highlight=False, stderr=True), loop.run_dir
+    _recorded_or_raise(run_dir)
+    _same_run_or_raise(loop)
+    check = check_run(run_dir, schemas(loop))
+    facts: dict[str, Any] = {
+        **{key: value for key, value in environment().items() if key in ("started", "versions", "commit")},
+        "command": command,
+        "settings": vars(settings),
+        "check": check.facts(),
+    }
+    if not check.problems:
+        console.print(f"{check.recorded} messages agree with {check.lines} lines of the ledger")
+        facts |= attack(trainer, loop, check.messages, check.entries, settings)
+    write_atomically(run_dir / "audit.json", json.dumps(facts, indent=1, allow_nan=False).encode())
+    report = build_privacy_report(run_dir)
+    if check.problems:
+        raise PrivacyError(
+            f"the audit of {run_dir} stops here, for messages, ledger and configuration do not agree: {check.problems[0]}"
+            + (f" (and {len(check.problems) - 1} more, see audit.json)" if len(check.problems) > 1 else "")
+        )
+    return report
+
+
+def write_curve(run_dir: Path, beside: list[Path]) -> Path:
+    """Put the curve over several audited runs into the privacy report of one of them; returns its path.
+
+    Raises:
+        DataError: one of them has no audit.
+    """
+    from lightning_sfubm.audit.report import build_privacy_report
+
+    points = curve_points([run_dir, *beside])
+    write_atomically(run_dir / CURVE, json.dumps(points, indent=1, allow_nan=False).encode())
+    return build_privacy_report(run_dir)
+
+
+def schemas(loop: FederatedLoop) -> Schemas:
+    """Schemas of a run's messages by kind and direction."""
+    server = loop.server
+    known = {("semantics", "up"): server.semantics, ("semantics", "down"): server.semantics}
+    if server.teacher is not None and server.broadcast_schema is not None:
+        known |= {("teacher", "up"): server.teacher, ("teacher", "down"): server.broadcast_schema}
+    return known
+
+
+def _same_run_or_raise(loop: FederatedLoop) -> None:
+    """Initial weights and private orders follow from seed and schedule: with others the attacks would miss."""
+    for state in sorted(loop.checkpoints.glob("state-*"), reverse=True)[:1]:
+        schedule = read_loop(state)["stored"]["schedule"]
+        if schedule != json.loads(json.dumps(loop.federation.schedule(loop.seed))):
+            raise ConfigError(
+                f"the run was written by the schedule {schedule}, the configuration has {loop.federation.schedule(loop.seed)}: "
+                "audit a run with its own configuration (--run_dir alone takes the one in the run folder)"
+            )
+
+
+def _recorded_or_raise(run_dir: Path) -> None:
+    if not (run_dir / "ledger.jsonl").is_file():
+        raise PrivacyError(f"{run_dir} holds no run: there is no ledger.jsonl; give --run_dir or fit first")
+    if not MessageStore(run_dir / FOLDER).names():
+        raise PrivacyError(
+            f"{run_dir}: no messages were recorded, only their hashes; run fit with "
+            "--trainer.federation.init_args.keep_messages true to audit them"
+        )

@@ -1,0 +1,142 @@
+"""The facts of the privacy report, as JSON values: what ``privacy_report.json`` holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning_sfubm.audit.check import check_run
+from lightning_sfubm.audit.replay import GLOBAL
+from lightning_sfubm.evaluation.facts import ledger_facts, plain
+from lightning_sfubm.evaluation.run_folder import Json, RunFolder
+from lightning_sfubm.federated.ledger import GENESIS
+from lightning_sfubm.federated.recording import FOLDER, MessageStore
+
+CURVE = "privacy_curve.json"
+_ATTACKS = ("linkage", "attribute", "membership", "items")
+
+
+def privacy_facts(folder: RunFolder) -> Json:
+    """Everything the privacy report states.
+
+    Args:
+        folder: of a finished run; ``audit.json`` and ``privacy_curve.json`` are read from it where they are there.
+    """
+    check = check_run(folder.path)
+    audit = _read(folder.path / "audit.json", folder.problems) or {}
+    communication = ledger_facts(folder.ledger)
+    attacks = {name: audit.get(name, []) for name in _ATTACKS}
+    facts: Json = {
+        "run": {name: folder.run.get(name) for name in ("title", "command", "started", "finished")},
+        "ledger": {"file": "ledger.jsonl", "lines": check.lines, "bytes": check.bytes, "head": check.head},
+        "self_check": _self_check(folder, check.facts(), communication, audit),
+        "communication": communication,
+        "mechanisms": mechanisms(folder.ledger),
+        "attacks": {**attacks, "not_run": audit.get("not_run", [])},
+        "audit": {name: audit.get(name) for name in ("started", "commit", "command", "settings")} if audit else None,
+        "perturbation": folder.privacy,
+        "curve": _read(folder.path / CURVE, folder.problems) or [],
+        "problems": folder.problems,
+    }
+    return plain(facts)  # type: ignore[no-any-return]
+
+
+def mechanisms(ledger: list[Json]) -> list[Json]:
+    """What protected each kind of message that went up, by client, with its parameters at the last message.
+
+    ``standing`` is ``"guarantee"`` where a bound holds whatever the attacker knows, ``"hidden"`` where the server sees sums
+    alone, ``"heuristic"`` where noise hides without a bound, and ``"none"``.
+    """
+    rows: dict[tuple[str, str], Json] = {}
+    for line in ledger:
+        if line["direction"] != "up" or line.get("kind", "") in ("secagg keys", "secagg shares", "secagg unmask"):
+            continue  # keys and shares of the protocol hold nothing of the data
+        stated = line.get("mechanism") or {}
+        kind = line.get("kind", "")
+        common = {"client": line["client"], "kind": kind}
+        privacy, secure = stated.get("differential privacy"), stated.get("secure aggregation")
+        if privacy:
+            private = common | {"standing": "guarantee", "mechanism": privacy.get("mechanism", "differential privacy")}
+            rows[line["client"], f"{kind} dp"] = private | {
+                "epsilon": privacy.get("epsilon"),
+                "delta": privacy.get("delta"),
+                "neighbours": privacy.get("neighbours"),
+                "parameters": {
+                    k: v for k, v in privacy.items() if k not in ("mechanism", "epsilon", "delta", "neighbours")
+                },
+            }
+        if secure:
+            hidden = common | {"standing": "hidden", "mechanism": "secure aggregation", "parameters": {"": secure}}
+            rows[line["client"], f"{kind} secure"] = hidden
+        if "sigma" in stated:
+            rows[line["client"], f"{kind} noise"] = common | {
+                "standing": "heuristic" if stated["sigma"] else "none",
+                "mechanism": stated.get("mechanism", ""),
+                "parameters": {k: v for k, v in stated.items() if k != "mechanism"},
+            }
+        elif not privacy and not secure:
+            rows[line["client"], f"{kind} none"] = common | {
+                "standing": "none",
+                "mechanism": "none",
+                "parameters": stated,
+            }
+    return [rows[key] for key in sorted(rows)]
+
+
+def last_membership(facts: Json) -> list[Json]:
+    """Membership figures of the last message of each client, and of the last aggregated teacher."""
+    rows: dict[tuple[str, str, str], Json] = {}
+    for row in facts["attacks"]["membership"]:
+        key = (row["domain"], row["client"], row["score"])
+        if key not in rows or row["round"] >= rows[key]["round"]:
+            rows[key] = row
+    return sorted(rows.values(), key=lambda row: (row["domain"], row["client"] == GLOBAL, row["score"]))
+
+
+def _self_check(folder: RunFolder, check: Json, communication: Json, audit: Json) -> Json:
+    """The report's own numbers against the ledger, counted on two ways; ``None`` = there is nothing to compare."""
+    resent = [line for line in folder.ledger if line.get("resent")]
+    messages = sum(row["messages"] for row in communication["rows"]) + len(resent)
+    total = sum(row["bytes"] for row in communication["rows"]) + sum(line["bytes"] for line in resent)
+    stated = sum(check["bytes"].values())
+    kept = bool(MessageStore(folder.path / FOLDER).names())
+    lines = check["lines"]
+    rows: list[Json] = [
+        {
+            "what": "The ledger is whole: every line follows the one before it, and none is missing at the end",
+            "holds": not check["problems"] and check["head"] != GENESIS,
+            "detail": f"{lines} lines, sha256 of the last {check['head'][:16]}…",
+        },
+        {
+            "what": "The messages of this report are those of the ledger, no more and no fewer",
+            "holds": messages == lines,
+            "detail": f"{messages} in the table (with {len(resent)} sent again), {lines} lines",
+        },
+        {
+            "what": "The bytes of this report add up to those of the ledger",
+            "holds": total == stated,
+            "detail": f"{total:,} in the table, {stated:,} in the ledger",
+        },
+        {
+            "what": "The recorded messages have the hash and the size of their lines",
+            "holds": check["recorded"] == lines if kept else None,
+            "detail": f"{check['recorded']} of {lines}" if kept else "the run kept hashes only",
+        },
+        {
+            "what": "The attacks were made on the messages of this ledger",
+            "holds": audit["check"]["head"] == check["head"] and not audit["check"]["problems"]
+            if audit.get("check")
+            else None,
+            "detail": "by the hash of the last line" if audit.get("check") else "no audit was made",
+        },
+    ]
+    return {"holds": all(row["holds"] is not False for row in rows), "rows": rows, "problems": check["problems"]}
+
+
+def _read(path: Path, problems: list[str]) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        problems.append(f"{path.name}: broken JSON ({error}); left out.")
+        return None

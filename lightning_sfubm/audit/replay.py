@@ -1,0 +1,121 @@
+"""What the recorded messages amount to: uploads of item vectors, and updates of the shared teacher."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.federated.messages import Message
+
+if TYPE_CHECKING:
+    from lightning_sfubm.federated.client import Client
+
+GLOBAL = ""  #: stands for the aggregated teacher where an update names its client
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Item vectors as sent, rows in the order of the catalogue."""
+
+    client: str
+    round: int
+    vectors: Tensor
+    sigma: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """The teacher before and after a round: of one client, or aggregated (``client`` is :data:`GLOBAL`).
+
+    Attributes:
+        client: who sent it.
+        round: its round.
+        before: weights the round started from.
+        after: weights as sent.
+        views: global view (N, D) of each client's items at that time; a client without one is missing.
+        privacy: what the ledger says of differential privacy; empty = no guarantee.
+    """
+
+    client: str
+    round: int
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]
+    views: Mapping[str, Tensor]
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+
+
+def replay(
+    messages: Iterable[tuple[Mapping[str, Any], Message]],
+    lines: Iterable[Mapping[str, Any]],
+    clients: "Mapping[str, Client]",
+    initial: Mapping[str, Tensor],
+) -> tuple[list[Upload], list[Update]]:
+    """Read checked messages in order.
+
+    Args:
+        messages: ledger lines with their messages; what was resent after an interruption is read once.
+        lines: all lines of the ledger; masked updates are not among the messages, but their guarantees are here.
+        clients: by name, to put vectors into the order of their catalogues.
+        initial: shared weights that every client starts from.
+
+    Raises:
+        ConfigError: a client has another number of items than its messages speak of.
+    """
+    uploads: list[Upload] = []
+    updates: list[Update] = []
+    views: dict[str, Tensor] = {}
+    promised = _promised(lines)
+    held = dict.fromkeys(clients, initial)
+    current = initial
+    seen: set[tuple[Any, ...]] = set()
+    for entry, message in messages:
+        name, round = entry["client"], entry["round"]
+        key = (name, round, entry["kind"], entry["direction"], entry["content_sha256"])
+        if key in seen or name not in clients:
+            continue
+        seen.add(key)
+        what = (entry["kind"], entry["direction"])
+        if what == ("semantics", "up"):
+            vectors = _in_order(clients[name], message)
+            uploads.append(Upload(name, round, vectors, float(entry["mechanism"].get("sigma", 0.0))))
+        elif what == ("semantics", "down"):
+            views = {**views, name: _in_order(clients[name], message)}
+        elif what == ("teacher", "up"):
+            weights = {key: value for key, value in message.tensors.items() if key != "__weight__"}
+            privacy = entry["mechanism"].get("differential privacy", {})
+            updates.append(Update(name, round, held[name], weights, views, privacy))
+        elif what == ("teacher", "down"):
+            held[name] = message.tensors
+            if not any(u.client == GLOBAL and u.round == round for u in updates):
+                updates.append(Update(GLOBAL, round, current, message.tensors, views, _weakest(promised, round)))
+                current = message.tensors
+    return uploads, updates
+
+
+def _in_order(client: "Client", message: Message) -> Tensor:
+    vectors, items = message.tensors["vectors"], len(client.semantics())
+    if len(vectors) != items:
+        raise ConfigError(
+            f"client '{client.name}' has {items} items, its message of round {message.round} has {len(vectors)}: the audit "
+            "needs the configuration and the data of the run"
+        )
+    return client.in_catalogue_order(vectors)
+
+
+def _promised(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, Mapping[str, Any]]]:
+    """(round, client, guarantee) of everything made of behaviour that went up; an empty guarantee is none."""
+    return [
+        (line["round"], line["client"], line["mechanism"].get("differential privacy", {}))
+        for line in lines
+        if line["direction"] == "up" and line["kind"] != "semantics"
+    ]
+
+
+def _weakest(promised: list[tuple[int, str, Mapping[str, Any]]], round: int) -> Mapping[str, Any]:
+    """The guarantee of a mean: each user has the latest of their own client, so the weakest is promised to all."""
+    latest = {client: guarantee for number, client, guarantee in promised if number <= round}
+    if not latest or not all(latest.values()):
+        return {}
+    return max(latest.values(), key=lambda guarantee: (guarantee["epsilon"], guarantee["delta"]))

@@ -1,0 +1,156 @@
+"""The privacy report from a ledger alone and from figures: what it promises in words, its self-check, its refusals."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sfubm.audit.facts import mechanisms
+from lightning_sfubm.audit.plots import epsilon_plot, rounds_plot, sigma_plot
+from lightning_sfubm.audit.report import build_privacy_report
+from lightning_sfubm.audit.words import epsilon_words
+from lightning_sfubm.federated.ledger import Ledger
+
+NOISE = {"mechanism": "Gaussian perturbation (heuristic ...)", "sigma": 0.05, "drawn": "once per item"}
+PRIVATE = {
+    "mechanism": "DP-SGD over users",
+    "neighbours": "one user's whole sequence added or removed",
+    "epsilon": 2.0,
+    "delta": 1e-5,
+    "steps": 40,
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.start()
+    vectors = {"vectors": {"shape": [7, 4], "dtype": "float32"}}
+    ledger.record_bytes("shop <a>", "up", "semantics", 0, b"12345", NOISE, vectors)
+    ledger.record_bytes("shop <a>", "up", "teacher", 1, b"123", {"differential privacy": {**PRIVATE, "epsilon": 1.0}})
+    ledger.record_bytes("shop <a>", "up", "teacher", 2, b"1234", {"differential privacy": PRIVATE})
+    ledger.record_bytes("shop <a>", "down", "teacher", 2, b"1", {})
+    return tmp_path
+
+
+def facts_of(report: Path) -> dict[str, Any]:
+    return json.loads(report.with_suffix(".json").read_text())
+
+
+def test_a_ledger_is_enough_for_a_report(run_dir: Path) -> None:
+    report = build_privacy_report(run_dir)
+    facts, page = facts_of(report), report.read_text()
+    assert facts["self_check"]["holds"]
+    assert [row["holds"] for row in facts["self_check"]["rows"]] == [True, True, True, None, None]
+    assert facts["ledger"]["bytes"] == {"up": 12, "down": 1}
+    row = next(row for row in facts["communication"]["rows"] if row["kind"] == "semantics")
+    assert (row["messages"], row["bytes"], row["tensors"]) == (1, 5, ["vectors 7×4 float32"])
+    assert "shop &lt;a&gt;" in page
+    assert "shop <a>" not in page
+    assert "This was not measured" in page
+    assert "2 messages of weights of the shared model" in page
+
+
+def test_guarantees_and_heuristics_keep_their_names(run_dir: Path) -> None:
+    lines = [json.loads(line) for line in (run_dir / "ledger.jsonl").read_text().splitlines()]
+    noise, private = mechanisms(lines)
+    assert (noise["standing"], noise["parameters"]["sigma"]) == ("heuristic", 0.05)
+    assert (private["standing"], private["epsilon"], private["delta"]) == ("guarantee", 2.0, 1e-5)  # the last message's
+    assert private["parameters"] == {"steps": 40}
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "standings"),
+    [
+        ({}, ["none"]),
+        ({"mechanism": "none", "sigma": 0.0}, ["none"]),
+        ({"secure aggregation": "threshold 0.6"}, ["hidden"]),
+        ({"secure aggregation": "threshold 0.6", "differential privacy": PRIVATE}, ["guarantee", "hidden"]),
+    ],
+)
+def test_the_standing_of_a_mechanism(mechanism: dict[str, Any], standings: list[str]) -> None:
+    line = {"client": "a", "direction": "up", "kind": "teacher", "mechanism": mechanism}
+    down = {"client": "a", "direction": "down", "kind": "teacher", "mechanism": {}}
+    keys = {"client": "a", "direction": "up", "kind": "secagg keys", "mechanism": {}}
+    assert [row["standing"] for row in mechanisms([line, down, keys])] == standings
+
+
+def test_epsilon_in_words() -> None:
+    words = epsilon_words(math.log(3), 1e-5, "one user's whole sequence added or removed")
+    assert "factor of at most 3 (from 50 % to at most 75.0 %)" in words
+    assert "differ by one user's whole sequence added or removed" in words
+    assert "1e-05" in words
+    assert "next to nothing" not in words
+    assert "next to nothing" in epsilon_words(32.0, 1e-5, "")
+    for nothing in (None, math.inf):
+        assert "nothing is promised" in epsilon_words(nothing, 1e-5, "")
+
+
+def test_noise_that_the_seed_gives_away_is_called_a_simulation(tmp_path: Path) -> None:
+    for secret, simulated in (("kept by the client", False), ("derived from the run's seed (simulation only)", True)):
+        ledger = Ledger(tmp_path / "ledger.jsonl")
+        ledger.start()
+        ledger.record_bytes("a", "up", "semantics", 0, b"1", {**NOISE, "secret": secret})
+        answers = facts_of(build_privacy_report(tmp_path))["in_plain_words"]
+        assert ("holds for a simulation only" in str(answers)) == simulated
+
+
+def test_a_changed_ledger_is_announced_at_the_top(run_dir: Path) -> None:
+    path = run_dir / "ledger.jsonl"
+    path.write_text(path.read_text().replace('"bytes": 5', '"bytes": 6'))
+    report = build_privacy_report(run_dir)
+    facts = facts_of(report)
+    assert not facts["self_check"]["holds"]
+    assert "does not follow" in facts["self_check"]["problems"][0]
+    assert report.read_text().index("Do not rely on this") < report.read_text().index("In plain words</h2>")
+
+
+def test_an_audit_of_another_ledger_does_not_count(run_dir: Path) -> None:
+    (run_dir / "audit.json").write_text(json.dumps({"check": {"head": "0" * 64, "problems": []}, "membership": []}))
+    rows = facts_of(build_privacy_report(run_dir))["self_check"]["rows"]
+    assert rows[-1]["holds"] is False
+
+
+def test_a_broken_audit_file_is_named(run_dir: Path) -> None:
+    (run_dir / "audit.json").write_text("{")
+    report = build_privacy_report(run_dir)
+    assert "audit.json: broken JSON" in report.read_text()
+    assert facts_of(report)["audit"] is None
+
+
+def estimate(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 10}
+
+
+def point(epsilon: float | None, sigma: float | None = 0.05) -> dict[str, Any]:
+    score = {"auc": estimate(0.6), "tpr": estimate(0.1), "limit": {"auc": 0.9, "tpr": 0.3} if epsilon else None}
+    utility = {"teacher": {"hit@1": estimate(0.3), "ndcg@10": estimate(0.4)}}
+    linkage = {"with_replacement": estimate(0.9), "cosine_mean": 0.7}
+    return {
+        "domain": "a",
+        "epsilon": epsilon,
+        "sigma": sigma,
+        "membership": {"loss": score},
+        "linkage": linkage,
+        "utility": utility,
+    }
+
+
+def test_curves_run_from_small_epsilon_to_none() -> None:
+    figure = epsilon_plot([point(None), point(8.0), point(0.5)])
+    assert figure is not None
+    area, rate, utility = figure.axes
+    assert [label.get_text() for label in area.get_xticklabels()] == ["0.5", "8", "∞ (none)"]
+    assert len(rate.containers) == 1
+    assert {line.get_label() for line in utility.lines} == {"teacher, Hit@1", "teacher, NDCG@10"}
+
+
+def test_there_is_no_curve_of_one_epsilon_and_no_figure_of_nothing() -> None:
+    assert epsilon_plot([point(1.0), point(1.0)]) is None
+    assert rounds_plot([]) is None
+    assert sigma_plot([]) is None
+    figure = sigma_plot([point(None, 0.0), point(None, 0.1)])
+    assert figure is not None
+    assert figure.axes[0].get_ylim() == (0, 1.05)
