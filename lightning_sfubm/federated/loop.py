@@ -102,8 +102,12 @@ class FederatedLoop:
                 "'uniform'"
             )
         self.run_dir, self.seed = run_dir, seed
+        self.goes_on = (
+            False  #: whether this is a run cut off before its first state: what it had sent stays in the ledger
+        )
         self.loggers = list(loggers)
         self.counters = Counters()
+        self._pieces = 0  # of work since the last whole state
         self.stopwatch = Stopwatch()
         self.ledger = Ledger(run_dir / "ledger.jsonl")
         first = next(iter(self.clients.values())).module
@@ -148,21 +152,34 @@ class FederatedLoop:
         """Run to the end from wherever the counters stand."""
         federation = self.federation
         if self.counters.step == 0:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            for folder in ("checkpoints", "clients", "csv"):  # of an earlier run in the same place
-                shutil.rmtree(self.run_dir / folder, ignore_errors=True)
-            (self.run_dir / "history.jsonl").write_text("")
-            self.ledger.start()
+            self._start()
         if self.counters.exchanged is None and len(federation.active(self.clients, 0)) > 1:
             self._exchange_semantics(0)
         for number in range(self.counters.round + 1, federation.rounds + 1):
             self._round(number)
-        for name, client in self.clients.items():
-            for phase in client.module.local_phases:
-                if phase not in client.phases_done:
-                    with self.stopwatch(f"stage 1: local {phase}"):
-                        self._local_phase(name, client, phase)
+        todo = [(n, p) for n, c in self.clients.items() for p in c.module.local_phases if p not in c.phases_done]
+        for number, (name, phase) in enumerate(todo, 1):
+            with self.stopwatch(f"stage 1: local {phase}"):
+                self._local_phase(name, self.clients[name], phase, last=number == len(todo))
+        for client in self.clients.values():
             client.finish()
+
+    def _start(self) -> None:
+        """Clear the place of an earlier run, its states first and at once: half of them must not be gone on from."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        earlier = self.run_dir / ".earlier"
+        if self.checkpoints.exists():
+            if earlier.exists():
+                shutil.rmtree(earlier)
+            self.checkpoints.replace(earlier)
+        for folder in ("clients", "csv"):
+            shutil.rmtree(self.run_dir / folder, ignore_errors=True)
+        (self.run_dir / "history.jsonl").write_text("")
+        if self.goes_on and not earlier.exists():
+            self.ledger.resume(0)
+        else:
+            self.ledger.start()
+        shutil.rmtree(earlier, ignore_errors=True)
 
     # ------------------------------------------------------------------ item semantics
 
@@ -207,7 +224,7 @@ class FederatedLoop:
                 with self.stopwatch("stage 1: rounds, local training"):
                     self._train(name, number)
                 with self.stopwatch("stage 1: checkpoints"):
-                    self._checkpoint(linked=True)
+                    self._checkpoint()
         metrics = dict(counters.trained)
         with self.stopwatch("stage 1: rounds, messages and aggregation"):
             if federation.sends_teacher and len(self.clients) > 1:
@@ -322,7 +339,7 @@ class FederatedLoop:
         self.clients[name].receive_teacher(received)
         versions[name] = server.version
 
-    def _local_phase(self, name: str, client: Client, phase: str) -> None:
+    def _local_phase(self, name: str, client: Client, phase: str, last: bool) -> None:
         best = client.train_phase(
             phase,
             self._folder(name),
@@ -333,7 +350,7 @@ class FederatedLoop:
             monitor=self.federation.monitor,
         )
         self.counters.phases[name] = list(client.phases_done)
-        self._checkpoint()
+        self._checkpoint(last)
         for callback in self.callbacks:
             callback.on_phase_end(self, name, phase, best)
 
@@ -368,8 +385,10 @@ class FederatedLoop:
     def _folder(self, client: str) -> Path:
         return self.run_dir / "clients" / client
 
-    def _checkpoint(self, linked: bool = False) -> None:
+    def _checkpoint(self, last: bool = False) -> None:
+        """Write a state: a whole one at the end and once for as many pieces of work as there are clients."""
         self.counters.step += 1
+        self._pieces = 0 if last or self._pieces + 1 >= len(self.clients) else self._pieces + 1
         with open(self.run_dir / "history.jsonl", "rb") as handle:
             lines = sum(1 for _ in handle)
         stored: dict[str, Any] = {
@@ -379,4 +398,4 @@ class FederatedLoop:
             "history": lines,
             "ledger": self.ledger.entries,
         }
-        save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, linked)
+        save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)

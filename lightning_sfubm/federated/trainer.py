@@ -258,6 +258,7 @@ class FederatedTrainer(L.Trainer):
         states = self._states(ckpt_path)
         if str(ckpt_path) == "last" and self.run_dir.is_dir() and not any(states.glob("state-*")):
             log.warning("%s holds no state yet: the run starts from the beginning", states)
+            loop.goes_on = True
             return
         loop.resume(states)
 
