@@ -126,7 +126,11 @@ def load_state(state: Path, server: Server, clients: dict[str, Client]) -> dict[
     stored = sorted(f.stem for f in (state / "clients").glob("*.ckpt"))
     if stored != sorted(clients):
         raise CheckpointError(f"{state}: holds the clients {stored}, this run has {sorted(clients)}")
-    server.load_state_dict(torch.load(state / "server.ckpt", map_location="cpu", weights_only=True))
+    try:
+        stored_server = torch.load(state / "server.ckpt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{state / 'server.ckpt'}: not a safe checkpoint ({str(error)[:100]})") from None
+    server.load_state_dict(stored_server)
     for name, client in clients.items():
         client.load(state / "clients" / f"{name}.ckpt")
     return dict(loop["stored"])

@@ -21,7 +21,6 @@ from lightning_sfubm.federated.checkpoint import find_state, read_loop
 from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
 from lightning_sfubm.federated.server_optimizers import FedAdam
-from tests.conftest import small_distiller
 
 
 class Flaky(FederatedCallback):
