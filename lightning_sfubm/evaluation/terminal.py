@@ -34,6 +34,21 @@ def print_results(run_dir: str | os.PathLike[str], console: Console | None = Non
         console.print(f"note: {problem}", style="yellow", markup=False, highlight=False)
 
 
+def print_metrics(stage: str, results: list[dict[str, float]], console: Console | None = None) -> None:
+    """Print what ``validate`` or ``test`` found, one line a client and metric.
+
+    Args:
+        stage: heading.
+        results: one mapping a client, keys ``<client>/<metric>``.
+        console: where to; standard output by default.
+    """
+    table = Table("metric", "value", title=stage)
+    for row in results:
+        for key, value in row.items():
+            table.add_row(key, f"{value:.4f}")
+    (console or Console()).print(table)
+
+
 def _table(domain: Json) -> Table:
     chance = domain["chance"]
     caption = "brackets: 95 % intervals; valid: answers that name exactly one candidate"

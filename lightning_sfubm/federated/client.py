@@ -155,6 +155,13 @@ class Client:
         self.phases_done.append(phase)
         return best
 
+    def take_over(self, path: Path, cpu_s: float) -> None:
+        """Take what a worker process has trained for this client."""
+        self.load(path)
+        self._linkable = True
+        entry = self.watch.timings.setdefault("training", {"wall_s": 0.0, "cpu_s": 0.0})
+        entry["cpu_s"] += cpu_s
+
     def _keep(self, trainer: Trainer, path: Path, weights_only: bool) -> None:
         """Write what was trained: with optimiser and counters after a round, weights only after a local phase."""
         path.parent.mkdir(parents=True, exist_ok=True)

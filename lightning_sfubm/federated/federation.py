@@ -35,6 +35,8 @@ class Federation:
         local_min_epochs: epochs before which a local phase does not stop.
         patience: epochs without improvement of ``monitor`` that end a local phase.
         monitor: validation metric of the local phases.
+        workers: processes that train clients side by side, one thread each; 0 = one after the other in this process. The
+            result is that of one process with one thread, bit for bit.
 
     Raises:
         ConfigError: a number is out of range.
@@ -58,12 +60,16 @@ class Federation:
         local_min_epochs: int = 8,
         patience: int = 5,
         monitor: str = "val/ndcg@10",
+        workers: int = 0,
     ) -> None:
         if rounds < 0 or local_epochs < 1 or patience < 1 or not 1 <= local_min_epochs <= local_max_epochs:
             raise ConfigError(
                 f"federation: rounds = {rounds} (>= 0), local_epochs = {local_epochs} (>= 1), patience = {patience} (>= 1), "
                 f"1 <= local_min_epochs = {local_min_epochs} <= local_max_epochs = {local_max_epochs} is required"
             )
+        if workers < 0:
+            raise ConfigError(f"federation: workers = {workers} must not be negative")
+        self.workers = workers
         if not 0 < participation <= 1 or min_updates < 1:
             raise ConfigError(
                 f"federation: participation = {participation} must lie in (0, 1], min_updates = {min_updates} be at least 1"

@@ -21,6 +21,7 @@ from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
+from lightning_sfubm.federated.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 _OWN = {"max_epochs", "min_epochs", "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "max_steps"}
@@ -105,6 +106,17 @@ class FederatedTrainer(L.Trainer):
             **flags,
         )
 
+    def make_client(self, name: str, model: L.LightningModule, domain: Any, seed: int) -> Client:
+        """A client of a domain, its data set up and its copy of the model bound to it."""
+        domain.setup("fit")
+
+        def make_trainer(**kwargs: Any) -> L.Trainer:
+            return self.make_trainer(client=name, **kwargs)
+
+        client = Client(name, copy.deepcopy(model), domain, make_trainer, seed)
+        client.prepare()
+        return client
+
     def build_loop(
         self, model: L.LightningModule, datamodule: Any, federation: Federation | None = None
     ) -> FederatedLoop:
@@ -116,18 +128,16 @@ class FederatedTrainer(L.Trainer):
                 "a federated run needs trainer.federation and a FederatedDataModule with at least one entry in data.domains"
             )
         datamodule.prepare_data()
-        datamodule.setup("fit")
-        clients = {}
-        for name, domain in sorted(domains.items()):
-
-            def make_trainer(*, name: str = name, **kwargs: Any) -> L.Trainer:
-                return self.make_trainer(client=name, **kwargs)
-
-            client = Client(name, copy.deepcopy(model), domain, make_trainer, self.seed)
-            client.prepare()
-            clients[name] = client
+        clients = {name: self.make_client(name, model, domain, self.seed) for name, domain in sorted(domains.items())}
         callbacks = [*self._user_callbacks, RoundLogger(quiet=self._flags.get("enable_progress_bar") is False)]
-        return FederatedLoop(federation, clients, callbacks, self.run_dir, self.seed, self.shared_loggers)
+        loop = FederatedLoop(federation, clients, callbacks, self.run_dir, self.seed, self.shared_loggers)
+        if federation.workers and len(clients) > 1:
+            if self.world_size > 1:
+                raise ConfigError("federation.workers trains clients on one device each: set trainer.devices to 1")
+            domains = {name: client.datamodule for name, client in clients.items()}
+            flags = {k: v for k, v in self._flags.items() if k != "logger"} | {"callbacks": self._user_callbacks}
+            loop.workers = WorkerPool(federation.workers, copy.deepcopy(model), domains, flags, self.seed)
+        return loop
 
     def prepare(self, model: L.LightningModule, datamodule: Any) -> None:
         """Set up clients and loop without running it, for methods that take part in no federation."""
@@ -233,7 +243,7 @@ class FederatedTrainer(L.Trainer):
             values = getattr(trainer, stage)(client.module, datamodule=client.datamodule, verbose=False)[0]
             results.append({f"{name}/{key}": float(value) for key, value in values.items()})
         if verbose and self.is_global_zero:
-            from lightning_sfubm.evaluation.console import print_metrics
+            from lightning_sfubm.evaluation.terminal import print_metrics
 
             print_metrics(stage, results)
         return results

@@ -84,7 +84,7 @@ def test_neither_behaviour_nor_secrets_reach_logs_ledgers_or_messages(
     )
     with caplog.at_level(logging.DEBUG):
         trainer.fit(small_distiller(), datamodule=data)
-        trainer.test(small_distiller(), datamodule=data)
+        trainer.test(small_distiller(), datamodule=data, verbose=False)
     trainer.shared_loggers[0].experiment.finish()
 
     keys = [file.read_bytes() for file in secrets.glob("*.key")]
