@@ -25,7 +25,7 @@ GRID = [(1.0, 0.01, 1000, 1e-5), (1.5, 0.04, 2250, 1e-5), (0.8, 0.001, 10000, 1e
 GRID += [(4.0, 0.5, 100, 1e-5), (5.0, 1.0, 50, 1e-5), (10.0, 0.3, 2000, 1e-7)]
 
 
-def federation(folder: Path, clients: int, rounds: int, taking_part: int) -> tuple[Any, Any, Any]:
+def federation(folder: Path, clients: int, rounds: int, taking_part: int, phases: bool) -> tuple[Any, Any, Any]:
     """Trainer, model and data of tiny clients: 40 users and 72 items each, a SASRec of width 16."""
     import torch
 
@@ -52,8 +52,14 @@ def federation(folder: Path, clients: int, rounds: int, taking_part: int) -> tup
             for number, name in enumerate(f"client-{n:03d}" for n in range(clients))
         }
     )
+
+    class RoundsOnly(FKDDistiller):
+        local_phases = ()  # type: ignore[assignment]
+
     torch.manual_seed(0)
-    module = FKDDistiller(SASRec(hidden_dim=16, num_layers=1, num_heads=2, max_length=16), num_experts=2)
+    module = (FKDDistiller if phases else RoundsOnly)(
+        SASRec(hidden_dim=16, num_layers=1, num_heads=2, max_length=16), num_experts=2
+    )
     settings = {"exchange": "both", "local_max_epochs": 1, "local_min_epochs": 1, "patience": 1}
     trainer = FederatedTrainer(
         federation=Federation(rounds=rounds, participation=taking_part / clients, **settings),  # type: ignore[arg-type]
@@ -65,11 +71,11 @@ def federation(folder: Path, clients: int, rounds: int, taking_part: int) -> tup
     return trainer, module, data
 
 
-def run_clients(clients: int, rounds: int, taking_part: int) -> dict[str, Any]:
-    """A whole federated fit: set-up, exchange, rounds, two local phases of one epoch for every client."""
+def run_clients(clients: int, rounds: int, taking_part: int, phases: bool = True) -> dict[str, Any]:
+    """A federated fit: set-up, exchange, rounds and, where wanted, two local phases of one epoch for every client."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SFUBM_CACHE"] = f"{folder}/cache"
-        trainer, module, data = federation(Path(folder) / "run", clients, rounds, taking_part)
+        trainer, module, data = federation(Path(folder) / "run", clients, rounds, taking_part, phases)
         start, cpu = time.perf_counter(), time.process_time()
         trainer.fit(module, datamodule=data)
         timings = trainer.loop.stopwatch.timings
@@ -92,11 +98,11 @@ def part_clients() -> dict[str, Any]:
 
 
 def part_participants() -> dict[str, Any]:
-    """CPU seconds a round by the number of participants, of 40 clients, local phases left out."""
+    """CPU seconds a round by the number of participants, of 40 clients: training, messages, states."""
     rows = []
     for count in (5, 10, 20, 40):
-        run = run_clients(40, 3, count)
-        spent = sum(entry["cpu_s"] for name, entry in run["parts"].items() if "local" not in name or "rounds" in name)
+        parts = run_clients(40, 3, count, phases=False)["parts"]
+        spent = sum(entry["cpu_s"] for name, entry in parts.items() if "semantics" not in name)
         rows.append({"taking_part": count, "cpu_s_a_round": round(spent / 3, 3)})
     for row in rows:
         row["cpu_s_a_participant"] = round(row["cpu_s_a_round"] / row["taking_part"], 4)

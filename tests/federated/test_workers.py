@@ -73,7 +73,7 @@ def test_workers_give_the_same_run_and_one_that_dies_leaves_it_to_be_gone_on_wit
     with pytest.raises(WorkerError, match="exit code -9"):
         broken.fit(small_distiller(), datamodule=data(federated_data))
     assert all(map(gone, dies.pids[0]))
-    again = make(federated_trainer, "broken", workers=2)
+    again = make(federated_trainer, "broken")  # the number of workers may change
     again.fit(small_distiller(), datamodule=data(federated_data), ckpt_path="last")
     assert same(finished_state(again.run_dir), expected)
 
