@@ -28,7 +28,7 @@ NOISE = "--trainer.callbacks.init_args.sigma"
         ([f"{FED}client_epochs", '{"alpha": 0}'], ["client_epochs", "alpha"]),
         ([f"{FED}aggregator", f"{AGG}aggregation.KNNMix", f"{FED}aggregator.init_args.k", "2"], ["k = 2"]),
         ([f"{FED}aggregator", f"{AGG}aggregation.Nothing"], ["aggregation.Nothing"]),
-        ([f"{FED}weights", f"{AGG}robust.Krum", f"{FED}exchange", "teacher"], ["Krum", "2 clients"]),
+        ([f"{FED}weights", f"{AGG}robust.Krum", f"{FED}exchange", "teacher"], ["Krum", "this federation has 2"]),
         (
             [
                 f"{FED}secure_aggregation",
@@ -39,7 +39,6 @@ NOISE = "--trainer.callbacks.init_args.sigma"
             ["threshold = 0.3"],
         ),
         ([NOISE, "-1"], ["sigma"]),
-        (["--ckpt_path", "last"], ["no federated checkpoint"]),
         (["--ckpt_path", "elsewhere"], ["elsewhere", "no federated checkpoint"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
