@@ -46,6 +46,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop.py --config configs/experiment/demo.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/federated.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stage1.py --data-root $(DATA)
 

@@ -136,6 +136,16 @@ class DomainDataModule(L.LightningDataModule):
         """Hash of the content this domain is read from, before any filtering."""
         return self.reader.fingerprint(self._root())
 
+    def unloaded(self) -> "DomainDataModule":
+        """The same domain not yet set up, for another process, which then maps the prepared files."""
+        twin = copy.copy(self)
+        twin.trainer = None
+        twin._domain = None
+        twin._candidates = {}
+        for name in ("_splits", "_groups", "_catalogue"):
+            vars(twin).pop(name, None)
+        return twin
+
     def without_holdout(self) -> "DomainDataModule":
         """The same domain with no positions held out for stage 2, for methods that have no second stage."""
         twin = copy.copy(self)

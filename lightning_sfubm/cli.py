@@ -29,7 +29,8 @@ class _Parser(LightningArgumentParser):
 def _sentence(message: str) -> str:
     """The first reason in a message of the parser, with its key, on one line."""
     key = re.search(r'[Pp]arser key "([^"]+)"', message)
-    reason = re.search(r"Errors:\s+- (.+?)(?:\n\s*- |\Z)", message, re.DOTALL)
+    # An option inside another one lists its own failures in place of a reason: the first that is a reason counts.
+    reason = re.search(r"Errors:\s+- (?!Does not validate)(.+?)(?:\n\s*- |\Z)", message, re.DOTALL)
     words = " ".join((reason[1] if reason else message).split())
     return f"{key[1]}: {words}" if key and reason else words
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.federated.neighbours import nearest
 from lightning_sfubm.seeds import torch_generator
 
-_BLOCK = 2048  # rows of similarities at a time: 2,048 x 100,000 float32 is 0.8 GB at most
+_BLOCK = 2048  # rows at a time
 
 
 @runtime_checkable
@@ -71,11 +72,12 @@ class KNNMix:
         return answers
 
     def _mix(self, own: Tensor, pool: Tensor) -> Tensor:
+        similarity, neighbours = nearest(own, pool, self.k)
+        weights = torch.softmax(similarity / self.tau, dim=1)
         mixed = torch.empty_like(own)
         for start in range(0, len(own), _BLOCK):
-            similarity, neighbours = (own[start : start + _BLOCK] @ pool.T).topk(self.k, dim=1)
-            weights = torch.softmax(similarity / self.tau, dim=1)
-            mixed[start : start + _BLOCK] = torch.einsum("nk,nkd->nd", weights, pool[neighbours])
+            rows = slice(start, start + _BLOCK)
+            mixed[rows] = torch.einsum("nk,nkd->nd", weights[rows], pool[neighbours[rows]])
         return normalize(mixed, dim=1)
 
 

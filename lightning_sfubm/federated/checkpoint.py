@@ -3,8 +3,9 @@
 ``checkpoints/state-0007/`` holds ``loop.json`` (where the run stands, sha256 of every other file), ``server.ckpt`` (the
 shared teacher and the state of its aggregation) and ``clients/<name>.ckpt`` (a Lightning checkpoint each). A folder is
 filled under another name and renamed when complete; a torn one, by crash or by hand, is recognised by its hashes and the
-one before is used. States within a round link the files of clients that have not changed; they are small, and whole again
-at the end of the round: the two newest states are kept, and the newest that shares no file with another.
+one before is used. Most states link the files of clients that have not changed, so that their cost does not grow with the
+number of clients; once in a while one is whole. Kept are the two newest states and the newest whole one, which shares no
+file with another.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.server import Server
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def save_state(
@@ -34,7 +35,7 @@ def save_state(
         stored: what the loop needs to go on, as JSON values.
         server: its state is written.
         clients: their states are written.
-        linked: whether files of clients that have not changed may be shared with the state before.
+        linked: whether it may share files with the state before; a whole state shares none with any other.
 
     Returns:
         Folder of the state.
@@ -42,16 +43,21 @@ def save_state(
     final, temporary = root / f"state-{step:04d}", root / f".state-{step:04d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "clients").mkdir(parents=True)
+    files = {}
     for name, client in sorted(clients.items()):
-        client.save(temporary / "clients" / f"{name}.ckpt", link=linked)
+        file = temporary / "clients" / f"{name}.ckpt"
+        client.save(file, link=linked)
+        new = client.saved_sha256 is None
+        client.saved_sha256 = files[f"clients/{name}.ckpt"] = client.saved_sha256 or _sha256(file)
+        if new or file.stat().st_nlink == 1:  # not one that an earlier state has put on disk
+            _flush(file)
     torch.save(server.state_dict(), temporary / "server.ckpt")
-    files = {str(f.relative_to(temporary)): _sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+    files["server.ckpt"] = _sha256(temporary / "server.ckpt")
     loop = {"format": _FORMAT, "step": step, "linked": linked, "stored": stored, "files": files}
+    loop["sha256"] = _content(loop)
     (temporary / "loop.json").write_text(json.dumps(loop, indent=1, sort_keys=True))
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+    for file in (temporary / "server.ckpt", temporary / "loop.json"):
+        _flush(file)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     for name, client in clients.items():
@@ -101,6 +107,8 @@ def read_loop(state: Path) -> dict[str, Any]:
         raise CheckpointError(f"{state / 'loop.json'}: missing or unreadable") from None
     if loop.get("format") != _FORMAT:
         raise CheckpointError(f"{state / 'loop.json'}: format {loop.get('format')}, this version reads {_FORMAT}")
+    if loop.get("sha256") != _content({key: value for key, value in loop.items() if key != "sha256"}):
+        raise CheckpointError(f"{state / 'loop.json'}: changed since the checkpoint was written")
     for name, digest in files.items():
         file = state / name
         if not file.is_file() or _sha256(file) != digest:
@@ -118,10 +126,23 @@ def load_state(state: Path, server: Server, clients: dict[str, Client]) -> dict[
     stored = sorted(f.stem for f in (state / "clients").glob("*.ckpt"))
     if stored != sorted(clients):
         raise CheckpointError(f"{state}: holds the clients {stored}, this run has {sorted(clients)}")
-    server.load_state_dict(torch.load(state / "server.ckpt", map_location="cpu", weights_only=True))
+    try:
+        stored_server = torch.load(state / "server.ckpt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{state / 'server.ckpt'}: not a safe checkpoint ({str(error)[:100]})") from None
+    server.load_state_dict(stored_server)
     for name, client in clients.items():
         client.load(state / "clients" / f"{name}.ckpt")
     return dict(loop["stored"])
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _content(loop: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(loop, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

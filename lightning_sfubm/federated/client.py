@@ -46,6 +46,8 @@ class Client:
         self.make_trainer = make_trainer
         self.order_seed = seed  #: root of the order of uploads; a secret where the run's seed is known to the server
         self.saved: Path | None = None
+        self.saved_sha256: str | None = None  #: of that file, where it has been computed
+        self._linkable = False  # whether the file may get a second name
         self.rounds_done = 0
         self._changed = True  # the module holds something that ``saved`` does not
         self.phases_done: list[str] = []
@@ -158,12 +160,19 @@ class Client:
         self.phases_done.append(phase)
         return best
 
+    def take_over(self, path: Path, cpu_s: float) -> None:
+        """Take what a worker process has trained for this client."""
+        self.load(path)
+        self._linkable = True
+        entry = self.watch.timings.setdefault("training", {"wall_s": 0.0, "cpu_s": 0.0})
+        entry["cpu_s"] += cpu_s
+
     def _keep(self, trainer: Trainer, path: Path, weights_only: bool) -> None:
         """Write what was trained: with optimiser and counters after a round, weights only after a local phase."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # a state folder may know the old file under a second name
         trainer.save_checkpoint(path, weights_only=weights_only)
-        self.saved, self._changed = path, False
+        self.saved, self.saved_sha256, self._changed, self._linkable = path, None, False, True
 
     @property
     def train_cpu_s(self) -> float | None:
@@ -181,11 +190,12 @@ class Client:
 
         Args:
             path: of the new file.
-            link: whether a file that says all there is to say may get a second name instead of a copy.
+            link: whether a file that says all there is to say may get a second name instead of a copy. One written
+                without is never linked to, so that it shares its content with no other.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.saved is not None and not self._changed:
-            _copy(self.saved, path, link)
+            _copy(self.saved, path, link and self._linkable)
         else:
             blank: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
             state = blank if self.saved is None else torch.load(self.saved, map_location="cpu", weights_only=True)
@@ -194,7 +204,8 @@ class Client:
             temporary = path.with_suffix(".tmp")  # ``saved`` may be this very file
             torch.save(state, temporary)
             temporary.replace(path)
-        self.saved, self._changed = path, False
+            self.saved_sha256 = None
+        self.saved, self._changed, self._linkable = path, False, link
 
     def load(self, path: Path) -> None:
         """Put a checkpoint's weights into the module. Optimiser and counters follow at the next :meth:`train_round`."""
@@ -204,7 +215,7 @@ class Client:
             raise CheckpointError(f"{path}: not a safe checkpoint of this product ({str(error)[:100]})") from None
         self.module.on_load_checkpoint(checkpoint)
         self.module.load_state_dict(checkpoint["state_dict"])
-        self.saved, self._changed = path, False
+        self.saved, self.saved_sha256, self._changed, self._linkable = path, None, False, False
 
 
 def _copy(source: Path, target: Path, link: bool) -> None:

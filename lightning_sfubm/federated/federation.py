@@ -37,6 +37,8 @@ class Federation:
         monitor: validation metric of the local phases.
         keep_messages: keep every message as it travelled below ``<run_dir>/messages``, for ``lightning-sfubm audit``. They are
             as sensitive as what they disclose: item vectors and weights in the clear. By default only hashes are kept.
+        workers: processes that train clients side by side, one thread each; 0 = one after the other in this process. The
+            result is that of one process with one thread, bit for bit.
 
     Raises:
         ConfigError: a number is out of range.
@@ -61,12 +63,16 @@ class Federation:
         patience: int = 5,
         monitor: str = "val/ndcg@10",
         keep_messages: bool = False,
+        workers: int = 0,
     ) -> None:
         if rounds < 0 or local_epochs < 1 or patience < 1 or not 1 <= local_min_epochs <= local_max_epochs:
             raise ConfigError(
                 f"federation: rounds = {rounds} (>= 0), local_epochs = {local_epochs} (>= 1), patience = {patience} (>= 1), "
                 f"1 <= local_min_epochs = {local_min_epochs} <= local_max_epochs = {local_max_epochs} is required"
             )
+        if workers < 0:
+            raise ConfigError(f"federation: workers = {workers} must not be negative")
+        self.workers = workers
         if not 0 < participation <= 1 or min_updates < 1:
             raise ConfigError(
                 f"federation: participation = {participation} must lie in (0, 1], min_updates = {min_updates} be at least 1"

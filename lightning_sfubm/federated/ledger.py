@@ -133,7 +133,7 @@ def read_ledger(path: Path) -> list[Entry]:
     """
     entries: list[Entry] = []
     last = GENESIS
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             entry = json.loads(line)
             follows = entry["previous"] == last

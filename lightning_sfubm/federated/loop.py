@@ -34,6 +34,7 @@ from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unp
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.weights import TooFewClientsError
+from lightning_sfubm.federated.workers import Job, Trained, WorkerPool
 from lightning_sfubm.training import Stopwatch
 
 __all__ = ["Counters", "FederatedLoop", "Federation"]
@@ -103,8 +104,12 @@ class FederatedLoop:
                 "'uniform'"
             )
         self.run_dir, self.seed = run_dir, seed
+        #: whether this is a run cut off before its first state: what it had sent stays in the ledger
+        self.goes_on = False
         self.loggers = list(loggers)
         self.counters = Counters()
+        self.workers: WorkerPool | None = None
+        self._pieces = 0  # of work since the last whole state
         self.stopwatch = Stopwatch()
         self.ledger = Ledger(
             run_dir / "ledger.jsonl", MessageStore(run_dir / FOLDER) if federation.keep_messages else None
@@ -154,6 +159,13 @@ class FederatedLoop:
 
     def run(self) -> None:
         """Run to the end from wherever the counters stand."""
+        try:
+            self._run()
+        finally:
+            if self.workers is not None:
+                self.workers.close()
+
+    def _run(self) -> None:
         federation = self.federation
         if self.counters.step == 0:
             self._start()
@@ -161,20 +173,33 @@ class FederatedLoop:
             self._exchange_semantics(0)
         for number in range(self.counters.round + 1, federation.rounds + 1):
             self._round(number)
-        for name, client in self.clients.items():
-            for phase in client.module.local_phases:
-                if phase not in client.phases_done:
-                    with self.stopwatch(f"stage 1: local {phase}"):
-                        self._local_phase(name, client, phase)
+        todo = [(n, p) for n, c in self.clients.items() for p in c.module.local_phases if p not in c.phases_done]
+        if self.workers is not None:
+            for number, (name, phase) in enumerate(todo):
+                self._submit(name, self._phase_arguments(phase), first=number == 0 or todo[number - 1][0] != name)
+        for number, (name, phase) in enumerate(todo, 1):
+            with self.stopwatch(f"stage 1: local {phase}"):
+                self._local_phase(name, self.clients[name], phase, last=number == len(todo))
+        for client in self.clients.values():
             client.finish()
 
     def _start(self) -> None:
+        """Clear the place of an earlier run, its states first and at once: half of them must not be gone on from."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for folder in ("checkpoints", "clients", "csv", FOLDER):  # of an earlier run in the same place
+        earlier = self.run_dir / ".earlier"
+        if self.checkpoints.exists():
+            if earlier.exists():
+                shutil.rmtree(earlier)
+            self.checkpoints.replace(earlier)
+        for folder in ("clients", "csv", FOLDER):
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
         (self.run_dir / "audit.json").unlink(missing_ok=True)
         (self.run_dir / "history.jsonl").write_text("")
-        self.ledger.start()
+        if self.goes_on and not earlier.exists():
+            self.ledger.resume(0)
+        else:
+            self.ledger.start()
+        shutil.rmtree(earlier, ignore_errors=True)
 
     # ------------------------------------------------------------------ item semantics
 
@@ -217,12 +242,17 @@ class FederatedLoop:
             self._exchange_semantics(number)
         for callback in self.callbacks:
             callback.on_round_start(self, number)
-        for name in federation.sample(self.clients, number, self.seed):
-            if name not in counters.trained and name not in counters.dropped:
-                with self.stopwatch("stage 1: rounds, local training"):
-                    self._train(name, number)
-                with self.stopwatch("stage 1: checkpoints"):
-                    self._checkpoint(linked=True)
+        drawn = federation.sample(self.clients, number, self.seed)
+        todo = [name for name in drawn if name not in counters.trained and name not in counters.dropped]
+        if self.workers is not None:
+            for name in todo:
+                if self._begin(name, number):
+                    self._submit(name, self._round_arguments(name, number), first=True)
+        for name in todo:
+            with self.stopwatch("stage 1: rounds, local training"):
+                self._train(name, number)
+            with self.stopwatch("stage 1: checkpoints"):
+                self._checkpoint()
         metrics = dict(counters.trained)
         with self.stopwatch("stage 1: rounds, messages and aggregation"):
             if self.shares_teacher:
@@ -235,28 +265,64 @@ class FederatedLoop:
         for callback in self.callbacks:
             callback.on_round_end(self, number, metrics)
 
-    def _train(self, name: str, number: int) -> None:
-        """One client's share of a round; a client that drops out is noted and left as it was."""
-        client, federation = self.clients[name], self.federation
+    def _begin(self, name: str, number: int) -> bool:
+        """Before a client trains in a round; whether it is there. One that drops out is noted and left as it was."""
         try:
             for callback in self.callbacks:
                 callback.on_client_start(self, name, number)
         except ClientDropped as error:
             self._drop(name, number, error)
-            return
+            return False
         self._catch_up(name)
-        client.train_round(
-            number,
-            federation.rounds,
-            federation.epochs(name),
-            self._folder(name),
-            partial(self._history, name, client.module.round_phase, number),
-            shares=self.shares_teacher,
-        )
+        return True
+
+    def _train(self, name: str, number: int) -> None:
+        """One client's share of a round."""
+        client = self.clients[name]
+        if self.workers is not None:
+            if name in self.counters.dropped:
+                return
+            answer = self._collect(name, client.module.round_phase, number)
+            client.metrics, client.privacy = answer.metrics, answer.privacy
+            client.rounds_done += 1
+        elif self._begin(name, number):
+            record = partial(self._history, name, client.module.round_phase, number)
+            client.train_round(folder=self._folder(name), record=record, **self._round_arguments(name, number))
+        else:
+            return
         self.counters.trained[name] = client.metrics
         if client.privacy is not None:
             self.counters.privacy[name] = client.privacy
         self.counters.rounds_done[name] = client.rounds_done
+
+    def _round_arguments(self, name: str, number: int) -> dict[str, Any]:
+        return {
+            "round": number,
+            "rounds": self.federation.rounds,
+            "epochs": self.federation.epochs(name),
+            "shares": self.shares_teacher,
+        }
+
+    def _submit(self, name: str, arguments: dict[str, Any], first: bool) -> None:
+        """Give a worker a client's training; the state it starts from goes along, but for further phases in a row."""
+        assert self.workers is not None
+        client, folder = self.clients[name], self._folder(name)
+        state = folder / "sent.ckpt"  # a name of its own: files of states come and go
+        if first:
+            client.save(state, link=True)
+        job = Job(name, arguments, str(folder), str(state) if first else None, client.rounds_done)
+        self.workers.submit(job)
+
+    def _collect(self, name: str, phase: str, number: int | None) -> Trained:
+        assert self.workers is not None
+        answer = self.workers.result(name)
+        self.clients[name].take_over(Path(answer.file), answer.cpu_s)
+        for epoch, metrics in answer.epochs:
+            self._history(name, phase, number, epoch, metrics)
+        for logger in self.loggers:
+            for entry in answer.logged:
+                logger.log_metrics(entry)
+        return answer
 
     def _drop(self, name: str, number: int, error: ClientDropped) -> None:
         log.warning("round %d: client '%s' dropped out (%s)", number, name, error)
@@ -344,18 +410,25 @@ class FederatedLoop:
         self.clients[name].receive_teacher(received)
         versions[name] = server.version
 
-    def _local_phase(self, name: str, client: Client, phase: str) -> None:
-        best = client.train_phase(
-            phase,
-            self._folder(name),
-            partial(self._history, name, phase, None),
-            max_epochs=self.federation.local_max_epochs,
-            min_epochs=self.federation.local_min_epochs,
-            patience=self.federation.patience,
-            monitor=self.federation.monitor,
-        )
+    def _phase_arguments(self, phase: str) -> dict[str, Any]:
+        federation = self.federation
+        return {
+            "phase": phase,
+            "max_epochs": federation.local_max_epochs,
+            "min_epochs": federation.local_min_epochs,
+            "patience": federation.patience,
+            "monitor": federation.monitor,
+        }
+
+    def _local_phase(self, name: str, client: Client, phase: str, last: bool) -> None:
+        if self.workers is None:
+            record = partial(self._history, name, phase, None)
+            best = client.train_phase(folder=self._folder(name), record=record, **self._phase_arguments(phase))
+        else:
+            best = self._collect(name, phase, None).best
+            client.phases_done.append(phase)
         self.counters.phases[name] = list(client.phases_done)
-        self._checkpoint()
+        self._checkpoint(last)
         for callback in self.callbacks:
             callback.on_phase_end(self, name, phase, best)
 
@@ -390,8 +463,10 @@ class FederatedLoop:
     def _folder(self, client: str) -> Path:
         return self.run_dir / "clients" / client
 
-    def _checkpoint(self, linked: bool = False) -> None:
+    def _checkpoint(self, last: bool = False) -> None:
+        """Write a state: a whole one at the end and once for as many pieces of work as there are clients."""
         self.counters.step += 1
+        self._pieces = 0 if last or self._pieces + 1 >= len(self.clients) else self._pieces + 1
         with open(self.run_dir / "history.jsonl", "rb") as handle:
             lines = sum(1 for _ in handle)
         stored: dict[str, Any] = {
@@ -401,4 +476,4 @@ class FederatedLoop:
             "history": lines,
             "ledger": self.ledger.entries,
         }
-        save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, linked)
+        save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)

@@ -148,7 +148,8 @@ def unpack(schema: MessageSchema, payload: bytes) -> Message:
         raise MessageError(f"message version {header['version']!r} is not {VERSION!r}: update the older side")
     if header["kind"] != schema.kind:
         raise MessageError(f"message kind {header['kind']!r} where {schema.kind!r} is expected")
-    if not header["round"].isdecimal() or len(header["round"]) > 9:
+    number = header["round"]
+    if not (number.isascii() and number.isdecimal() and len(number) <= 9 and str(int(number)) == number):
         raise MessageError(f"message round {header['round'][:20]!r} is not a round number")
     if not header["client"].isprintable() or not 0 < len(header["client"]) <= 128:
         raise MessageError("message client name must be 1 to 128 printable characters")

@@ -103,7 +103,7 @@ class Silo(FederatedLoop):
                 self._check_protected()
                 vectors = {"vectors": self.client.semantics()}
                 return Reply(self.name, semantics=self._send(self.name, self.server.semantics, request.round, vectors))
-            self._begin(request.round)
+            self._turn_to(request.round)
             self._take(request)
             if request.action == "train":
                 return self._train_round(request.round)
@@ -199,12 +199,12 @@ class Silo(FederatedLoop):
     def _finish(self) -> None:
         self._catch_up(self.name)
         self._checkpoint()
-        for phase in self.client.module.local_phases:  # type: ignore[union-attr]
-            if phase not in self.client.phases_done:
-                self._local_phase(self.name, self.client, phase)
+        todo = [p for p in self.client.module.local_phases if p not in self.client.phases_done]  # type: ignore[union-attr]
+        for phase in todo:
+            self._local_phase(self.name, self.client, phase, last=phase == todo[-1])
         self.client.finish()
 
-    def _begin(self, number: int) -> None:
+    def _turn_to(self, number: int) -> None:
         """Leave earlier rounds behind; whatever came of what was sent in them, they are over."""
         if number <= self.counters.round:
             raise MessageError(f"round {number} arrived after round {self.counters.round} was over (replay)")

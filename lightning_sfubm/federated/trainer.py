@@ -21,6 +21,7 @@ from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
+from lightning_sfubm.federated.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 _NEEDS = "a federated run needs trainer.federation and a FederatedDataModule with at least one entry in data.domains"
@@ -106,6 +107,20 @@ class FederatedTrainer(L.Trainer):
             **flags,
         )
 
+    def make_client(self, name: str, model: L.LightningModule, domain: Any, seed: int) -> Client:
+        """A client of a domain, its data set up and its copy of the model bound to it."""
+        domain.setup("fit")
+
+        def make_trainer(**kwargs: Any) -> L.Trainer:
+            return self.make_trainer(client=name, **kwargs)
+
+        client = Client(name, copy.deepcopy(model), domain, make_trainer, seed)
+        for callback in self._user_callbacks:
+            if hasattr(callback, "order_seed"):
+                client.order_seed = callback.order_seed(seed, name)
+        client.prepare()
+        return client
+
     def build_loop(
         self, model: L.LightningModule, datamodule: Any, federation: Federation | None = None
     ) -> FederatedLoop:
@@ -114,7 +129,14 @@ class FederatedTrainer(L.Trainer):
         if federation is None:
             raise ConfigError(_NEEDS)
         clients = self.build_clients(model, datamodule)
-        return FederatedLoop(federation, clients, self.loop_callbacks, self.run_dir, self.seed, self.shared_loggers)
+        loop = FederatedLoop(federation, clients, self.loop_callbacks, self.run_dir, self.seed, self.shared_loggers)
+        if federation.workers and len(clients) > 1:
+            if self.world_size > 1:
+                raise ConfigError("federation.workers trains clients on one device each: set trainer.devices to 1")
+            domains = {name: client.datamodule for name, client in clients.items()}
+            flags = {k: v for k, v in self._flags.items() if k != "logger"} | {"callbacks": self._user_callbacks}
+            loop.workers = WorkerPool(federation.workers, copy.deepcopy(model), domains, flags, self.seed)
+        return loop
 
     @property
     def loop_callbacks(self) -> list[Callback]:
@@ -127,20 +149,7 @@ class FederatedTrainer(L.Trainer):
         if not domains:
             raise ConfigError(_NEEDS)
         datamodule.prepare_data()
-        datamodule.setup("fit")
-        clients = {}
-        for name, domain in sorted(domains.items()):
-
-            def make_trainer(*, name: str = name, **kwargs: Any) -> L.Trainer:
-                return self.make_trainer(client=name, **kwargs)
-
-            client = Client(name, copy.deepcopy(model), domain, make_trainer, self.seed)
-            for callback in self._user_callbacks:
-                if hasattr(callback, "order_seed"):
-                    client.order_seed = callback.order_seed(self.seed, name)
-            client.prepare()
-            clients[name] = client
-        return clients
+        return {name: self.make_client(name, model, domain, self.seed) for name, domain in sorted(domains.items())}
 
     def prepare(self, model: L.LightningModule, datamodule: Any) -> None:
         """Set up clients and loop without running it, for methods that take part in no federation."""
@@ -271,6 +280,7 @@ class FederatedTrainer(L.Trainer):
         states = self._states(ckpt_path)
         if str(ckpt_path) == "last" and self.run_dir.is_dir() and not any(states.glob("state-*")):
             log.warning("%s holds no state yet: the run starts from the beginning", states)
+            loop.goes_on = True
             return
         loop.resume(states)
 

@@ -76,6 +76,8 @@ def test_tensors_outside_the_schema_never_leave_and_are_never_taken(tensors: dic
         {"kind": "teacher"},
         {"round": "-1"},
         {"round": "x"},
+        {"round": "00"},
+        {"round": "٠"},
         {"client": ""},
         {"nonce": "zz"},
         {"extra": "1"},

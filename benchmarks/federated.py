@@ -1,0 +1,258 @@
+"""What a federation of many clients costs, and the server's work at full size.
+
+    python benchmarks/federated.py [--only clients participants secure knn_mix kmeans epsilon] [--out FILE]
+
+Each part runs in a process of its own, so that its peak memory is its own, and adds to benchmarks/results/federated.json.
+Wall time depends on what else the machine does; CPU seconds are beside it. Limits: 200 clients, 10 rounds of 20, under 300 s
+and 3 GB on 2 cores; secure aggregation of 1 M parameters from 10 clients under 5 s; 2 x 100,000 x 384 item vectors in
+under 60 s and 2 GB; epsilon within 1e-6 of Opacus.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "federated.json"
+CLIENTS, ROUNDS, TAKING_PART = 200, 10, 20
+GRID = [(1.0, 0.01, 1000, 1e-5), (1.5, 0.04, 2250, 1e-5), (0.8, 0.001, 10000, 1e-6), (2.0, 0.2, 500, 1e-5)]
+GRID += [(4.0, 0.5, 100, 1e-5), (5.0, 1.0, 50, 1e-5), (10.0, 0.3, 2000, 1e-7)]
+
+
+def federation(folder: Path, clients: int, rounds: int, taking_part: int, phases: bool) -> tuple[Any, Any, Any]:
+    """Trainer, model and data of tiny clients: 40 users and 72 items each, a SASRec of width 16."""
+    import torch
+
+    from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+    from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+    from lightning_sfubm.datamodules.federated_datamodule import FederatedDataModule
+    from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
+    from lightning_sfubm.federated.loop import Federation
+    from lightning_sfubm.federated.trainer import FederatedTrainer
+    from lightning_sfubm.modules.encoders.sasrec import SASRec
+    from lightning_sfubm.modules.fkd import FKDDistiller
+
+    encoder = HashingTextEncoder(dim=32)
+    data = FederatedDataModule(
+        {
+            name: DomainDataModule(
+                name,
+                SyntheticReader(number, num_users=40, num_items=72, mean_length=9),
+                text_encoder=encoder,
+                k_core=0,
+                batch_size=16,
+                max_length=16,
+            )
+            for number, name in enumerate(f"client-{n:03d}" for n in range(clients))
+        }
+    )
+
+    class RoundsOnly(FKDDistiller):
+        local_phases = ()  # type: ignore[assignment]
+
+    torch.manual_seed(0)
+    module = (FKDDistiller if phases else RoundsOnly)(
+        SASRec(hidden_dim=16, num_layers=1, num_heads=2, max_length=16), num_experts=2
+    )
+    settings = {"exchange": "both", "local_max_epochs": 1, "local_min_epochs": 1, "patience": 1}
+    trainer = FederatedTrainer(
+        federation=Federation(rounds=rounds, participation=taking_part / clients, **settings),  # type: ignore[arg-type]
+        default_root_dir=folder,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        callbacks=[PrivacyNoise(0.05)],
+    )
+    return trainer, module, data
+
+
+def run_clients(clients: int, rounds: int, taking_part: int, phases: bool = True) -> dict[str, Any]:
+    """A federated fit: set-up, exchange, rounds and, where wanted, two local phases of one epoch for every client."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SFUBM_CACHE"] = f"{folder}/cache"
+        trainer, module, data = federation(Path(folder) / "run", clients, rounds, taking_part, phases)
+        start, cpu = time.perf_counter(), time.process_time()
+        trainer.fit(module, datamodule=data)
+        timings = trainer.loop.stopwatch.timings
+        written = sum(file.stat().st_size for file in (Path(folder) / "run").rglob("*") if file.is_file())
+        return {
+            "clients": clients,
+            "rounds": rounds,
+            "taking_part": taking_part,
+            "wall_s": round(time.perf_counter() - start, 1),
+            "cpu_s": round(time.process_time() - cpu, 1),
+            "states_written": trainer.loop.counters.step,
+            "run_folder_mb": round(written / 1e6, 1),
+            "parts": {name: {k: round(v, 2) for k, v in entry.items()} for name, entry in timings.items()},
+        }
+
+
+def part_clients() -> dict[str, Any]:
+    """200 clients, 10 rounds, 20 of them in each."""
+    return {**run_clients(CLIENTS, ROUNDS, TAKING_PART), "limit": {"wall_s": 300, "peak_gb": 3}}
+
+
+def part_participants() -> dict[str, Any]:
+    """CPU seconds a round by the number of participants, of 40 clients: training, messages, states."""
+    rows = []
+    for count in (5, 10, 20, 40):
+        parts = run_clients(40, 3, count, phases=False)["parts"]
+        spent = sum(entry["cpu_s"] for name, entry in parts.items() if "semantics" not in name)
+        rows.append({"taking_part": count, "cpu_s_a_round": round(spent / 3, 3)})
+    for row in rows:
+        row["cpu_s_a_participant"] = round(row["cpu_s_a_round"] / row["taking_part"], 4)
+    return {"clients": 40, "rows": rows}
+
+
+def part_secure() -> dict[str, Any]:
+    """The mean of 1 M parameters of 10 clients, all roles in one process."""
+    import torch
+
+    from lightning_sfubm.federated.secure import SecureAggregation
+
+    generator = torch.Generator().manual_seed(0)
+    updates = {f"client-{n}": {"w": torch.randn(1000, 1000, generator=generator)} for n in range(10)}
+    sent = 0
+
+    def record(client: str, direction: str, step: str, payload: bytes) -> None:
+        nonlocal sent
+        sent += len(payload)
+
+    start, cpu = time.perf_counter(), time.process_time()
+    mean = SecureAggregation().mean(1, updates, None, record)["w"]
+    wall, spent = time.perf_counter() - start, time.process_time() - cpu
+    plain = torch.stack([u["w"].double() for u in updates.values()]).mean(0)
+    error = float((mean.double() - plain).abs().max())
+    return {
+        "clients": 10,
+        "parameters": 1_000_000,
+        "wall_s": round(wall, 2),
+        "cpu_s": round(spent, 2),
+        "traffic_mb": round(sent / 1e6, 1),
+        "largest_error": error,
+        "limit": {"wall_s": 5},
+    }
+
+
+def _aggregation(aggregator: Any) -> dict[str, Any]:
+    import torch
+    from torch.nn.functional import normalize
+
+    generator = torch.Generator().manual_seed(0)
+    uploads = {n: normalize(torch.randn(100_000, 384, generator=generator), dim=1) for n in ("a", "b")}
+    start, cpu = time.perf_counter(), time.process_time()
+    views = aggregator.aggregate(uploads)
+    assert sorted(views) == ["a", "b"]
+    return {
+        "vectors": "2 x 100,000 x 384, random",
+        "wall_s": round(time.perf_counter() - start, 1),
+        "cpu_s": round(time.process_time() - cpu, 1),
+        "limit": {"wall_s": 60, "peak_gb": 2},
+    }
+
+
+def part_knn_mix() -> dict[str, Any]:
+    """KNNMix at its defaults."""
+    from lightning_sfubm.federated.aggregation import KNNMix
+
+    return _aggregation(KNNMix())
+
+
+def part_kmeans() -> dict[str, Any]:
+    """KMeans at its defaults: 256 clusters."""
+    from lightning_sfubm.federated.aggregation import KMeans
+
+    return _aggregation(KMeans())
+
+
+def part_epsilon() -> dict[str, Any]:
+    """Largest relative difference from Opacus, and from dp-accounting's RDP at the orders 2 to 63, where installed."""
+    import warnings
+
+    from lightning_sfubm.privacy.accounting import PrivacyAccountant
+
+    warnings.simplefilter("ignore")
+    result: dict[str, Any] = {"grid": GRID, "limit": {"difference": 1e-6}}
+    try:
+        from opacus.accountants import PRVAccountant, RDPAccountant
+    except ImportError:
+        return {**result, "opacus": "not installed"}
+    for mechanism, theirs in (("rdp", RDPAccountant), ("prv", PRVAccountant)):
+        differences = []
+        for noise, rate, steps, delta in GRID:
+            ours, other = PrivacyAccountant(mechanism), theirs()
+            ours.step(noise, rate, steps)
+            other.history = [(noise, rate, steps)]
+            expected = other.get_epsilon(delta)
+            differences.append(abs(ours.epsilon(delta) - expected) / expected)
+        result[f"opacus_{mechanism}"] = max(differences)
+    try:
+        import dp_accounting  # noqa: F401
+    except ImportError:
+        result["dp_accounting"] = "not installed here; tests/privacy/test_accounting.py holds its figures"
+    return result
+
+
+PARTS = {
+    "clients": part_clients,
+    "participants": part_participants,
+    "secure": part_secure,
+    "knn_mix": part_knn_mix,
+    "kmeans": part_kmeans,
+    "epsilon": part_epsilon,
+}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Run one part in this process."""
+    from lightning_sfubm.evaluation.environment import environment
+
+    load = os.getloadavg()[0]
+    result = PARTS[name]()
+    result["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 2)
+    result["load_average"] = {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)}
+    result["environment"] = environment()
+    return result
+
+
+def table(results: dict[str, Any]) -> str:
+    """What was measured beside its limit."""
+    lines = [f"{'part':13} {'wall s':>8} {'CPU s':>8} {'peak GB':>8}  limit"]
+    for name, row in results.items():
+        if "wall_s" in row:
+            lines.append(f"{name:13} {row['wall_s']:8} {row['cpu_s']:8} {row['peak_gb']:8}  {row['limit']}")
+    for row in results.get("participants", {}).get("rows", []):
+        lines.append(f"  {row['taking_part']:3} taking part: {row['cpu_s_a_round']} CPU s a round")
+    for key in ("opacus_rdp", "opacus_prv"):
+        if key in results.get("epsilon", {}):
+            lines.append(f"  epsilon, {key}: largest relative difference {results['epsilon'][key]:.1e}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line; see the head of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--measure", choices=list(PARTS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure)))
+        return
+    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    for name in arguments.only:
+        command = [sys.executable, __file__, "--measure", name]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        results[name] = json.loads(done.stdout.splitlines()[-1])
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Federated settings and run folders that cannot be used: one sentence, exit code 2, nothing half-written (T31)."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_sfubm.__main__ import main
+
+SYNTHETIC = Path(__file__).resolve().parents[2] / "configs/debug/synthetic.yaml"
+FED, AGG = "--trainer.federation.init_args.", "lightning_sfubm.federated."
+NOISE = "--trainer.callbacks.init_args.sigma"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([f"{FED}rounds", "-1"], ["rounds = -1"]),
+        ([f"{FED}rounds", "many"], ["rounds", "many"]),
+        ([f"{FED}roundz", "3"], ["roundz"]),
+        ([f"{FED}local_epochs", "0"], ["local_epochs = 0"]),
+        ([f"{FED}exchange", "everything"], ["exchange", "everything"]),
+        ([f"{FED}participation", "1.5"], ["participation = 1.5"]),
+        ([f"{FED}min_updates", "0"], ["min_updates = 0"]),
+        ([f"{FED}workers", "-2"], ["workers = -2"]),
+        ([f"{FED}weighting", "clicks"], ["weighting", "clicks"]),
+        ([f"{FED}joins", '{"gamma": 2}'], ["joins", "gamma", "alpha, beta"]),
+        ([f"{FED}leaves", '{"beta": -1}'], ["leaves", "beta", "-1"]),
+        ([f"{FED}client_epochs", '{"alpha": 0}'], ["client_epochs", "alpha"]),
+        ([f"{FED}aggregator", f"{AGG}aggregation.KNNMix", f"{FED}aggregator.init_args.k", "2"], ["k = 2"]),
+        ([f"{FED}aggregator", f"{AGG}aggregation.Nothing"], ["aggregation.Nothing"]),
+        ([f"{FED}weights", f"{AGG}robust.Krum", f"{FED}exchange", "teacher"], ["Krum", "this federation has 2"]),
+        (
+            [
+                f"{FED}secure_aggregation",
+                f"{AGG}secure.SecureAggregation",
+                f"{FED}secure_aggregation.init_args.threshold",
+                "0.3",
+            ],
+            ["threshold = 0.3"],
+        ),
+        ([NOISE, "-1"], ["sigma"]),
+        (["--ckpt_path", "elsewhere"], ["elsewhere", "no federated checkpoint"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_a_setting_that_cannot_be_used_is_one_sentence(
+    flags: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", str(SYNTHETIC), "--trainer.default_root_dir", "run", "--experiment", "null", *flags])
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("lightning-sfubm: error:")
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert not (tmp_path / "run/ledger.jsonl").exists()
