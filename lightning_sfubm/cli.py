@@ -16,6 +16,7 @@ from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
 from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.safe_load import load_checkpoint
 
 
 class _Parser(LightningArgumentParser):
@@ -104,6 +105,9 @@ class SFUBMCLI(LightningCLI):
         # the command line or in a config, wins; the checkpoint supplies the model only where none was given.
         subcommand = self.config.get("subcommand")
         if subcommand and self.config[subcommand].get("model") is None:
+            path = self.config[subcommand].get("ckpt_path")
+            if path and os.path.isfile(path):
+                load_checkpoint(path)  # refuses in one sentence what Lightning would refuse in a traceback
             super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
