@@ -84,6 +84,13 @@ class SFUBMCLI(LightningCLI):
             help="After a federated fit: baselines, LLM stage, evaluation on test data, report.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning does; a config file that is no text reads as one sentence."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"a file given with --config is not UTF-8 text ({error}): configs are YAML") from None
+
     def _add_instantiators(self) -> None:
         for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
             self.parser.add_instantiator(_TopLevelOnly(cli=self, key=key), kind, subclasses=True)
