@@ -251,7 +251,7 @@ def test_a_trainer_refuses_a_checkpoint_that_is_a_pickle(bomb: bytes, method: st
     trainer = FederatedTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=1)
     path = written(bomb, "last.ckpt")
     for flag in (None, False):  # also where it is told to trust the file
-        with pytest.raises(CheckpointError, match="last.ckpt: not a safe checkpoint"):
+        with pytest.raises(CheckpointError, match=r"last\.ckpt: not a safe checkpoint"):
             getattr(trainer, method)(small_distiller(), datamodule=data, ckpt_path=path, weights_only=flag)
 
 
