@@ -11,6 +11,7 @@ import csv
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import yaml
 from lightning_sfubm.__main__ import main
 from lightning_sfubm.datamodules.synthetic import SyntheticReader
 from lightning_sfubm.federated.ledger import Ledger
-from tests.callbacks.test_dashboard import offline_wandb  # noqa: F401
+from tests.callbacks.test_dashboard import offline_wandb, wandb_records  # noqa: F401
 
 pytestmark = pytest.mark.slow
 DOMAINS = ("alpha", "beta")
@@ -46,7 +47,12 @@ def history_forms(items: np.ndarray) -> list[bytes]:
 
 def leaks(needles: Needles, haystacks: dict[str, bytes]) -> list[str]:
     """Which kind of needle was found where."""
-    return [f"{kind} in {place}" for kind, forms in needles.items() for place, hay in haystacks.items() if any_in(forms, hay)]
+    return [
+        f"{kind} in {place}"
+        for kind, forms in needles.items()
+        for place, hay in haystacks.items()
+        if any_in(forms, hay)
+    ]
 
 
 def any_in(forms: list[bytes], hay: bytes) -> bool:
@@ -58,7 +64,7 @@ def any_in(forms: list[bytes], hay: bytes) -> bool:
 
 def write_domain(folder: Path, index: int) -> None:
     """The planted structure under canary names; titles keep their words, so that there is something to learn."""
-    raw = SyntheticReader(index, num_users=60, num_items=40, mean_length=10).read(None)
+    raw = SyntheticReader(index, num_users=60, num_items=60, mean_length=10).read(None)
     folder.mkdir(parents=True)
     titles = dict(zip(raw.items["item"].to_pylist(), raw.items["title"].to_pylist(), strict=True))
     with open(folder / "interactions.csv", "w", newline="") as file:
@@ -183,7 +189,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     monkeypatch.setattr(primitives, "new_private_key", keeping(primitives.new_private_key))
     monkeypatch.setattr(primitives, "derive", keeping(primitives.derive))
-    monkeypatch.setattr(client.secrets, "token_bytes", keeping(client.secrets.token_bytes))
+    monkeypatch.setattr(client, "secrets", SimpleNamespace(token_bytes=keeping(client.secrets.token_bytes)))
     return kept
 
 
@@ -227,19 +233,25 @@ def test_a_federated_run_tells_nobody_who_did_what(
 
     out, err = capfd.readouterr()
     run = tmp_path / "run"
-    own = {path for path in run.rglob("*") if path.is_relative_to(run / "results")}  # per user: the silo's own
-    heard = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file() and path not in own}
+    own = {path for path in run.rglob("*") if path.is_relative_to(run / "results")}  # per user, by number
+    heard = {
+        str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file() and path not in own
+    }
+    (log_of_wandb,) = run.rglob("run-*.wandb")  # its file is cut into blocks, which could cut a word in two
+    heard["wandb records"] = b"".join(record.SerializeToString() for record in wandb_records(log_of_wandb))
     heard |= {f"message {number}": payload for number, payload in enumerate(wire)}
     heard |= {"stdout": out.encode(), "stderr": err.encode(), "logs": "\n".join(logs.lines).encode()}
     for place in ("history.jsonl", "ledger.jsonl", "report.json", "report.html", "run.json", "stdout", "logs"):
         assert heard[place], place
-    assert any(place.endswith(".wandb") for place in heard)
     assert any(place.startswith("csv/alpha") for place in heard)
     assert len(wire) > 4
 
     needles = canaries(tmp_path, drawn)
     assert bool(needles["mask key"]) == private
     assert leaks(needles, heard) == []
+    rows = {path.name: path.read_bytes() for path in own if path.is_file()}
+    assert rows
+    assert leaks({kind: needles[kind] for kind in ("user", "item", "title")}, rows) == []
     cache = b"".join(path.read_bytes() for path in (tmp_path / "silo-cache").rglob("*") if path.is_file())
     found = leaks(needles, {"the silo's cache": cache})
     assert found == [f"{kind} in the silo's cache" for kind in ("user", "item", "title", "history")]
