@@ -150,7 +150,7 @@ class InjectedLM(L.LightningModule):
             own = self.projector.state_dict()
             aligned = {k.removeprefix("tokens."): v for k, v in state.items() if k.startswith("tokens.")}
             self.projector.load_state_dict({**own, **{k: v for k, v in aligned.items() if k in own}})
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (CheckpointError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"projector checkpoint {path} does not fit this head: {reason}") from error
 
