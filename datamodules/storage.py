@@ -87,7 +87,7 @@ def load_domain(entry: Path, name: str) -> Domain:
             fingerprint=about["fingerprint"],
             card=replace(DataCard.from_dict(about["card"]), name=name),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{entry}: damaged cache entry ({error}); delete the folder, it will be made again") from error
 
 

@@ -72,7 +72,8 @@ class HFTextEncoder:
 
             folder = resolve_model(self.model)
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
-            self._network = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self._device).eval()
+            network = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)  # a .bin is a pickle
+            self._network = network.to(self._device).eval()
             positions = self._network.config.max_position_embeddings
             if self.max_tokens > positions:
                 raise ConfigError(f"max_tokens {self.max_tokens} exceeds the {positions} positions of '{self.model}'")
@@ -210,7 +211,7 @@ def _read_store(store: Path) -> dict[str, np.ndarray]:
         try:
             with np.load(path, allow_pickle=False) as piece:
                 known.update(zip(piece["keys"].tolist(), piece["vectors"], strict=True))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
             path.unlink(missing_ok=True)
     return known
 

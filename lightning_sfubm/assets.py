@@ -250,7 +250,11 @@ def verify(entry: Path) -> None:
     Raises:
         AssetError: naming the first file that is missing or differs.
     """
-    for name, digest in json.loads((entry / MANIFEST).read_text())["files"].items():
+    try:
+        files = dict(json.loads((entry / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise AssetError(f"{entry / MANIFEST} is unreadable; delete the folder {entry} to fetch it again") from None
+    for name, digest in files.items():
         if not (entry / name).is_file() or sha256_of(entry / name) != digest:
             raise AssetError(f"{entry / name} is missing or was changed; delete the folder {entry} to fetch it again")
 

@@ -16,6 +16,7 @@ from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
 from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.safe_load import load_checkpoint
 
 
 class _Parser(LightningArgumentParser):
@@ -84,6 +85,13 @@ class SFUBMCLI(LightningCLI):
             help="After a federated fit: baselines, LLM stage, evaluation on test data, report.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning does; a config file that is no text reads as one sentence."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"a file given with --config is not UTF-8 text ({error}): configs are YAML") from None
+
     def _add_instantiators(self) -> None:
         for key, kind in (("model", LightningModule), ("data", LightningDataModule)):
             self.parser.add_instantiator(_TopLevelOnly(cli=self, key=key), kind, subclasses=True)
@@ -105,6 +113,9 @@ class SFUBMCLI(LightningCLI):
         # the command line or in a config, wins; the checkpoint supplies the model only where none was given.
         subcommand = self.config.get("subcommand")
         if subcommand and self.config[subcommand].get("model") is None:
+            path = self.config[subcommand].get("ckpt_path")
+            if path and os.path.isfile(path):
+                load_checkpoint(path)  # refuses in one sentence what Lightning would refuse in a traceback
             super()._parse_ckpt_path()
 
     def before_fit(self) -> None:

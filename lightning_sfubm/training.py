@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+
+from lightning_sfubm.safe_load import load_checkpoint
 
 TrainerFactory = Callable[..., Trainer]
 EpochHook = Callable[[int, dict[str, float]], None]
@@ -83,7 +84,7 @@ def fit_to_early_stopping(
     )
     trainer.fit(module, datamodule=datamodule)
     if best.best_model_path:
-        state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        state = load_checkpoint(best.best_model_path)
         module.load_state_dict(state["state_dict"], strict=False)
         if trainer.is_global_zero:
             Path(best.best_model_path).unlink()

@@ -212,7 +212,7 @@ class PerUserResults:
             data = path.read_bytes()
             side = json.loads(side_path.read_text(encoding="utf-8"))
             table = pq.read_table(io.BytesIO(data))
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
             raise DataError(f"{path}: these results cannot be read ({error}); evaluate the method again.") from error
         if not isinstance(side, dict) or side.get("format") != FORMAT:
             raise DataError(f"{side_path}: not a result of format {FORMAT}; evaluate the method again.")

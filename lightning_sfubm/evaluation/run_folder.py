@@ -104,6 +104,9 @@ class RunFolder:
         except json.JSONDecodeError as error:
             self.problems.append(f"{file}: broken JSON in line {error.lineno} ({error.msg}).")
             return None
+        except (ValueError, RecursionError):  # numbers or nesting beyond all measure
+            self.problems.append(f"{file}: not the JSON this product writes.")
+            return None
         if not isinstance(value, kind):
             self.problems.append(f"{file}: expected a JSON object, found {type(value).__name__}.")
             return None
@@ -115,7 +118,7 @@ class RunFolder:
         for number, line in enumerate(self._text(file).splitlines(), 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict) and all(key in row for key in required):
                 rows.append(row)

@@ -20,6 +20,7 @@ import torch
 from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.server import Server
+from lightning_sfubm.safe_load import load_checkpoint
 
 _FORMAT = 3
 
@@ -103,7 +104,7 @@ def read_loop(state: Path) -> dict[str, Any]:
     try:
         loop: dict[str, Any] = json.loads((state / "loop.json").read_text())
         files = dict(loop["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{state / 'loop.json'}: missing or unreadable") from None
     if loop.get("format") != _FORMAT:
         raise CheckpointError(f"{state / 'loop.json'}: format {loop.get('format')}, this version reads {_FORMAT}")
@@ -126,14 +127,15 @@ def load_state(state: Path, server: Server, clients: dict[str, Client]) -> dict[
     stored = sorted(f.stem for f in (state / "clients").glob("*.ckpt"))
     if stored != sorted(clients):
         raise CheckpointError(f"{state}: holds the clients {stored}, this run has {sorted(clients)}")
+    stored_server = load_checkpoint(state / "server.ckpt")
     try:
-        stored_server = torch.load(state / "server.ckpt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{state / 'server.ckpt'}: not a safe checkpoint ({str(error)[:100]})") from None
-    server.load_state_dict(stored_server)
+        server.load_state_dict(stored_server)
+        result = dict(loop["stored"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{state}: not the state of a federated run ({error!r})") from None
     for name, client in clients.items():
         client.load(state / "clients" / f"{name}.ckpt")
-    return dict(loop["stored"])
+    return result
 
 
 def _flush(path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sfubm.contracts import FederatedModule
 from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.safe_load import load_checkpoint
 from lightning_sfubm.seeds import derive_seed, torch_generator
 from lightning_sfubm.training import EpochHook, EpochRecorder, Stopwatch, TrainerFactory, fit_to_early_stopping
 
@@ -198,7 +199,7 @@ class Client:
             _copy(self.saved, path, link and self._linkable)
         else:
             blank: dict[str, Any] = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
-            state = blank if self.saved is None else torch.load(self.saved, map_location="cpu", weights_only=True)
+            state = blank if self.saved is None else load_checkpoint(self.saved)
             state["state_dict"] = self.module.state_dict()
             self.module.on_save_checkpoint(state)
             temporary = path.with_suffix(".tmp")  # ``saved`` may be this very file
@@ -208,13 +209,18 @@ class Client:
         self.saved, self._changed, self._linkable = path, False, link
 
     def load(self, path: Path) -> None:
-        """Put a checkpoint's weights into the module. Optimiser and counters follow at the next :meth:`train_round`."""
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{path}: not a safe checkpoint of this product ({str(error)[:100]})") from None
+        """Put a checkpoint's weights into the module. Optimiser and counters follow at the next :meth:`train_round`.
+
+        Raises:
+            CheckpointError: the file is torn, unsafe, or of another model.
+        """
+        checkpoint = load_checkpoint(path)
         self.module.on_load_checkpoint(checkpoint)
-        self.module.load_state_dict(checkpoint["state_dict"])
+        try:
+            self.module.load_state_dict(checkpoint["state_dict"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path}: does not fit the model of client '{self.name}' ({reason})") from None
         self.saved, self.saved_sha256, self._changed, self._linkable = path, None, False, False
 
 

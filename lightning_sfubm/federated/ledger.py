@@ -19,6 +19,18 @@ from lightning_sfubm.federated.recording import MessageStore
 Entry = dict[str, object]
 GENESIS = "0" * 64
 _SAME = ("round", "client", "direction", "kind", "content_sha256")
+_FORM: dict[str, type] = {
+    "round": int,
+    "client": str,
+    "direction": str,
+    "kind": str,
+    "bytes": int,
+    "tensors": dict,
+    "sha256": str,
+    "content_sha256": str,
+    "mechanism": dict,
+    "previous": str,
+}
 
 
 class Ledger:
@@ -129,23 +141,36 @@ def read_ledger(path: Path) -> list[Entry]:
     """The entries of a ledger, its chain checked.
 
     Raises:
-        CheckpointError: a line is no entry, or does not follow the one before it.
+        CheckpointError: the file cannot be read, a line is no entry, or does not follow the one before it.
     """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{path}: the ledger cannot be read ({error.strerror})") from None
     entries: list[Entry] = []
     last = GENESIS
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            follows = entry["previous"] == last
-        except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{path}, line {number}: not an entry of a ledger") from None
-        if not follows:
+    for number, line in enumerate(lines, 1):
+        entry = _entry(line)
+        if entry is None:
+            raise CheckpointError(f"{path}, line {number}: not an entry of a ledger")
+        if entry["previous"] != last:
             raise CheckpointError(
                 f"{path}, line {number}: does not follow the line before it; the ledger was changed after it was written"
             )
         entries.append(entry)
         last = entry_hash(entry)
     return entries
+
+
+def _entry(line: bytes) -> Entry | None:
+    """The entry a line holds; ``None`` unless it is spelled as :meth:`Ledger.record_bytes` spells it."""
+    try:
+        entry = json.loads(line)
+        if json.dumps(entry, sort_keys=True).encode() != line or not isinstance(entry, dict):
+            return None
+    except (ValueError, RecursionError):
+        return None
+    return entry if all(type(entry.get(key)) is form for key, form in _FORM.items()) else None
 
 
 def content_hash(tensors: dict[str, Tensor]) -> str:

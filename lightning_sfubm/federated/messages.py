@@ -22,6 +22,7 @@ from lightning_sfubm.errors import MessageError
 VERSION = "1"
 MAX_HEADER_BYTES = 1 << 20
 _FIELDS = {"version", "kind", "client", "round", "nonce"}
+_TENSOR_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class TensorSchema:
         shape: sizes; ``None`` leaves a dimension free.
         max_rows: upper bound of the first dimension where it is free.
         max_abs: largest absolute value accepted.
+        nonnegative: values below 0 are refused.
         unit_rows: rows must have L2 norm 1 (to 1e-3).
     """
 
     shape: tuple[int | None, ...]
     max_rows: int = 10_000_000
     max_abs: float = 1e4
+    nonnegative: bool = False
     unit_rows: bool = False
 
     def check(self, name: str, tensor: Tensor) -> None:
@@ -58,6 +61,8 @@ class TensorSchema:
             raise MessageError(f"tensor '{name}' holds NaN or infinite values")
         if float(tensor.abs().max()) > self.max_abs:
             raise MessageError(f"tensor '{name}' holds a value beyond +-{self.max_abs:g}")
+        if self.nonnegative and float(tensor.min()) < 0:
+            raise MessageError(f"tensor '{name}' holds a negative value")
         if self.unit_rows and float((tensor.norm(dim=-1) - 1).abs().max()) > 1e-3:
             raise MessageError(f"tensor '{name}' must hold unit vectors")
 
@@ -97,7 +102,7 @@ def teacher_schema(template: Mapping[str, Tensor], with_weight: bool) -> Message
     """
     tensors = {name: TensorSchema(tuple(value.shape)) for name, value in template.items()}
     if with_weight:
-        tensors["__weight__"] = TensorSchema((1,), max_abs=1e12)
+        tensors["__weight__"] = TensorSchema((1,), max_abs=1e12, nonnegative=True)
     return MessageSchema("teacher", tensors)
 
 
@@ -148,8 +153,7 @@ def unpack(schema: MessageSchema, payload: bytes) -> Message:
         raise MessageError(f"message version {header['version']!r} is not {VERSION!r}: update the older side")
     if header["kind"] != schema.kind:
         raise MessageError(f"message kind {header['kind']!r} where {schema.kind!r} is expected")
-    number = header["round"]
-    if not (number.isascii() and number.isdecimal() and len(number) <= 9 and str(int(number)) == number):
+    if not _is_round(header["round"]):
         raise MessageError(f"message round {header['round'][:20]!r} is not a round number")
     if not header["client"].isprintable() or not 0 < len(header["client"]) <= 128:
         raise MessageError("message client name must be 1 to 128 printable characters")
@@ -179,16 +183,33 @@ def _check_tensors(schema: MessageSchema, tensors: Mapping[str, Tensor]) -> None
 
 
 def _header(payload: bytes) -> dict[str, str]:
+    """The fields of a message. Its header must be spelled as :func:`pack` spells it.
+
+    JSON has room for what no parser reports: repeated keys, spaces, further entries beside a tensor's own. With one
+    spelling only there is none, and no two parsers can read two messages in one.
+    """
     size = int.from_bytes(payload[:8], "little") if len(payload) >= 8 else 0
     if not 2 <= size <= min(MAX_HEADER_BYTES, len(payload) - 8):
         raise MessageError("message is not in safetensors form (bad header length); pickles are never read")
+    raw = payload[8 : 8 + size]
     try:
-        header = json.loads(payload[8 : 8 + size].decode("utf-8")).get("__metadata__", {})
-    except (UnicodeDecodeError, ValueError, AttributeError, RecursionError):
+        header = json.loads(raw.decode())
+        spelled = json.dumps(header, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
         raise MessageError("message is not in safetensors form (unreadable header); pickles are never read") from None
-    if not isinstance(header, dict) or not all(isinstance(v, str) for v in header.values()):
+    if not isinstance(header, dict) or raw != spelled + b" " * (-len(spelled) % 8):
+        raise MessageError("message header has repeated keys, needless spaces or another spelling than JSON needs")
+    fields = header.pop("__metadata__", None)
+    if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
         raise MessageError("message metadata must map names to strings")
-    return header
+    if not all(isinstance(about, dict) and set(about) == _TENSOR_FIELDS for about in header.values()):
+        raise MessageError(f"message header must describe each tensor by exactly {sorted(_TENSOR_FIELDS)}")
+    return fields
+
+
+def _is_round(text: str) -> bool:
+    """Whether ``text`` is a round number in its one spelling: no leading zeros, no digits of other scripts."""
+    return text.isascii() and text.isdecimal() and len(text) <= 9 and text == str(int(text))
 
 
 class ReplayGuard:

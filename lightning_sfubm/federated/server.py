@@ -55,11 +55,8 @@ class Server:
 
     def aggregate_semantics(self, round: int, payloads: Mapping[str, bytes]) -> dict[str, Message]:
         """Answers by client; a client without an answer keeps its own vectors. Nothing of the uploads is kept."""
-        uploads = {}
-        for client in sorted(payloads):
-            message = unpack(self.semantics, payloads[client])
-            self.guard.accept(message, round, client)
-            uploads[client] = normalize(message.tensors["vectors"], dim=1)
+        messages = self._open(self.semantics, round, payloads)
+        uploads = {client: normalize(message.tensors["vectors"], dim=1) for client, message in messages.items()}
         views = self.aggregator.aggregate(uploads)
         return {name: pack(self.semantics, SERVER, round, {"vectors": view}) for name, view in sorted(views.items())}
 
@@ -75,9 +72,7 @@ class Server:
         if self.teacher is None:
             raise MessageError("this server does not exchange teacher weights, and a client sent some")
         updates = {}
-        for client in sorted(payloads):
-            message = unpack(self.teacher, payloads[client])
-            self.guard.accept(message, round, client)
+        for client, message in self._open(self.teacher, round, payloads).items():
             tensors = dict(message.tensors)
             weight = tensors.pop("__weight__", None)
             updates[client] = ClientUpdate(tensors, 1.0 if weight is None else float(weight))
@@ -86,6 +81,18 @@ class Server:
         self.global_teacher = self.weights.aggregate(self.global_teacher, updates)
         self.version = round
         return True
+
+    def _open(self, schema: MessageSchema, round: int, payloads: Mapping[str, bytes]) -> dict[str, Message]:
+        """All messages of a round, or none: after a refusal the others may be given again without the refused one."""
+        before, messages = self.guard.state_dict(), {}
+        try:
+            for client in sorted(payloads):
+                messages[client] = unpack(schema, payloads[client])
+                self.guard.accept(messages[client], round, client)
+        except MessageError:
+            self.guard.load_state_dict(before)
+            raise
+        return messages
 
     def take_mean(self, round: int, mean: Mapping[str, Tensor]) -> None:
         """Aggregate the mean that secure aggregation gave, in the place of the updates it is made of.

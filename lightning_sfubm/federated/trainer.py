@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -22,6 +23,7 @@ from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
 from lightning_sfubm.federated.workers import WorkerPool
+from lightning_sfubm.safe_load import SafeCheckpointIO
 
 log = logging.getLogger(__name__)
 _NEEDS = "a federated run needs trainer.federation and a FederatedDataModule with at least one entry in data.domains"
@@ -52,6 +54,8 @@ class FederatedTrainer(L.Trainer):
             # Lightning's default logger would open a folder that nothing is written to.
             kwargs["logger"] = kwargs.get("logger") or False
         super().__init__(*args, **kwargs)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = SafeCheckpointIO()
         self.loop: FederatedLoop | None = None
         self._local: FederatedLoop | None = None
         self.client_loggers: dict[str, list[Logger]] = {}

@@ -45,7 +45,7 @@ def read_published(path: Path) -> Json | None:
     """As :func:`read_cell`, also where the cell was published without per-user results."""
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return cell if isinstance(cell, dict) and cell.get("format") == FORMAT else None
 

@@ -74,6 +74,6 @@ def _published_facts(folder: Path | None) -> list[Json]:
         return []
     try:
         facts: list[Json] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is no JSON ({error}); restore it or delete it") from error
     return facts

@@ -119,7 +119,7 @@ def _process(
         What went wrong, for the terminal.
     """
     mark = folder / MARK
-    resumable = mark.exists() and json.loads(mark.read_text()).get("grid_hash") == key
+    resumable = _mark_of(mark) == key
     arguments = _arguments(run, root, folder)
     if resumable and (folder / "checkpoints").exists():
         arguments += ["--ckpt_path", "last"]
@@ -141,6 +141,14 @@ def _process(
         return ""
     tail = (folder / "output.log").read_text(encoding="utf-8").strip().splitlines()[-1:]
     return f"; exit code {code}: {' '.join(tail)} ({folder / 'output.log'})"
+
+
+def _mark_of(mark: Path) -> str | None:
+    """The grid hash a run folder was marked with; a mark that cannot be read is none, and the run starts again."""
+    try:
+        return str(json.loads(mark.read_text(encoding="utf-8"))["grid_hash"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _export(run: Run, out: Path, key: str) -> None:

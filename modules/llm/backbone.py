@@ -179,16 +179,15 @@ def _load(llm: str, num_layers: int | None, dtype: torch.dtype) -> tuple[Any, An
     for name in DROPOUTS:
         if getattr(config, name, None):
             setattr(config, name, 0.0)
+    settings = {"config": config, "dtype": dtype, "use_safetensors": True}  # a .bin file is a pickle
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)  # the load report would list every weight of the layers left out
     try:
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **settings)
         except ValueError:  # architectures without SDPA
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, attn_implementation="eager"
-            )
+            model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **settings)
     except (OSError, ValueError) as error:
         raise ConfigError(f"'{llm}' cannot be loaded as a causal LM: {' '.join(str(error).split())}") from error
     finally:

@@ -18,6 +18,7 @@ from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.splice import splice
 from lightning_sfubm.modules.llm.stage1 import load_stage1
 from lightning_sfubm.modules.llm.tree import separate_states, supports_tree, tree_states
+from lightning_sfubm.safe_load import load_checkpoint
 from lightning_sfubm.seeds import seeded
 
 
@@ -145,11 +146,11 @@ class InjectedLM(L.LightningModule):
     def _load_projector(self, path: str) -> None:
         assert self.projector is not None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            state = load_checkpoint(path)["state_dict"]
             own = self.projector.state_dict()
             aligned = {k.removeprefix("tokens."): v for k, v in state.items() if k.startswith("tokens.")}
             self.projector.load_state_dict({**own, **{k: v for k, v in aligned.items() if k in own}})
-        except (OSError, KeyError, RuntimeError) as error:
+        except (CheckpointError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"projector checkpoint {path} does not fit this head: {reason}") from error
 

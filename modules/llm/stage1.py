@@ -3,10 +3,9 @@
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
 from lightning_sfubm.contracts import Catalogue, Stage1
 from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.safe_load import load_checkpoint
 
 #: class name noted in a checkpoint -> module; a name from a file is never imported as it stands
 KNOWN = {
@@ -25,15 +24,11 @@ def load_stage1(path: str | Path, catalogue: Catalogue) -> Stage1:
     Raises:
         CheckpointError: if the file is missing, torn, unsafe or of another kind.
     """
+    content = load_checkpoint(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        name = content["stage1_shapes"]["module"]
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no stage-1 checkpoint at {path}") from None
+        name = str(content["stage1_shapes"]["module"])
     except (KeyError, TypeError):
         raise CheckpointError(f"{path} is not a checkpoint of a stage-1 module (no entry 'stage1_shapes')") from None
-    except Exception as error:  # torch.load raises many classes for torn or unsafe files
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
     if name not in KNOWN:
         raise CheckpointError(
             f"{path} holds a '{name}'; stage 2 can load {sorted(KNOWN)}, or attach any stage 1 in code"

@@ -1,0 +1,52 @@
+"""The one way checkpoints are read: tensors and plain values, never a pickled object, never from the network."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from lightning_sfubm.errors import CheckpointError
+
+
+def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint file.
+
+    Args:
+        path: of the file; an address of the network is refused.
+        map_location: as in :func:`torch.load`.
+
+    Returns:
+        What was stored, by name.
+
+    Raises:
+        CheckpointError: the file is missing, torn, no checkpoint, or holds objects that would run code to be read.
+    """
+    if "://" in str(path):
+        raise CheckpointError(
+            f"{path}: checkpoints are read from files only; download it first, from a place you trust"
+        )
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: there is no checkpoint file")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch.load raises many classes for torn or unsafe files
+        reason = " ".join(str(error).split())[:100]
+        raise CheckpointError(f"{path}: not a safe checkpoint of this product ({reason})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__} where a checkpoint is a dictionary")
+    return content
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's reader and writer of checkpoints, reading by :func:`load_checkpoint` whatever it is asked for."""
+
+    def load_checkpoint(  # type: ignore[override]
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """As Lightning's, with ``weights_only`` taken as true.
+
+        Raises:
+            CheckpointError: see :func:`load_checkpoint`.
+        """
+        return load_checkpoint(path, map_location)
