@@ -1,0 +1,155 @@
+"""What travels in a federated run: protected, packed, recorded, received, aggregated."""
+
+import logging
+
+from torch import Tensor
+
+from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.federated.hooks import ClientDropped
+from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unpack
+from lightning_sfubm.federated.state import RunState
+from lightning_sfubm.federated.weights import TooFewClientsError
+
+log = logging.getLogger(__name__)
+
+
+class Exchange(RunState):
+    """The messages of a run between its clients and its server."""
+
+    def _exchange_semantics(self, round: int) -> None:
+        if not self.federation.sends_semantics:
+            return
+        with self.stopwatch("stage 1: semantics exchange"):
+            self.exchange_semantics(round)
+        self._checkpoint()
+
+    def exchange_semantics(self, round: int = 0) -> None:
+        """Perturbed item vectors up, aggregated vectors down, among the clients of a round.
+
+        Raises:
+            PrivacyError: no callback protects item semantics. Add ``PrivacyNoise``; sigma 0 must be asked for.
+        """
+        self._check_protected()
+        schema, uploads = self.server.semantics, {}
+        for name in self.federation.active(self.clients, round):
+            try:
+                uploads[name] = self._send(name, schema, round, {"vectors": self.clients[name].semantics()})
+            except ClientDropped as error:
+                log.warning("exchange of semantics: client '%s' dropped out (%s)", name, error)
+        for name, answer in self.server.aggregate_semantics(round, uploads).items():
+            self.clients[name].receive_semantics(self._receive(name, schema, answer)["vectors"])
+        self.counters.exchanged = round
+
+    def _check_protected(self) -> None:
+        if not any("semantics" in c.protects for c in self.callbacks):
+            raise PrivacyError(
+                "item semantics would leave unprotected: add lightning_sfubm.callbacks.privacy_noise.PrivacyNoise to "
+                "trainer.callbacks (its sigma may be 0), or set exchange to 'teacher' or 'nothing'"
+            )
+
+    def _exchange_teacher(self, number: int) -> None:
+        schema = self.server.teacher
+        if schema is None:
+            raise ConfigError("this server was built without a teacher to exchange")
+        self._check_guarantees(number)
+        arrived = self._aggregate_securely if self.federation.secure_aggregation else self._aggregate
+        try:
+            names = arrived(number, schema)
+        except (TooFewClientsError, PrivacyError) as error:
+            log.warning("round %d: %s The global teacher stays as it was.", number, error)
+            names = sorted(self.counters.trained)
+        for name in self.clients if number == self.federation.rounds else names:
+            self._catch_up(name)
+
+    def _check_guarantees(self, number: int) -> None:
+        unprotected = [name for name in self.counters.trained if name not in self.counters.privacy]
+        if self._private and unprotected:
+            raise PrivacyError(
+                f"round {number}: the run asks for differential privacy, but what {unprotected} trained has no guarantee; "
+                "nothing is sent. Give every client the callback DifferentialPrivacy"
+            )
+
+    def _update(self, name: str) -> dict[str, Tensor]:
+        """What a client has trained, as it is sent where every update travels in a message of its own."""
+        tensors = self.clients[name].module.shared_state()
+        if self.federation.weighting == "examples":
+            tensors["__weight__"] = Tensor([self.clients[name].num_examples])
+        return tensors
+
+    def _aggregate(self, number: int, schema: MessageSchema) -> list[str]:
+        """Updates up, each in a message of its own; returns whose arrived."""
+        payloads = {}
+        for name in sorted(self.counters.trained):
+            try:
+                payloads[name] = self._send(name, schema, number, self._update(name))
+            except ClientDropped as error:
+                self._drop(name, number, error)
+        self._check_updates(len(payloads))
+        self.server.aggregate_teacher(number, payloads)
+        return list(payloads)
+
+    def _aggregate_securely(self, number: int, schema: MessageSchema) -> list[str]:
+        """Masked updates up: the server learns their mean; returns whose arrived."""
+        secure = self.federation.secure_aggregation
+        assert secure is not None
+        updates: dict[str, dict[str, Tensor]] = {}
+        mechanisms: dict[str, dict[str, object]] = {}
+        for name in sorted(self.counters.trained):
+            try:
+                tensors, mechanisms[name] = self._protect(name, schema.kind, self.clients[name].module.shared_state())
+                updates[name] = pack(schema, name, number, tensors).tensors  # checked as if it were sent
+            except ClientDropped as error:
+                self._drop(name, number, error)
+        self._check_updates(len(updates))
+        weights = None
+        if self.federation.weighting == "examples":
+            weights = {name: float(self.clients[name].num_examples) for name in updates}
+
+        def record(client: str, direction: str, kind: str, payload: bytes) -> None:
+            masked = {**mechanisms[client], "secure aggregation": f"threshold {secure.threshold:g}"}
+            about = masked if direction == "up" else {}
+            self.ledger.record_bytes(client, direction, kind, number, payload, about)
+
+        self.server.take_mean(number, secure.mean(number, updates, weights, record))
+        return list(updates)
+
+    def _check_updates(self, count: int) -> None:
+        if count < self.federation.min_updates:
+            raise TooFewClientsError(f"{count} updates arrived, {self.federation.min_updates} are needed.")
+
+    def _catch_up(self, name: str) -> None:
+        """Give a client the current global teacher unless it holds it, or has left for good."""
+        server, versions = self.server, self.counters.versions
+        left = self.federation.leaves.get(name, self.counters.round + 1) <= self.counters.round
+        if not server.version or versions.get(name, 0) == server.version or left:
+            return
+        assert server.broadcast_schema is not None
+        received = self._receive(name, server.broadcast_schema, server.broadcast())
+        self.clients[name].receive_teacher(received)
+        versions[name] = server.version
+
+    def _drop(self, name: str, number: int, error: ClientDropped) -> None:
+        log.warning("round %d: client '%s' dropped out (%s)", number, name, error)
+        self.counters.trained.pop(name, None)
+        self.counters.dropped.append(name)
+
+    def _send(self, name: str, schema: MessageSchema, round: int, tensors: dict[str, Tensor]) -> bytes:
+        tensors, mechanism = self._protect(name, schema.kind, tensors)
+        message = pack(schema, name, round, tensors)
+        self.ledger.record(name, "up", message, mechanism)
+        return message.payload
+
+    def _protect(self, name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """What the callbacks make of a client's tensors before they leave, and the mechanisms applied."""
+        mechanism: dict[str, object] = {}
+        if kind == "teacher" and name in self.counters.privacy:
+            mechanism["differential privacy"] = self.counters.privacy[name]
+        for callback in self.callbacks:
+            tensors = callback.on_upload(self, name, kind, tensors)  # type: ignore[arg-type]  # this is the loop
+            mechanism |= callback.describe_upload(kind)
+        return tensors, mechanism
+
+    def _receive(self, name: str, schema: MessageSchema, message: Message) -> dict[str, Tensor]:
+        received = unpack(schema, message.payload)
+        self.ledger.record(name, "down", message, {})
+        return received.tensors

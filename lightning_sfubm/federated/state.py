@@ -1,0 +1,184 @@
+"""What a federated run is at any moment, where it is written, and how it goes on after a stop."""
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from lightning_sfubm.errors import CheckpointError, ConfigError, PrivacyError
+from lightning_sfubm.evaluation.results import write_atomically
+from lightning_sfubm.federated.checkpoint import find_state, load_state, save_state
+from lightning_sfubm.federated.client import Client
+from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.hooks import FederatedCallback
+from lightning_sfubm.federated.ledger import Ledger
+from lightning_sfubm.federated.recording import FOLDER, MessageStore
+from lightning_sfubm.federated.server import Server
+from lightning_sfubm.federated.workers import WorkerPool
+from lightning_sfubm.training import Stopwatch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """Where a run stands.
+
+    Attributes:
+        step: states written.
+        round: rounds that are complete.
+        exchanged: round of the last exchange of semantics, 0 = before the first; ``None`` = none yet.
+        trained: validation metrics of the clients that have finished training in the round after ``round``.
+        privacy: guarantee of what each of them trained, where there is one.
+        dropped: clients that dropped out of that round.
+        versions: round whose global teacher a client holds.
+        rounds_done: rounds a client has trained in.
+        phases: local phases a client has finished.
+    """
+
+    step: int = 0
+    round: int = 0
+    exchanged: int | None = None
+    trained: dict[str, dict[str, float]] = field(default_factory=dict)
+    privacy: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    versions: dict[str, int] = field(default_factory=dict)
+    rounds_done: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, list[str]] = field(default_factory=dict)
+
+
+class RunState:
+    """Clients, server, counters and ledger of a run, and the files they are kept in.
+
+    Args:
+        federation: the schedule.
+        clients: by name; at least one.
+        callbacks: hooks; those that are not :class:`~lightning_sfubm.federated.hooks.FederatedCallback` are ignored.
+        run_dir: where checkpoints, the message ledger and the history are written.
+        seed: root seed.
+        loggers: experiment loggers that callbacks may write to.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        clients: dict[str, Client],
+        callbacks: Iterable[object],
+        run_dir: Path,
+        seed: int,
+        loggers: Iterable[Logger] = (),
+    ) -> None:
+        if not clients:
+            raise ConfigError("a federation needs at least one client: give data.domains at least one domain")
+        federation.check_clients(clients)
+        if federation.sends_teacher and len(clients) > 1:
+            federation.weights.check_clients(federation.smallest_round(clients))
+        self.federation, self.clients = federation, dict(sorted(clients.items()))
+        callbacks = list(callbacks)
+        self.callbacks = [c for c in callbacks if isinstance(c, FederatedCallback)]
+        self._private = any(getattr(c, "makes_private", False) for c in callbacks)
+        if self._private and federation.weighting == "examples":
+            raise PrivacyError(
+                "weighting 'examples' discloses numbers of interactions that differential privacy does not cover: set it to "
+                "'uniform'"
+            )
+        self.run_dir, self.seed = run_dir, seed
+        #: whether this is a run cut off before its first state: what it had sent stays in the ledger
+        self.goes_on = False
+        self.loggers = list(loggers)
+        self.counters = Counters()
+        self.workers: WorkerPool | None = None
+        self._pieces = 0  # of work since the last whole state
+        self.stopwatch = Stopwatch()
+        self.ledger = Ledger(
+            run_dir / "ledger.jsonl", MessageStore(run_dir / FOLDER) if federation.keep_messages else None
+        )
+        first = next(iter(self.clients.values())).module
+        self.server = Server(
+            federation.aggregator,
+            dim=first.semantics().shape[1],
+            teacher=first.shared_state() if federation.sends_teacher else None,
+            weights=copy.deepcopy(federation.weights),  # it may keep state, and settings outlive a run
+            # under secure aggregation no message carries a number of examples
+            weighting="uniform" if federation.secure_aggregation else federation.weighting,
+        )
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's states."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def shares_teacher(self) -> bool:
+        """Whether what a round trains leaves the client."""
+        return self.federation.sends_teacher and len(self.clients) > 1
+
+    def resume(self, path: Path) -> None:
+        """Go on from the newest whole state under ``path``. The history is cut back to it; the ledger is never cut.
+
+        Raises:
+            CheckpointError: none is whole, or it belongs to another model, other clients or another schedule.
+        """
+        stored = load_state(find_state(path), self.server, self.clients)
+        if stored["schedule"] != self.federation.schedule(self.seed):
+            raise CheckpointError(
+                f"{path}: was written by the schedule {stored['schedule']}, this run has {self.federation.schedule(self.seed)}"
+            )
+        self.counters = Counters(**stored["counters"])
+        for name, client in self.clients.items():
+            client.phases_done = list(self.counters.phases.get(name, []))
+            client.rounds_done = self.counters.rounds_done.get(name, 0)
+        for callback in self.callbacks:
+            if callback.state_key in stored["callbacks"]:
+                callback.load_state_dict(stored["callbacks"][callback.state_key])
+        history = self.run_dir / "history.jsonl"
+        kept = history.read_text().splitlines(keepends=True)[: stored["history"]] if stored["history"] else []
+        write_atomically(history, "".join(kept).encode())
+        self.ledger.resume(stored["ledger"])
+
+    def _start(self) -> None:
+        """Clear the place of an earlier run, its states first and at once: half of them must not be gone on from."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        earlier = self.run_dir / ".earlier"
+        if self.checkpoints.exists():
+            if earlier.exists():
+                shutil.rmtree(earlier)
+            self.checkpoints.replace(earlier)
+        for folder in ("clients", "csv", FOLDER):
+            shutil.rmtree(self.run_dir / folder, ignore_errors=True)
+        (self.run_dir / "audit.json").unlink(missing_ok=True)
+        (self.run_dir / "history.jsonl").write_text("")
+        if self.goes_on and not earlier.exists():
+            self.ledger.resume(0)
+        else:
+            self.ledger.start()
+        shutil.rmtree(earlier, ignore_errors=True)
+
+    def _history(self, client: str, phase: str, round: int | None, epoch: int, metrics: dict[str, float]) -> None:
+        entry = {"client": client, "phase": phase, "round": round, "epoch": epoch, "metrics": metrics}
+        with open(self.run_dir / "history.jsonl", "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(entry) + "\n")
+
+    def _folder(self, client: str) -> Path:
+        return self.run_dir / "clients" / client
+
+    def _checkpoint(self, last: bool = False) -> None:
+        """Write a state: a whole one at the end and once for as many pieces of work as there are clients."""
+        self.counters.step += 1
+        self._pieces = 0 if last or self._pieces + 1 >= len(self.clients) else self._pieces + 1
+        with open(self.run_dir / "history.jsonl", "rb") as handle:
+            lines = sum(1 for _ in handle)
+        stored: dict[str, Any] = {
+            "counters": vars(self.counters),
+            "schedule": self.federation.schedule(self.seed),
+            "callbacks": {c.state_key: state for c in self.callbacks if (state := c.state_dict())},
+            "history": lines,
+            "ledger": self.ledger.entries,
+        }
+        save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)
