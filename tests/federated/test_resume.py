@@ -12,7 +12,7 @@ import torch
 
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import CheckpointError
-from lightning_sfubm.federated import loop as loop_module
+from lightning_sfubm.federated import state as run_state
 from lightning_sfubm.federated.checkpoint import find_state
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
@@ -28,7 +28,7 @@ def test_a_run_cut_off_after_any_piece_of_work_ends_as_if_it_never_was(
     expected = finished_state(straight.run_dir)
     pieces = straight.loop.counters.step
     assert pieces > 15
-    written = loop_module.save_state
+    written = run_state.save_state
     for stop in range(1, pieces, 5):
         run = make(federated_trainer, f"cut {stop}")
 
@@ -37,10 +37,10 @@ def test_a_run_cut_off_after_any_piece_of_work_ends_as_if_it_never_was(
                 raise KeyboardInterrupt  # the piece is done, its state is not written
             return written(*args, **kwargs)
 
-        monkeypatch.setattr(loop_module, "save_state", cut)
+        monkeypatch.setattr(run_state, "save_state", cut)
         with pytest.raises(KeyboardInterrupt):
             run.fit(small_distiller(), datamodule=data(federated_data))
-        monkeypatch.setattr(loop_module, "save_state", written)
+        monkeypatch.setattr(run_state, "save_state", written)
         torch.manual_seed(stop)  # a new process has another global stream
         again = make(federated_trainer, f"cut {stop}")
         again.fit(small_distiller(), datamodule=data(federated_data), ckpt_path="last")
@@ -149,7 +149,7 @@ def test_a_torn_state_is_recognised_and_the_one_before_is_used(
 def test_the_newest_states_are_kept_and_a_whole_one_shares_no_file(
     federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, linked = loop_module.save_state, []
+    write, linked = run_state.save_state, []
 
     def check(root: Path, step: int, *args: Any) -> Path:
         final = write(root, step, *args)
@@ -162,7 +162,7 @@ def test_the_newest_states_are_kept_and_a_whole_one_shares_no_file(
         linked.append(args[-1])
         return final
 
-    monkeypatch.setattr(loop_module, "save_state", check)
+    monkeypatch.setattr(run_state, "save_state", check)
     trainer = federated_trainer(rounds=2, flags={"limit_val_batches": 1})
     trainer.fit(small_distiller(), datamodule=federated_data(domains=3))
     assert linked[:6] == [True, True, False, True, True, False]
