@@ -96,8 +96,8 @@ def test_ranks_together_are_one_process_with_a_larger_batch() -> None:
 
     left, right = (batches(16, rank=rank, world_size=2) for rank in range(2))
     for one, two, whole in zip(left, right, batches(32), strict=True):
-        assert len(one) == len(two)
-        assert sorted({*one, *two}) == whole
+        assert len(one) - len(two) in (0, 1)
+        assert sorted([*one, *two]) == whole
 
 
 def test_batches_do_not_depend_on_workers_or_on_the_order_of_names() -> None:
