@@ -1,14 +1,11 @@
 """The privacy noise as a callback of the federated loop."""
 
-import secrets
-from pathlib import Path
-
 from torch import Tensor
 
-from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.privacy.mechanisms import GaussianPerturbation
+from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.seeds import derive_seed
 
 
@@ -55,14 +52,4 @@ class PrivacyNoise(FederatedCallback):
     def _secret(self, seed: int, client: str) -> bytes:
         if self.secret_dir is None:
             return derive_seed(seed, "noise secret", client).to_bytes(8, "big")
-        if Path(client).name != client:
-            raise ConfigError(f"client name '{client}' cannot be a file name: choose another to use secret_dir")
-        path = Path(self.secret_dir) / f"{client}.key"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            path.write_bytes(secrets.token_bytes(32))
-        secret = path.read_bytes()
-        if len(secret) < 16:
-            raise PrivacyError(f"{path}: the noise secret has {len(secret)} bytes, at least 16 are needed: delete it")
-        return secret
+        return client_secret(self.secret_dir, client)
