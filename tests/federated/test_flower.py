@@ -176,7 +176,7 @@ def progress(setting: Setting) -> dict[str, Any]:
     return dict(read_loop(server_state(setting))["stored"]["progress"])
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_run_over_flower_gives_the_weights_of_one_process_and_brings_no_code(
     setting: Setting, fleets: list[Fleet]
 ) -> None:
@@ -214,7 +214,7 @@ def assert_no_code_of_a_run_is_executed(setting: Setting, fleet: Fleet) -> None:
     assert [file.name for file in seen.iterdir()] == ["flwr-serverapp"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_a_silo_and_the_server_may_die(setting: Setting, fleets: list[Fleet]) -> None:
     fleet = setting.fleet(rounds=3)
     fleets.append(fleet)
