@@ -37,7 +37,7 @@ demo: $(STAMP)
 	@$(BIN)/lightning-sfubm fit --config configs/experiment/demo.yaml --trainer.default_root_dir $(RUN_DIR)
 
 test: $(STAMP)
-	@echo "Running the tests: about 10 minutes on 2 cores; small models are fetched once."
+	@echo "Running the tests: about 20 minutes on 2 cores; small models and an environment for Flower are fetched once."
 	@$(BIN)/python -m pytest tests
 
 lint: $(STAMP)
