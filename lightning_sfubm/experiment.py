@@ -24,6 +24,7 @@ from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.evaluation.terminal import print_results
 from lightning_sfubm.federated.loop import FederatedLoop
+from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.methods import METHODS, DomainRun
 from lightning_sfubm.modules.llm_head import LLMHead
@@ -217,12 +218,13 @@ class Experiment:
         noise = next((c for c in loop.callbacks if isinstance(c, PrivacyNoise)), None)
         if noise is None:
             return {}
+        hidden = isinstance(loop.federation.aggregator, SecureKMeans)  # then no vector is sent
         return privacy_figures(
             {name: client.module.semantics() for name, client in loop.clients.items()},
             lambda name, sigma: noise.mechanism(loop.seed, name, sigma),
             loop.federation.aggregator.aggregate if loop.federation.sends_semantics else lambda uploads: {},
             sigmas=self.sigmas,
-            used=noise.sigma if loop.counters.exchanged is not None else None,
+            used=noise.sigma if loop.counters.exchanged is not None and not hidden else None,
             seed=loop.seed,
         )
 

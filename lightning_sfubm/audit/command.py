@@ -19,6 +19,7 @@ from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.checkpoint import read_loop
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
+from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.trainer import FederatedTrainer
 
 
@@ -158,6 +159,9 @@ def schemas(loop: FederatedLoop) -> Schemas:
     known = {("semantics", "up"): server.semantics, ("semantics", "down"): server.semantics}
     if server.teacher is not None and server.broadcast_schema is not None:
         known |= {("teacher", "up"): server.teacher, ("teacher", "down"): server.broadcast_schema}
+    if isinstance(loop.federation.aggregator, SecureKMeans):
+        centroids = loop.federation.aggregator.schema(next(iter(loop.clients.values())).semantics().shape[1])
+        known[centroids.kind, "down"] = centroids
     return known
 
 

@@ -12,6 +12,8 @@ from lightning_sfubm.federated.ledger import GENESIS
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 
 CURVE = "privacy_curve.json"
+_KEYS_AND_SHARES = ("secagg keys", "secagg shares", "secagg unmask")  # they hold nothing of the data
+_GUARANTEE = ("mechanism", "epsilon", "delta", "neighbours", "protects")
 _ATTACKS = ("linkage", "attribute", "membership", "items")
 
 
@@ -48,8 +50,8 @@ def mechanisms(ledger: list[Json]) -> list[Json]:
     """
     rows: dict[tuple[str, str], Json] = {}
     for line in ledger:
-        if line["direction"] != "up" or line.get("kind", "") in ("secagg keys", "secagg shares", "secagg unmask"):
-            continue  # keys and shares of the protocol hold nothing of the data
+        if line["direction"] != "up" or line.get("kind", "").endswith(_KEYS_AND_SHARES):
+            continue
         stated = line.get("mechanism") or {}
         kind = line.get("kind", "")
         common = {"client": line["client"], "kind": kind}
@@ -60,9 +62,8 @@ def mechanisms(ledger: list[Json]) -> list[Json]:
                 "epsilon": privacy.get("epsilon"),
                 "delta": privacy.get("delta"),
                 "neighbours": privacy.get("neighbours"),
-                "parameters": {
-                    k: v for k, v in privacy.items() if k not in ("mechanism", "epsilon", "delta", "neighbours")
-                },
+                "protects": privacy.get("protects", "user"),
+                "parameters": {k: v for k, v in privacy.items() if k not in _GUARANTEE},
             }
         if secure:
             hidden = common | {"standing": "hidden", "mechanism": "secure aggregation", "parameters": {"": secure}}

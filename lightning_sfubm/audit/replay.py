@@ -109,7 +109,7 @@ def _promised(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, Mappin
     return [
         (line["round"], line["client"], line["mechanism"].get("differential privacy", {}))
         for line in lines
-        if line["direction"] == "up" and line["kind"] != "semantics"
+        if line["direction"] == "up" and not line["kind"].startswith("semantics")
     ]
 
 

@@ -1,7 +1,6 @@
 """The privacy report in plain words: questions a privacy officer asks, answered from the facts of the run alone."""
 
 import math
-from typing import Any
 
 from lightning_sfubm.audit.facts import last_membership
 from lightning_sfubm.audit.replay import GLOBAL
@@ -10,6 +9,8 @@ from lightning_sfubm.evaluation.run_folder import Json
 _KINDS = {
     "semantics": "item vectors (numbers computed from product texts)",
     "teacher": "weights of the shared model (numbers computed from user behaviour)",
+    "secagg masked input": "masked weights of the shared model, averaged over organisations",
+    "semantics secagg masked input": "masked sums of item vectors by cluster, added up over organisations",
 }
 
 
@@ -44,7 +45,7 @@ def _left(facts: Json) -> list[str]:
     for client in dict.fromkeys(row["client"] for row in rows):
         parts = []
         for row in (row for row in rows if row["client"] == client):
-            what = _KINDS.get(row["kind"], f"{row['kind']} (part of the secure aggregation, unreadable to the server)")
+            what = _KINDS.get(row["kind"], f"{row['kind']} (keys and shares of the secure aggregation)")
             parts.append(f"{row['messages']} message{'s' if row['messages'] != 1 else ''} of {what}")
         sentences.append(f"{client} sent {', '.join(parts)}.")
     return sentences or ["Nothing: no message was sent."]
@@ -124,7 +125,7 @@ def _guarantee(facts: Json) -> list[str]:
     for row in facts["mechanisms"]:
         what = f"{row['client']}, {_KINDS.get(row['kind'], row['kind'])}"
         if row["standing"] == "guarantee":
-            sentences.append(f"{what}: yes. {epsilon_words(row['epsilon'], row['delta'], row['neighbours'])}")
+            sentences.append(f"{what}: yes. {epsilon_words(row)}")
         elif row["standing"] == "hidden":
             sentences.append(
                 f"{what}: the server sees the sum over organisations and no single update, if it follows the protocol."
@@ -141,8 +142,10 @@ def _guarantee(facts: Json) -> list[str]:
     return sentences or ["Nothing was sent, so none is needed."]
 
 
-def epsilon_words(epsilon: Any, delta: Any, neighbours: Any) -> str:
-    """What an (epsilon, delta) means, with the neighbouring relation."""
+def epsilon_words(row: Json) -> str:
+    """What an (epsilon, delta) means, with the neighbouring relation; ``row`` is a guarantee among the mechanisms."""
+    epsilon, delta, neighbours = row["epsilon"], row["delta"], row["neighbours"]
+    what = "a certain product is there" if row["protects"] == "item" else "a certain person took part"
     if not isinstance(epsilon, int | float) or not math.isfinite(epsilon):
         return "Differential privacy was configured without noise: epsilon is infinite, and nothing is promised."
     odds = math.exp(min(epsilon, 50.0))
@@ -150,7 +153,7 @@ def epsilon_words(epsilon: Any, delta: Any, neighbours: Any) -> str:
     return (
         f"Differential privacy with epsilon {epsilon:.3g} at delta {delta:.1g}, where two data sets are neighbours if they "
         f"differ by {neighbours}: whatever the attacker knows, the messages of all rounds together raise the odds "
-        f"that a certain person took part by a factor of at most {odds:,.3g} (from 50 % to at most "
+        f"that {what} by a factor of at most {odds:,.3g} (from 50 % to at most "
         f"{100 * odds / (1 + odds):.1f} %), except with a probability of {delta:.1g}. It does not cover what else is "
         f"published: metrics, logs, settings chosen by them.{hollow}"
     )

@@ -13,6 +13,7 @@ from torch import Tensor, empty
 
 from lightning_sfubm.errors import ConfigError, MessageError
 from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 
 Action = Literal["hello", "semantics", "train", "finish"]
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -80,6 +81,11 @@ def check_across_machines(federation: Federation) -> None:
     Raises:
         ConfigError: secure aggregation is asked for.
     """
+    if isinstance(federation.aggregator, SecureKMeans):
+        raise ConfigError(
+            "trainer.federation.aggregator SecureKMeans takes many messages an exchange and runs in one process only; across "
+            "machines use KMeans or KNNMix, which see perturbed vectors, if the silos agree to that"
+        )
     if federation.secure_aggregation is not None:
         raise ConfigError(
             "trainer.federation.secure_aggregation takes several messages a round and runs in one process only; across "

@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.federated.hooks import ClientDropped
 from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unpack
+from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.state import RunState
 from lightning_sfubm.federated.weights import TooFewClientsError
 
@@ -30,6 +31,9 @@ class Exchange(RunState):
             PrivacyError: no callback protects item semantics. Add ``PrivacyNoise``; sigma 0 must be asked for.
         """
         self._check_protected()
+        if isinstance(self.federation.aggregator, SecureKMeans):
+            self._cluster_securely(self.federation.aggregator, round)
+            return
         schema, uploads = self.server.semantics, {}
         for name in self.federation.active(self.clients, round):
             try:
@@ -38,6 +42,34 @@ class Exchange(RunState):
                 log.warning("exchange of semantics: client '%s' dropped out (%s)", name, error)
         for name, answer in self.server.aggregate_semantics(round, uploads).items():
             self.clients[name].receive_semantics(self._receive(name, schema, answer)["vectors"])
+        self.counters.exchanged = round
+
+    def _cluster_securely(self, aggregator: SecureKMeans, round: int) -> None:
+        """Per-cluster sums up, masked; centroids down. The vectors stay with their clients."""
+        vectors, mechanisms = {}, {}
+        exchanges = self.federation.exchanges(self.clients)
+        for name in self.federation.active(self.clients, round):
+            try:
+                tensors, perturbed = self._protect(name, "semantics", {"vectors": self.clients[name].semantics()})
+            except ClientDropped as error:
+                log.warning("exchange of semantics: client '%s' dropped out (%s)", name, error)
+                continue
+            vectors[name], mechanisms[name] = tensors["vectors"], perturbed | aggregator.describe(exchanges)
+
+        def record(client: str, direction: str, kind: str, payload: bytes) -> None:
+            about = mechanisms[client] if direction == "up" else {}
+            self.ledger.record_bytes(client, direction, kind, round, payload, about)
+
+        def deliver(client: str, message: Message) -> None:
+            self.ledger.record(client, "down", message, {})
+
+        try:
+            views = aggregator.views(round, vectors, self.seed, exchanges, record, deliver)
+        except PrivacyError as error:
+            log.warning("exchange of semantics: %s Every client keeps its own vectors.", error)
+            views = {}
+        for name, view in views.items():
+            self.clients[name].receive_semantics(view)
         self.counters.exchanged = round
 
     def _check_protected(self) -> None:

@@ -1,12 +1,16 @@
-"""Secure aggregation of the shared teacher within the federated loop: the server learns the mean and no single update."""
+"""Secure aggregation within the federated loop: the server learns a mean or a sum over clients and no single summand."""
 
 import math
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.errors import ConfigError, MessageError, PrivacyError
+
+if TYPE_CHECKING:
+    from lightning_sfubm.privacy.secagg.server import SecureSum
 
 #: (client, direction, step of the protocol, bytes that travelled)
 Record = Callable[[str, str, str, bytes], None]
@@ -65,20 +69,60 @@ class SecureAggregation:
             PrivacyError: fewer than two clients, or fewer than the threshold at some step.
             MessageError: a client's tensors do not fit, or the weights are all zero.
         """
-        from lightning_sfubm.errors import PrivacyError
+        max_weight = 1.0 if weights is None else self.max_weight
+        mean = self._total(round, updates, weights, self.clip, max_weight, record, "").mean()
+        if not mean:
+            raise MessageError(f"round {round}: the clients' numbers of examples add up to zero")
+        return {name: value.to(torch.float32) for name, value in mean.items()}
+
+    def sum(
+        self, round: int, vectors: Mapping[str, Mapping[str, Tensor]], clip: float, record: Record, prefix: str = ""
+    ) -> dict[str, Tensor]:
+        """The sum of the clients' tensors, by the protocol, every message recorded.
+
+        Args:
+            round: of the federation.
+            vectors: named float tensors by client; at least two clients.
+            clip: largest absolute value of an element, in the place of the settings' own.
+            record: called with every message.
+            prefix: of the kinds it is called with.
+
+        Returns:
+            float64 tensors by name.
+
+        Raises:
+            PrivacyError: fewer than two clients.
+            MessageError: a client's tensors do not fit, or hold a value beyond ``clip``.
+        """
+        return self._total(round, vectors, None, clip, 1.0, record, prefix).tensors
+
+    def survivors(self, clients: int) -> int:
+        """How many of the clients must stay to the end."""
+        return max(math.ceil(self.threshold * clients), clients // 2 + 1)
+
+    def _total(
+        self,
+        round: int,
+        updates: Mapping[str, Mapping[str, Tensor]],
+        weights: Mapping[str, float] | None,
+        clip: float,
+        max_weight: float,
+        record: Record,
+        prefix: str,
+    ) -> "SecureSum":
         from lightning_sfubm.privacy.secure_aggregation import SecAggClient, SecAggServer, SecAggSettings
 
         names = sorted(updates)
         if len(names) < 2:
             raise PrivacyError(
-                f"round {round}: {len(names)} update arrived; under secure aggregation a sum needs two at least"
+                f"round {round}: {len(names)} client is there; under secure aggregation a sum needs two at least"
             )
         settings = SecAggSettings(
             len(names),
-            max(math.ceil(self.threshold * len(names)), len(names) // 2 + 1),
-            clip=self.clip,
+            self.survivors(len(names)),
+            clip=clip,
             fractional_bits=self.fractional_bits,
-            max_weight=1.0 if weights is None else self.max_weight,
+            max_weight=max_weight,
             modulus_bits=self.modulus_bits,
         )
         shapes = {key: tuple(value.shape) for key, value in updates[names[0]].items()}
@@ -87,13 +131,13 @@ class SecureAggregation:
 
         def up(step: str, answers: dict[str, bytes]) -> dict[str, bytes]:
             for name, payload in answers.items():
-                record(name, "up", f"secagg {step}", payload)
+                record(name, "up", f"{prefix}secagg {step}", payload)
             return answers
 
         def down(step: str, payload: bytes | Mapping[str, bytes]) -> dict[str, bytes]:
             sent = dict(payload) if isinstance(payload, Mapping) else dict.fromkeys(names, payload)
             for name, content in sent.items():
-                record(name, "down", f"secagg {step}", content)
+                record(name, "down", f"{prefix}secagg {step}", content)
             return sent
 
         invited = down("invite", server.invite())
@@ -105,8 +149,4 @@ class SecureAggregation:
         weighed = dict.fromkeys(names, 1.0) if weights is None else weights
         inputs = {n: clients[n].mask_input(mailboxes[n], dict(updates[n]), weighed[n]) for n in names}
         request = down("survivors", server.collect_inputs(up("masked input", inputs)))
-        total = server.collect_reveals(up("unmask", {n: clients[n].unmask(request[n]) for n in names}))
-        mean = total.mean()
-        if not mean:
-            raise MessageError(f"round {round}: the clients' numbers of examples add up to zero")
-        return {name: value.to(torch.float32) for name, value in mean.items()}
+        return server.collect_reveals(up("unmask", {n: clients[n].unmask(request[n]) for n in names}))

@@ -1,10 +1,10 @@
-"""One step of federated k-means in which the server sees per-cluster sums and counts over all clients, and no vector.
+"""The steps of federated k-means in which the server sees sums over all clients, and no vector.
 
-Each client assigns its own vectors to the centroids it was sent; sums, counts and the number of contributing clients go
-through :func:`~lightning_sfubm.privacy.secure_aggregation.secure_sum`. The step equals Lloyd's step on the union of all
-vectors, as :class:`~lightning_sfubm.federated.aggregation.KMeans` takes it, to fixed-point precision, except that a
-cluster without vectors keeps its centroid: the vector farthest from its centroid, which re-seeds it there, is not known to
-a server that knows only sums.
+    clients: count, sum and squares of their vectors   ->  server: first centroids, drawn around the mean of all
+    clients: assign, per-cluster sums and counts       ->  server: the next centroids; repeated
+
+What a client computes is a tensor of fixed size, whatever the number of its vectors, made for a secure sum. A step equals
+Lloyd's step on the union of all vectors, to fixed-point precision.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,9 @@ from torch.nn.functional import normalize
 
 from lightning_sfubm.errors import ConfigError, MessageError
 from lightning_sfubm.privacy.attacks import nearest_matches
-from lightning_sfubm.privacy.secure_aggregation import SecAggSettings, secure_sum
+
+#: L2 distance of :func:`local_moments` with and without one unit vector: 1 each for its sum, its squares and its count
+MOMENTS_SENSITIVITY = 3.0**0.5
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,70 @@ class ClusterSums:
 
     Attributes:
         sums: (k, D) float64, sum of the vectors assigned to each cluster.
-        counts: (k,) int64, how many there are.
-        contributors: (k,) int64, how many clients have vectors in the sum. A cluster on which every domain has enough
-            vectors is one with ``contributors == len(clients)``.
-        clients: names of the clients in the sums.
+        counts: (k,) float64, how many there are; whole numbers unless noise was added.
+        contributors: (k,) float64, how many clients have vectors in the sum.
     """
 
     sums: Tensor
     counts: Tensor
     contributors: Tensor
-    clients: tuple[str, ...]
 
-    def centroids(self, previous: Tensor) -> Tensor:
-        """The next centroids (k, D), unit rows in the dtype of ``previous``, which stays where a cluster is empty."""
-        moved = normalize(self.sums, dim=1).to(previous.dtype)
-        return torch.where((self.counts > 0).unsqueeze(1), moved, previous)
+    @property
+    def filled(self) -> Tensor:
+        """(k,) bool, clusters with at least one vector."""
+        return self.counts > 0.5
+
+    def sufficient(self, clients: int) -> Tensor:
+        """(k,) bool, clusters in which every one of ``clients`` has vectors."""
+        return self.contributors > clients - 0.5
+
+    def centroids(self, previous: Tensor, spread: Tensor, generator: torch.Generator) -> Tensor:
+        """The next centroids.
+
+        A cluster without vectors starts again beside the largest: the vector farthest from its centroid, which re-seeds it in
+        :func:`~lightning_sfubm.federated.aggregation.spherical_kmeans`, is not known to a server that knows only sums.
+
+        Args:
+            previous: (k, D) unit rows.
+            spread: (D,) standard deviation of all vectors by coordinate.
+            generator: of the places where empty clusters start.
+
+        Returns:
+            (k, D) unit rows in the dtype of ``previous``.
+        """
+        filled = self.filled
+        if not filled.any():
+            return previous
+        moved = torch.where(filled.unsqueeze(1), normalize(self.sums, dim=1).to(previous.dtype), previous)
+        empty = (~filled).nonzero().flatten()
+        beside = self.counts.argsort(descending=True, stable=True)[: int(filled.sum())]
+        rows = moved[beside[torch.arange(len(empty)) % len(beside)]]
+        noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
+        moved[empty] = normalize(rows + 0.5 * spread.to(rows.dtype) * noise, dim=1)
+        return moved
+
+
+def local_moments(vectors: Tensor) -> dict[str, Tensor]:
+    """The client's part before the first step: float64 ``sum`` (D,), ``squares`` (D,) and ``count`` (1,) of its rows (N, D)."""
+    rows = vectors.double()
+    return {"sum": rows.sum(0), "squares": rows.square().sum(0), "count": torch.tensor([float(len(rows))])}
+
+
+def mean_and_spread(moments: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D,) by coordinate, float32, of the vectors that summed moments speak of."""
+    count = float(moments["count"].clamp_min(1))
+    mean = moments["sum"] / count
+    spread = (moments["squares"] / count - mean.square()).clamp_min(0).sqrt()
+    return mean.float(), spread.float()
+
+
+def first_centroids(mean: Tensor, spread: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """Centroids (k, D), unit rows drawn around the mean of all vectors with their spread by coordinate."""
+    return normalize(mean + spread * torch.randn(num_clusters, len(mean), generator=generator), dim=1)
 
 
 def local_cluster_sums(vectors: Tensor, centroids: Tensor, min_members: int = 1) -> dict[str, Tensor]:
-    """The client's part: assign, sum and count.
+    """The client's part of a step: assign, sum and count.
 
     Args:
         vectors: (N, D) unit rows of this client; N may be 0.
@@ -72,37 +119,10 @@ def local_cluster_sums(vectors: Tensor, centroids: Tensor, min_members: int = 1)
     return {"sums": sums * enough.unsqueeze(1), "counts": counts * enough, "contributors": enough}
 
 
-def secure_cluster_sums(
-    vectors: Mapping[str, Tensor],
-    centroids: Tensor,
-    settings: SecAggSettings,
-    *,
-    min_members: int = 1,
-    dropped: Mapping[str, str] | None = None,
-    round: int = 0,
-) -> ClusterSums:
-    """Run one step over all clients in this process; ``.centroids(previous)`` of the result is the k-means iteration.
+def cluster_sensitivity(min_members: int) -> float:
+    """L2 distance of :func:`local_cluster_sums` with and without one vector.
 
-    Args:
-        vectors: (N_k, D) unit rows by client.
-        centroids: (k, D) unit rows, the same for all clients.
-        settings: of the secure sum; ``clip`` must reach the largest number of vectors of a client.
-        min_members: see :func:`local_cluster_sums`.
-        dropped: see :func:`~lightning_sfubm.privacy.secure_aggregation.secure_sum`.
-        round: a number for this step.
-
-    Returns:
-        Sums and counts over the clients that sent their input.
-
-    Raises:
-        PrivacyError: fewer clients than the threshold are left at a step.
-        MessageError: the dimensions differ, or a client has more vectors than ``clip``.
+    At most one cluster changes. Where its vectors become enough by the one, m of them enter at once: m in the sum, m in the
+    count, 1 in the contributors.
     """
-    local = {name: local_cluster_sums(vectors[name], centroids, min_members) for name in sorted(vectors)}
-    total = secure_sum(local, settings, dropped=dropped, round=round)
-    return ClusterSums(
-        total.tensors["sums"],
-        total.tensors["counts"].round().long(),
-        total.tensors["contributors"].round().long(),
-        total.clients,
-    )
+    return (2.0 * min_members**2 + 1.0) ** 0.5

@@ -78,14 +78,20 @@ def test_the_standing_of_a_mechanism(mechanism: dict[str, Any], standings: list[
 
 
 def test_epsilon_in_words() -> None:
-    words = epsilon_words(math.log(3), 1e-5, "one user's whole sequence added or removed")
-    assert "factor of at most 3 (from 50 % to at most 75.0 %)" in words
-    assert "differ by one user's whole sequence added or removed" in words
-    assert "1e-05" in words
-    assert "next to nothing" not in words
-    assert "next to nothing" in epsilon_words(32.0, 1e-5, "")
+    def words(epsilon: float | None, neighbours: str = "", protects: str = "user") -> str:
+        return epsilon_words({"epsilon": epsilon, "delta": 1e-5, "neighbours": neighbours, "protects": protects})
+
+    user = words(math.log(3), "one user's whole sequence added or removed")
+    assert "a certain person took part by a factor of at most 3 (from 50 % to at most 75.0 %)" in user
+    assert "differ by one user's whole sequence added or removed" in user
+    assert "1e-05" in user
+    assert "next to nothing" not in user
+    assert "next to nothing" in words(32.0)
+    item = words(1.0, "one item of one organisation added or removed", "item")
+    assert "that a certain product is there" in item
+    assert "person" not in item
     for nothing in (None, math.inf):
-        assert "nothing is promised" in epsilon_words(nothing, 1e-5, "")
+        assert "nothing is promised" in words(nothing)
 
 
 def test_noise_that_the_seed_gives_away_is_called_a_simulation(tmp_path: Path) -> None:

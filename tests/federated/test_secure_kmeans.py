@@ -1,0 +1,183 @@
+"""Secure k-means as an aggregator and within a run: no vector leaves, and the answer is that of k-means on the union."""
+
+import json
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lightning_sfubm.audit.check import check_run
+from lightning_sfubm.audit.command import schemas
+from lightning_sfubm.audit.facts import mechanisms
+from lightning_sfubm.audit.replay import replay
+from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.federated.aggregation import KMeans
+from lightning_sfubm.federated.envelopes import check_across_machines
+from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
+from lightning_sfubm.federated.ledger import read_ledger
+from lightning_sfubm.federated.secure_kmeans import SecureKMeans
+from tests.conftest import small_distiller
+
+pytest.importorskip("cryptography")
+
+
+def units(n: int, seed: int, dim: int = 8) -> Tensor:
+    return normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def planted(seed: int) -> Tensor:
+    return normalize(torch.eye(4, 8).repeat_interleave(10, 0) + 0.1 * units(40, seed), dim=1)
+
+
+def silent(*_: object) -> None:
+    pass
+
+
+def test_planted_clusters_are_found_as_by_k_means_on_the_union() -> None:
+    uploads = {"a": planted(1), "b": planted(2), "c": planted(3)}
+    views = SecureKMeans(num_clusters=6, min_members=5, seed=1).aggregate(uploads)
+    plain = KMeans(num_clusters=4, min_members=5).aggregate(uploads)
+    for name in uploads:
+        assert float((views[name] * plain[name]).sum(1).min()) > 0.98
+        assert len(views[name].unique(dim=0)) >= 4
+
+
+def test_where_no_cluster_suffices_all_items_get_the_mean_of_all() -> None:
+    uploads = {"a": torch.eye(4, 8), "b": torch.eye(8)[4:]}
+    views = SecureKMeans(num_clusters=8, min_members=2).aggregate(uploads)
+    mean = normalize(torch.ones(8), dim=0)
+    for view in views.values():
+        torch.testing.assert_close(view, mean.expand(4, 8))
+
+
+def test_the_order_of_clients_changes_nothing_and_neither_do_fresh_keys() -> None:
+    uploads = {"a": planted(1), "b": planted(2), "c": planted(3)}
+    for settings in ({}, {"epsilon": 5.0}):
+        first = SecureKMeans(num_clusters=6, **settings).aggregate(uploads)
+        second = SecureKMeans(num_clusters=6, **settings).aggregate({n: uploads[n] for n in "cab"})
+        assert all(torch.equal(first[n], second[n]) for n in uploads)
+
+
+def test_noise_blurs_and_its_size_follows_from_epsilon_steps_and_exchanges() -> None:
+    uploads = {"a": planted(1), "b": planted(2)}
+    plain = SecureKMeans(num_clusters=4, min_members=1).aggregate(uploads)
+    noisy = SecureKMeans(num_clusters=4, min_members=1, epsilon=0.1).aggregate(uploads)
+    assert float((plain["a"] * noisy["a"]).sum(1).mean()) < 0.9
+    stated = SecureKMeans(iterations=4, epsilon=1.0, delta=1e-6).describe(2)["differential privacy"]
+    assert stated["releases"] == 10
+    one = SecureKMeans(iterations=4, epsilon=1.0, delta=1e-6).describe(1)["differential privacy"]
+    assert stated["noise_multiplier"] == pytest.approx(one["noise_multiplier"] * 2**0.5)
+    assert "simulation only" in stated["secret"]
+    assert "differential privacy" not in SecureKMeans().describe(1)
+
+
+def test_the_noise_in_the_sum_has_at_least_the_stated_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each client adds a share that suffices where only the threshold of them stays; all three together add 3/2 of it."""
+    sent: dict[str, dict[str, Tensor]] = {}
+    aggregator = SecureKMeans(num_clusters=400, min_members=1, iterations=1, epsilon=1.0)
+    real = aggregator.secure.sum
+
+    def spy(round: int, vectors: dict[str, dict[str, Tensor]], **settings: Any) -> dict[str, Tensor]:
+        sent.update(vectors)
+        return real(round, vectors, **settings)
+
+    monkeypatch.setattr(aggregator.secure, "sum", spy)
+    aggregator.views(0, {n: torch.eye(1, 8) for n in "abc"}, 3, 1, silent, silent)
+    scale = aggregator.describe(1)["differential privacy"]["noise_multiplier"] * 3**0.5
+    total = torch.stack([sent[n]["sums"] for n in "abc"]).sum(0)
+    assert float(total.std()) == pytest.approx(scale * (3 / 2) ** 0.5, rel=0.06)
+    assert abs(float(torch.corrcoef(torch.stack([sent[n]["sums"].flatten() for n in "ab"]))[0, 1])) < 0.08
+
+
+def test_secrets_of_the_clients_own_key_the_noise(tmp_path: Any) -> None:
+    uploads = {"a": planted(1), "b": planted(2)}
+    ends = [
+        SecureKMeans(num_clusters=4, epsilon=1.0, secret_dir=str(tmp_path / folder)).aggregate(uploads)["a"]
+        for folder in ("one", "one", "other")
+    ]
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+    assert (tmp_path / "one" / "a.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"num_clusters": 0},
+        {"min_members": 0},
+        {"iterations": 0},
+        {"max_items": 0},
+        {"epsilon": -1.0},
+        {"delta": 0.0, "epsilon": 1.0},
+    ],
+)
+def test_settings_out_of_range_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        SecureKMeans(**bad)
+
+
+def test_more_items_than_agreed_are_refused_before_anything_wraps() -> None:
+    with pytest.raises(MessageError, match="beyond the clip range"):
+        SecureKMeans(num_clusters=1, max_items=5).aggregate({"a": units(40, 1), "b": units(40, 2)})
+
+
+def test_across_machines_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match="SecureKMeans takes many messages"):
+        check_across_machines(Federation(aggregator=SecureKMeans()))
+
+
+def test_in_a_run_no_vector_leaves_and_the_audit_reads_what_did(federated_data: Any, federated_trainer: Any) -> None:
+    trainer = federated_trainer(
+        exchange="semantics",
+        aggregator=SecureKMeans(num_clusters=8, min_members=2, iterations=3, epsilon=4.0),
+        keep_messages=True,
+        rounds=1,
+        callbacks=[PrivacyNoise(0.0)],
+        flags={"limit_val_batches": 1},
+    )
+    trainer.fit(small_distiller(), datamodule=federated_data(domains=3))
+    loop, lines = trainer.loop, read_ledger(trainer.run_dir / "ledger.jsonl")
+    up = [line for line in lines if line["direction"] == "up"]
+    assert {line["kind"] for line in up} == {
+        f"semantics secagg {step}" for step in ("keys", "shares", "masked input", "unmask")
+    }
+    assert all(line["tensors"] == {} for line in up)
+    down = [line for line in lines if line["tensors"]]
+    assert {line["kind"] for line in down} == {"semantics centroids"}
+    for client in loop.clients.values():
+        view = client.module.teacher.global_text[1:]  # row 0 is the padding
+        assert view.shape == client.module.semantics().shape
+        assert 1 <= len(view.unique(dim=0)) <= 8
+    check = check_run(trainer.run_dir, schemas(loop))
+    assert check.problems == []
+    assert check.parsed == len(down) == 3 * 4
+    assert replay(check.messages, check.entries, loop.clients, {}) == ([], [])
+    standings = {
+        (row["standing"], row["protects"] if row["standing"] == "guarantee" else "") for row in mechanisms(lines)
+    }
+    assert standings == {("guarantee", "item"), ("hidden", ""), ("none", "")}  # "none": sigma 0 was asked for
+
+
+class _Away(FederatedCallback):
+    def on_upload(self, loop: Any, client: str, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if client == "beta":
+            raise ClientDropped("away")
+        return tensors
+
+
+def test_with_one_client_there_each_keeps_its_own_vectors(
+    federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = federated_trainer(
+        exchange="semantics", aggregator=SecureKMeans(4), rounds=0, callbacks=[PrivacyNoise(0.0), _Away()]
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(small_distiller(), datamodule=federated_data())
+    assert "client 'beta' dropped out" in caplog.text
+    assert "a sum needs two at least" in caplog.text
+    assert [json.loads(line) for line in (trainer.run_dir / "ledger.jsonl").read_text().splitlines()] == []
