@@ -25,10 +25,11 @@ from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.evaluation.terminal import print_results
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
-from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.federated.trainer import FederatedTrainer, first_prepares
 from lightning_sfubm.methods import METHODS, DomainRun
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.privacy.report import privacy_figures
+from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
 #: paired differences stated in the report, where both rows are there
@@ -133,15 +134,26 @@ class Experiment:
         Returns:
             Path of the HTML report.
         """
-        console = Console(highlight=False)
+        return trainer.together(self._run, trainer, model, datamodule, ckpt_path, command, config_hash)
+
+    def _run(
+        self,
+        trainer: FederatedTrainer,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | Path | None,
+        command: str,
+        config_hash: str,
+    ) -> Path:
+        console = Console(highlight=False, quiet=not is_first())
         watch, run_dir = Stopwatch(), trainer.run_dir
         started = environment()
         run_dir.mkdir(parents=True, exist_ok=True)
-        if ckpt_path is None:
+        if ckpt_path is None and is_first():
             for old in ("results", "local", "models", "data"):
                 shutil.rmtree(run_dir / old, ignore_errors=True)
         with watch("data and text vectors"):
-            datamodule.prepare_data()
+            first_prepares(datamodule)
             datamodule.setup("fit")
         self._write_cards(datamodule, run_dir, console)
         if any(METHODS[key].needs_stage1 for key in self.methods):
@@ -177,6 +189,13 @@ class Experiment:
             "llm": dict(self.llm.hparams) if self.llm is not None else {},
             "notes": [],
         }
+        report = run_dir / "report.html"
+        if is_first():
+            self._report(trainer, run_dir, facts, console)
+        wait_for_all()
+        return report
+
+    def _report(self, trainer: FederatedTrainer, run_dir: Path, facts: dict[str, Any], console: Console) -> None:
         _write_json(run_dir / "run.json", facts)
         report = build_report(run_dir)
         privacy = build_privacy_report(run_dir) if (run_dir / "ledger.jsonl").is_file() else None
@@ -186,15 +205,13 @@ class Experiment:
         console.print(f"\nReport: [bold]{report}[/bold]")
         if privacy is not None:
             console.print(f"Privacy report: [bold]{privacy}[/bold]")
-        return report
 
     def _row(self, domain: "DomainRun", key: str, order: int, name: str, config_hash: str, console: Console) -> None:
         path = domain.run_dir / "results" / name / f"{key}.parquet"
-        if path.exists() and config_hash:
-            meta = PerUserResults.load(path).meta
-            same_data = (meta.data_fingerprint, meta.candidate_hash) == domain.data_hashes
-            if same_data and meta.extra.get("config_hash") == config_hash:
-                return
+        finished = _finished(path, domain, config_hash)
+        wait_for_all()  # all have looked before the first writes
+        if finished:
+            return
         method = METHODS[key]
         console.print(f"[dim]{name}: {domain.label(method)}[/dim]")
         before = domain.watch.timings.get(f"train {key}", {"cpu_s": 0.0})["cpu_s"]
@@ -203,11 +220,10 @@ class Experiment:
         cpu = domain.watch.timings[f"train {key}"]["cpu_s"] - before
         extra = {"config_hash": config_hash, "train_cpu_s": domain.train_cpu_s(key, cpu)}
         with domain.watch(f"evaluate {key}"):
-            domain.evaluate(ranker, key, method, order, extra).save(path)
+            _save(domain.evaluate(ranker, key, method, order, extra), path)
             if not method.needs_llm and domain.has_larger_test:
-                domain.evaluate(ranker, key, method, order, extra, all_users=True).save(
-                    domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet"
-                )
+                everyone = domain.evaluate(ranker, key, method, order, extra, all_users=True)
+                _save(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
 
     def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:
         for name, card in datamodule.data_cards.items():
@@ -243,7 +259,23 @@ class Experiment:
         }
 
 
+def _finished(path: Path, domain: DomainRun, config_hash: str) -> bool:
+    """Whether a row is there, computed with these settings on these data."""
+    if not path.exists() or not config_hash:
+        return False
+    meta = PerUserResults.load(path).meta
+    same_data = (meta.data_fingerprint, meta.candidate_hash) == domain.data_hashes
+    return same_data and meta.extra.get("config_hash") == config_hash
+
+
+def _save(results: PerUserResults, path: Path) -> None:
+    if is_first():
+        results.save(path)
+
+
 def _write_json(path: Path, value: Any) -> None:
+    if not is_first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=1, default=str))

@@ -5,13 +5,35 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
+from lightning_sfubm.ranks import is_first, rank, wait_for_all
 from lightning_sfubm.safe_load import load_checkpoint
+from lightning_sfubm.seeds import derive_seed
 
 TrainerFactory = Callable[..., Trainer]
 EpochHook = Callable[[int, dict[str, float]], None]
+
+
+class RankSeed(Callback):
+    """Give each process of a distributed training random numbers of its own.
+
+    Lightning seeds every process alike at the start of every fit, so that all would drop the same units in the same order, the
+    next round again.
+
+    Args:
+        seed: of this training.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs after Lightning's own seeding."""
+        if trainer.world_size > 1:
+            torch.manual_seed(derive_seed(self._seed, "rank", rank()))
 
 
 class EpochRecorder(Callback):
@@ -64,9 +86,12 @@ def fit_to_early_stopping(
         The best value of ``monitor`` and the trainer.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        (folder / "best.ckpt").unlink(missing_ok=True)  # of a training that was cut off
+    wait_for_all()
     best = ModelCheckpoint(
         dirpath=folder,
-        filename=f"best-{time.time_ns()}",
+        filename="best",
         monitor=monitor,
         mode="max",
         save_top_k=1,
@@ -86,9 +111,9 @@ def fit_to_early_stopping(
     if best.best_model_path:
         state = load_checkpoint(best.best_model_path)
         module.load_state_dict(state["state_dict"], strict=False)
-        if trainer.is_global_zero:
+        wait_for_all()
+        if is_first():
             Path(best.best_model_path).unlink()
-        trainer.strategy.barrier()
     score = float(best.best_model_score) if best.best_model_score is not None else float("nan")
     return score, trainer
 

@@ -25,6 +25,11 @@ from lightning_sfubm.safe_load import load_checkpoint
 _FORMAT = 3
 
 
+def state_folder(root: Path, step: int) -> Path:
+    """Folder of state ``step`` under ``root``."""
+    return root / f"state-{step:04d}"
+
+
 def save_state(
     root: Path, step: int, stored: dict[str, Any], server: Server, clients: dict[str, Client], linked: bool = False
 ) -> Path:
@@ -41,7 +46,7 @@ def save_state(
     Returns:
         Folder of the state.
     """
-    final, temporary = root / f"state-{step:04d}", root / f".state-{step:04d}.tmp"
+    final, temporary = state_folder(root, step), root / f".state-{step:04d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "clients").mkdir(parents=True)
     files = {}
@@ -62,7 +67,7 @@ def save_state(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     for name, client in clients.items():
-        client.saved = final / "clients" / f"{name}.ckpt"
+        client.saved_as(final / "clients" / f"{name}.ckpt")
     states = sorted(root.glob("state-*"))
     own = next((state for state in reversed(states) if not _shares_files(state)), final)
     for old in states[:-2]:

@@ -12,9 +12,17 @@ from torch import Tensor
 
 from lightning_sfubm.contracts import FederatedModule
 from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.safe_load import load_checkpoint
 from lightning_sfubm.seeds import derive_seed, torch_generator
-from lightning_sfubm.training import EpochHook, EpochRecorder, Stopwatch, TrainerFactory, fit_to_early_stopping
+from lightning_sfubm.training import (
+    EpochHook,
+    EpochRecorder,
+    RankSeed,
+    Stopwatch,
+    TrainerFactory,
+    fit_to_early_stopping,
+)
 
 
 class Client:
@@ -109,14 +117,18 @@ class Client:
             shares: whether what is trained leaves the client: then callbacks with ``rounds_only`` take part.
         """
         if self.rounds_done and self._changed:  # the fit below starts from the file, not from the module
-            self.save(folder / "received.ckpt")
+            if is_first():
+                self.save(folder / "received.ckpt")
+            self.saved_as(folder / "received.ckpt")
+            wait_for_all()
         self.module.set_phase(self.module.round_phase)
-        torch.manual_seed(derive_seed(self.seed, "client", self.name, "round", round))
+        seed = derive_seed(self.seed, "client", self.name, "round", round)
+        torch.manual_seed(seed)
         trainer = self.make_trainer(
             label=f"round {round}/{rounds}, {self.name}",
             max_epochs=(self.rounds_done + 1) * epochs,
             min_epochs=None,
-            callbacks=[EpochRecorder(record)],
+            callbacks=[EpochRecorder(record), RankSeed(seed)],
             folder=folder,
             shares=shares,
         )
@@ -143,7 +155,8 @@ class Client:
     ) -> float:
         """Train one local phase to early stopping, keep the best epoch's weights and return its ``monitor``."""
         self.module.set_phase(phase)
-        torch.manual_seed(derive_seed(self.seed, "client", self.name, "phase", phase))
+        seed = derive_seed(self.seed, "client", self.name, "phase", phase)
+        torch.manual_seed(seed)
         with self.watch("training"):
             best, trainer = fit_to_early_stopping(
                 self.make_trainer,
@@ -156,6 +169,7 @@ class Client:
                 patience=patience,
                 monitor=monitor,
                 record=record,
+                callbacks=[RankSeed(seed)],
             )
         self._keep(trainer, folder / "trained.ckpt", weights_only=True)
         self.phases_done.append(phase)
@@ -171,7 +185,9 @@ class Client:
     def _keep(self, trainer: Trainer, path: Path, weights_only: bool) -> None:
         """Write what was trained: with optimiser and counters after a round, weights only after a local phase."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # a state folder may know the old file under a second name
+        if is_first():
+            path.unlink(missing_ok=True)  # a state folder may know the old file under a second name
+        wait_for_all()
         trainer.save_checkpoint(path, weights_only=weights_only)
         self.saved, self.saved_sha256, self._changed, self._linkable = path, None, False, True
 
@@ -185,6 +201,10 @@ class Client:
         if self.module.local_phases:
             self.module.set_phase(self.module.local_phases[-1])
         self.module.eval()
+
+    def saved_as(self, path: Path) -> None:
+        """Note that a file holds all that the module holds: written, renamed, or written by the first process."""
+        self.saved, self._changed = path, False
 
     def save(self, path: Path, link: bool = False) -> None:
         """Write the client's state as a Lightning checkpoint: its last training's, with the weights the module holds now.
@@ -206,7 +226,8 @@ class Client:
             torch.save(state, temporary)
             temporary.replace(path)
             self.saved_sha256 = None
-        self.saved, self._changed, self._linkable = path, False, link
+        self.saved_as(path)
+        self._linkable = link
 
     def load(self, path: Path) -> None:
         """Put a checkpoint's weights into the module. Optimiser and counters follow at the next :meth:`train_round`.

@@ -15,6 +15,7 @@ from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.messages import Message
 from lightning_sfubm.federated.recording import MessageStore
+from lightning_sfubm.ranks import is_first
 
 Entry = dict[str, object]
 GENESIS = "0" * 64
@@ -34,7 +35,7 @@ _FORM: dict[str, type] = {
 
 
 class Ledger:
-    """Writes the ledger of a run.
+    """Writes the ledger of a run; of several processes that train together the first one does.
 
     Args:
         path: the file.
@@ -49,9 +50,10 @@ class Ledger:
 
     def start(self) -> None:
         """Begin an empty ledger; one of an earlier run in the same place is replaced."""
-        self.path.write_text("")
-        if self.store is not None:
-            self.store.keep_only(set())
+        if is_first():
+            self.path.write_text("")
+            if self.store is not None:
+                self.store.keep_only(set())
         self.entries, self._last, self._earlier = 0, GENESIS, set()
 
     def resume(self, entries: int) -> None:
@@ -63,6 +65,8 @@ class Ledger:
         Raises:
             CheckpointError: the ledger is shorter than that, or its chain is broken.
         """
+        if not is_first():
+            return
         if not self.path.exists() and entries == 0:
             self.start()
             return
@@ -115,6 +119,8 @@ class Ledger:
             tensors: shape and dtype of the tensors in the message, by name.
             content: hash of what the message says; ``None`` = of its bytes.
         """
+        if not is_first():
+            return
         digest = hashlib.sha256(payload).hexdigest()
         entry: Entry = {
             "round": round,

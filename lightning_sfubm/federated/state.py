@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 
 from lightning_sfubm.errors import CheckpointError, ConfigError, PrivacyError
 from lightning_sfubm.evaluation.results import write_atomically
-from lightning_sfubm.federated.checkpoint import find_state, load_state, save_state
+from lightning_sfubm.federated.checkpoint import find_state, load_state, save_state, state_folder
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import FederatedCallback
@@ -21,6 +21,7 @@ from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.workers import WorkerPool
+from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,9 @@ class RunState:
         for callback in self.callbacks:
             if callback.state_key in stored["callbacks"]:
                 callback.load_state_dict(stored["callbacks"][callback.state_key])
+        wait_for_all()  # all have read the state before the first writes a newer one
+        if not is_first():
+            return
         history = self.run_dir / "history.jsonl"
         kept = history.read_text().splitlines(keepends=True)[: stored["history"]] if stored["history"] else []
         write_atomically(history, "".join(kept).encode())
@@ -144,6 +148,11 @@ class RunState:
 
     def _start(self) -> None:
         """Clear the place of an earlier run, its states first and at once: half of them must not be gone on from."""
+        if is_first():
+            self._clear()
+        wait_for_all()
+
+    def _clear(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         earlier = self.run_dir / ".earlier"
         if self.checkpoints.exists():
@@ -172,6 +181,14 @@ class RunState:
         """Write a state: a whole one at the end and once for as many pieces of work as there are clients."""
         self.counters.step += 1
         self._pieces = 0 if last or self._pieces + 1 >= len(self.clients) else self._pieces + 1
+        if is_first():
+            self._write_state()
+        else:
+            for name, client in self.clients.items():
+                client.saved_as(state_folder(self.checkpoints, self.counters.step) / "clients" / f"{name}.ckpt")
+        wait_for_all()
+
+    def _write_state(self) -> None:
         with open(self.run_dir / "history.jsonl", "rb") as handle:
             lines = sum(1 for _ in handle)
         stored: dict[str, Any] = {

@@ -4,15 +4,16 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_sfubm.callbacks.progress import LabelledProgressBar
 from lightning_sfubm.callbacks.round_logger import RoundLogger
@@ -23,8 +24,10 @@ from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
 from lightning_sfubm.federated.workers import WorkerPool
+from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.safe_load import SafeCheckpointIO
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 _NEEDS = "a federated run needs trainer.federation and a FederatedDataModule with at least one entry in data.domains"
 _OWN = {"max_epochs", "min_epochs", "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "max_steps"}
@@ -145,14 +148,15 @@ class FederatedTrainer(L.Trainer):
     @property
     def loop_callbacks(self) -> list[Callback]:
         """Callbacks of a federated loop: those that were configured, and the one that logs rounds."""
-        return [*self._user_callbacks, RoundLogger(quiet=self._flags.get("enable_progress_bar") is False)]
+        quiet = self._flags.get("enable_progress_bar") is False or not is_first()
+        return [*self._user_callbacks, RoundLogger(quiet)]
 
     def build_clients(self, model: L.LightningModule, datamodule: Any) -> dict[str, Client]:
         """A client for every domain, ready to train, with a copy of the model."""
         domains = getattr(datamodule, "domains", None)
         if not domains:
             raise ConfigError(_NEEDS)
-        datamodule.prepare_data()
+        first_prepares(datamodule)
         return {name: self.make_client(name, model, domain, self.seed) for name, domain in sorted(domains.items())}
 
     def prepare(self, model: L.LightningModule, datamodule: Any) -> None:
@@ -198,6 +202,33 @@ class FederatedTrainer(L.Trainer):
         if self.federation is None:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
             return
+        self.together(self._fit_federation, model, datamodule, ckpt_path)
+
+    def together(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call a function in all processes of the trainer's strategy, which are started here where Lightning starts them.
+
+        From then on each knows its rank, so that the first alone writes files. Called within itself it only calls.
+
+        Raises:
+            ConfigError: the strategy sends what it runs to new processes instead of starting the program again.
+        """
+        launcher = self.strategy.launcher
+        if self.world_size == 1 or launcher is None:
+            return function(*args, **kwargs)
+        if not isinstance(launcher, _SubprocessScriptLauncher):
+            raise ConfigError(
+                f"trainer.strategy: {type(self.strategy).__name__} starts processes that do not run this program from its "
+                "beginning, as a federated run needs: set it to ddp or ddp_find_unused_parameters_true"
+            )
+        return launcher.launch(self._as_one_rank, function, *args, trainer=self, **kwargs)  # type: ignore[no-any-return]
+
+    def _as_one_rank(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        self.strategy.setup_environment()
+        if not is_first():
+            logging.getLogger("lightning_sfubm").setLevel(logging.ERROR)  # the first process says it
+        return function(*args, **kwargs)
+
+    def _fit_federation(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | Path | None) -> None:
         self.prepare(model, datamodule)
         assert self.loop is not None
         if ckpt_path is not None:
@@ -282,7 +313,9 @@ class FederatedTrainer(L.Trainer):
     def _resume(self, loop: FederatedLoop, ckpt_path: str | Path) -> None:
         """Go on from a state. A run that was cut off before it wrote its first one starts from the beginning."""
         states = self._states(ckpt_path)
-        if str(ckpt_path) == "last" and self.run_dir.is_dir() and not any(states.glob("state-*")):
+        fresh = str(ckpt_path) == "last" and self.run_dir.is_dir() and not any(states.glob("state-*"))
+        wait_for_all()  # all have looked before the first writes
+        if fresh:
             log.warning("%s holds no state yet: the run starts from the beginning", states)
             loop.goes_on = True
             return
@@ -296,6 +329,15 @@ class FederatedTrainer(L.Trainer):
             csv = CSVLogger(self.run_dir / "csv", name=client)
             self.client_loggers[client] = [csv, *(PrefixedLogger(x, client) for x in self.shared_loggers)]
         return self.client_loggers[client]
+
+
+def first_prepares(datamodule: L.LightningDataModule) -> None:
+    """Prepare data in the first process, and in the others once it is there: they find what it has stored."""
+    if is_first():
+        datamodule.prepare_data()
+    wait_for_all()
+    if not is_first():
+        datamodule.prepare_data()
 
 
 def _is_local(callback: Callback) -> bool:

@@ -27,13 +27,18 @@ def client_secret(folder: str | Path, client: str) -> bytes:
         raise ConfigError(f"client name '{client}' cannot be a file name: choose another to use secret_dir")
     path = Path(folder) / f"{client}.key"
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        pass
-    else:
-        with os.fdopen(handle, "wb") as file:
+    if not path.exists():
+        # Written under another name and then linked: two processes that come at once end with one whole secret.
+        temporary = path.with_name(f".{client}.{secrets.token_hex(8)}.tmp")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(_BYTES))
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)
     secret = path.read_bytes()
     if len(secret) < _BYTES // 2:
         raise PrivacyError(f"{path}: the secret has {len(secret)} bytes, at least {_BYTES // 2} are needed: delete it")

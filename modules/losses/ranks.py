@@ -4,10 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def num_ranks() -> int:
-    """Processes that average their gradients; 1 outside a distributed run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from lightning_sfubm.ranks import num_ranks
 
 
 def mean_over_ranks(loss: Tensor, count: int) -> Tensor:

@@ -1,0 +1,28 @@
+"""The processes of a distributed run: how many there are, which one writes files, and where they wait for each other."""
+
+import torch.distributed as dist
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def num_ranks() -> int:
+    """Processes that train together; 1 outside a distributed run."""
+    return dist.get_world_size() if _distributed() else 1
+
+
+def rank() -> int:
+    """Number of this process among them, from 0."""
+    return dist.get_rank() if _distributed() else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes: files, ledgers and the terminal belong to the first one."""
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here; at once outside a distributed run."""
+    if _distributed():
+        dist.barrier()
