@@ -18,6 +18,7 @@ from lightning_sfubm.modules.llm.calibration import fit_factor
 from lightning_sfubm.modules.llm.injected import InjectedLM
 from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
 from lightning_sfubm.modules.llm.optim import adamw_with_warmup
+from lightning_sfubm.modules.llm.sharding import settle, whole
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.seeds import torch_generator
 
@@ -209,14 +210,16 @@ class LLMHead(InjectedLM):
         if self.head is None or self.residual_weights is None:
             raise ConfigError("only a head with a residual can be calibrated (form branch, rank_mode head, stage 1)")
         added, base, targets = [], [], []
+        weights = whole(self.residual_weights)
         with self._evaluating():
             for batch in batches:
                 affinities = self._affinities(batch)
                 assert affinities is not None
-                base.append(affinities @ self.residual_weights)
+                base.append(affinities @ weights)
                 added.append(self(batch) - base[-1])
                 targets.append(batch["target_index"])
         factor = fit_factor(torch.cat(base), torch.cat(added), torch.cat(targets))
+        settle(self)
         self.head.weight.mul_(factor)
         return factor
 

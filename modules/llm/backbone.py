@@ -72,6 +72,7 @@ class Backbone(nn.Module):
             embedded = model.get_input_embeddings()(rows).float()
         self.embedding_dim = int(embedded.shape[1])
         self.token_norm = float(embedded.norm(dim=-1).mean())
+        self._fingerprint = _fingerprint(model)  # now: later the weights may be divided among processes
         self.model: Any = model
         if adapter_rank > 0:
             self.model = _with_adapters(model, adapter_rank, adapter_alpha, adapter_dropout, adapter_targets)
@@ -152,11 +153,15 @@ class Backbone(nn.Module):
 
     def fingerprint(self) -> str:
         """Tells base models apart: shape of the architecture and a sample of the embedding weights."""
-        shape = {key: getattr(self.config, key, None) for key in ("model_type", "hidden_size", "num_hidden_layers")}
-        sample = self.causal_lm.get_input_embeddings().weight[:64].detach().to("cpu", torch.bfloat16).view(torch.int16)
-        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-        digest.update(sample.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:24]
+        return self._fingerprint
+
+
+def _fingerprint(model: Any) -> str:
+    shape = {key: getattr(model.config, key, None) for key in ("model_type", "hidden_size", "num_hidden_layers")}
+    sample = model.get_input_embeddings().weight[:64].detach().to("cpu", torch.bfloat16).view(torch.int16)
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    digest.update(sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:24]
 
 
 def _load(llm: str, num_layers: int | None, dtype: torch.dtype) -> tuple[Any, Any]:

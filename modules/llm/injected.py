@@ -15,6 +15,7 @@ from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.llm.backbone import Backbone
 from lightning_sfubm.modules.llm.projection import TokenProjector
+from lightning_sfubm.modules.llm.sharding import is_sharded, shard
 from lightning_sfubm.modules.llm.splice import splice
 from lightning_sfubm.modules.llm.stage1 import load_stage1
 from lightning_sfubm.modules.llm.tree import separate_states, supports_tree, tree_states
@@ -74,9 +75,16 @@ class InjectedLM(L.LightningModule):
     # ------------------------------------------------------------------------------------------------ assembly
 
     def configure_model(self) -> None:
-        """Load the base model (once). Called by Lightning, by :meth:`attach_stage1` and on loading a checkpoint."""
-        if self.backbone is not None:
-            return
+        """Load the base model (once). Called by Lightning, by :meth:`attach_stage1` and on loading a checkpoint.
+
+        Under ``ModelParallelStrategy`` the parameters are divided among the processes, once all of them are there.
+        """
+        if self.backbone is None:
+            self._load_base()
+        if self._shape is not None and self.device_mesh is not None and not is_sharded(self):
+            shard(self, self.lm, self.device_mesh["data_parallel"])
+
+    def _load_base(self) -> None:
         hp = self.settings
         with seeded(hp.seed, "llm", "adapters"):
             self.backbone = Backbone(
