@@ -18,6 +18,7 @@ from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.ledger import Ledger
+from lightning_sfubm.federated.messages import ReplayGuard
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.workers import WorkerPool
@@ -93,6 +94,8 @@ class RunState:
         self.goes_on = False
         self.loggers = list(loggers)
         self.counters = Counters()
+        #: of the server to the clients. It need not outlive the process: rounds that are over are refused by their number
+        self.answers = ReplayGuard()
         self.workers: WorkerPool | None = None
         self._pieces = 0  # of work since the last whole state
         self.stopwatch = Stopwatch()

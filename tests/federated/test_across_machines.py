@@ -68,6 +68,7 @@ class Machines:
     def __init__(self, silos: Mapping[str, Callable[[], Silo]]) -> None:
         self.silos = dict(enumerate(silos.items(), 1))
         self.asked: list[tuple[str, str, int]] = []
+        self.deadlines: set[tuple[str, float]] = set()
         self.before: Callable[[str, Request], None] = lambda name, request: None
         self.after: Callable[[str, Request, Reply], Reply | None] = lambda name, request, reply: reply
         self.registered: dict[int, str] = {}
@@ -80,6 +81,7 @@ class Machines:
         replies = {}
         for node, request in requests.items():
             name, make = self.silos[node]
+            self.deadlines.add((request.action, deadline_s))
             self.asked.append((request.action, name, request.round))
             torch.manual_seed(len(self.asked))  # another process has another global stream
             try:
@@ -228,6 +230,35 @@ def test_a_silo_that_dies_while_it_trains_has_dropped_out_of_the_round(
     assert_equal_runs(together, tmp_path, names)
 
 
+def test_a_late_silo_stalls_no_round_and_its_late_message_counts_in_none(
+    machines: Any, in_one_process: Any, tmp_path: Path
+) -> None:
+    """Beta's answer of round 2 comes when the server waits for that of round 3."""
+    names, late = ["alpha", "beta"], []
+    schedule = {"rounds": 4, "exchange": "teacher", "local_max_epochs": 1, "flags": {"limit_val_batches": 1}}
+    together = in_one_process(names, [Lost(("beta", 2), ("beta", 3))], **schedule)
+    transport = machines(names, **schedule)
+
+    def delay(name: str, request: Request, reply: Reply) -> Reply | None:
+        if (name, request.action) != ("beta", "train") or request.round not in (2, 3):
+            return reply
+        late.append(reply)
+        return None if request.round == 2 else late[0]
+
+    transport.after = delay
+    driver = coordinator(transport, tmp_path, names, rounds=4, exchange="teacher", local_max_epochs=1)
+    driver.run()
+    assert late[0].teacher != late[1].teacher
+    assert driver.progress.dropped == {"2": ["beta"], "3": ["beta"]}
+    assert {("train", QUICK.round_s), ("finish", QUICK.finish_s)} <= transport.deadlines
+    assert driver.server.version == together.loop.server.version == 4
+    assert all(torch.equal(driver.server.global_teacher[k], v) for k, v in together.loop.server.global_teacher.items())
+    for name in names:
+        states = [find_state(p / "checkpoints") for p in (tmp_path / f"silo/{name}", together.run_dir)]
+        there, here = (torch.load(s / f"clients/{name}.ckpt", weights_only=True) for s in states)
+        assert all(torch.equal(there["state_dict"][key], here["state_dict"][key]) for key in here["state_dict"]), name
+
+
 def test_too_few_updates_leave_the_teacher_as_it_was(machines: Any, in_one_process: Any, tmp_path: Path) -> None:
     names, away = ["alpha", "beta"], Away(("beta", 2), ("beta", 3))
     together = in_one_process(names, [away], rounds=3, min_updates=2)
@@ -327,6 +358,34 @@ def test_a_silo_refuses_strangers_and_replays(hello: Any) -> None:
         make().answer(replace(request, action="train", round=2, teacher=old.payload))
     with pytest.raises(MessageError, match="safetensors"):
         make().answer(replace(request, action="train", round=2, teacher=b"\x80\x04."))
+
+
+def test_a_silo_takes_each_answer_of_the_server_in_its_time(hello: Any) -> None:
+    """The newest may come twice; an older one is a replay, and there is none yet of the round that is asked for."""
+    make, request = hello(rounds=4)
+    make().answer(request)
+    silo = make()
+    assert silo.server.broadcast_schema is not None
+    weights = {key: torch.zeros_like(value) for key, value in silo.server.global_teacher.items()}
+    teacher = {n: pack(silo.server.broadcast_schema, "server", n, weights).payload for n in (1, 2, 3)}
+    vectors = {"vectors": silo.client.semantics()}
+    views = {n: pack(silo.server.semantics, "server", n, vectors).payload for n in (0, 1, 2, 3)}
+
+    train = replace(request, action="train")
+    for early in ({"round": 1, "teacher": teacher[1]}, {"round": 1, "semantics": views[2]}):
+        with pytest.raises(MessageError, match="before there can be one"):
+            make().answer(replace(train, **early))
+    assert make().answer(replace(train, round=1, semantics=views[0])).teacher
+    assert (
+        make().answer(replace(train, round=2, semantics=views[0], teacher=teacher[1])).teacher
+    )  # not known to be here
+    assert make().answer(replace(train, round=3, semantics=views[2], teacher=teacher[2])).teacher
+    for old, kind in (({"semantics": views[1]}, "semantics"), ({"teacher": teacher[1]}, "teacher")):
+        with pytest.raises(MessageError, match=f"the {kind} of round 1 arrived after that of round 2"):
+            make().answer(replace(train, round=4, **old))
+    silo = make()
+    for _ in range(2):  # the same process, asked again
+        assert silo.answer(replace(train, round=4, semantics=views[2], teacher=teacher[3])).teacher
 
 
 def test_an_order_that_the_server_cannot_undo(hello: Any) -> None:
