@@ -73,9 +73,8 @@ def federated_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             federation=Federation(**settings),
             default_root_dir=tmp_path / folder,
             accelerator="cpu",
-            enable_progress_bar=False,
             callbacks=[PrivacyNoise(0.05)] if callbacks is None else callbacks,
-            **(flags or {}),
+            **{"enable_progress_bar": False, **(flags or {})},
         )
 
     return make

@@ -35,8 +35,10 @@ class Counters:
         step: states written.
         round: rounds that are complete.
         exchanged: round of the last exchange of semantics, 0 = before the first; ``None`` = none yet.
-        trained: validation metrics of the clients that have finished training in the round after ``round``.
+        trained: metrics of the clients that have finished training in the round after ``round``: validation, and what has been
+            spent of privacy.
         privacy: guarantee of what each of them trained, where there is one.
+        spent: the last guarantee of each client: over all its rounds so far.
         dropped: clients that dropped out of that round.
         versions: round whose global teacher a client holds.
         rounds_done: rounds a client has trained in.
@@ -48,6 +50,7 @@ class Counters:
     exchanged: int | None = None
     trained: dict[str, dict[str, float]] = field(default_factory=dict)
     privacy: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spent: dict[str, dict[str, Any]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     versions: dict[str, int] = field(default_factory=dict)
     rounds_done: dict[str, int] = field(default_factory=dict)
