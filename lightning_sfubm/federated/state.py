@@ -113,6 +113,7 @@ class RunState:
             weights=copy.deepcopy(federation.weights),  # it may keep state, and settings outlive a run
             # under secure aggregation no message carries a number of examples
             weighting="uniform" if federation.secure_aggregation else federation.weighting,
+            max_items=federation.max_items,
         )
 
     @property
@@ -143,10 +144,10 @@ class RunState:
         for callback in self.callbacks:
             if callback.state_key in stored["callbacks"]:
                 callback.load_state_dict(stored["callbacks"][callback.state_key])
+        self.ledger.resume(stored["ledger"])  # may refuse; nothing has been written before
         history = self.run_dir / "history.jsonl"
         kept = history.read_text().splitlines(keepends=True)[: stored["history"]] if stored["history"] else []
         write_atomically(history, "".join(kept).encode())
-        self.ledger.resume(stored["ledger"])
 
     def _start(self) -> None:
         """Clear the place of an earlier run, its states first and at once: half of them must not be gone on from."""

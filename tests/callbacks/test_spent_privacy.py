@@ -155,4 +155,6 @@ def test_a_resumed_run_goes_on_spending(federated_data: Any, federated_trainer: 
         trainer = fit(federated_trainer, federated_data, folder, budget, ckpt_path="last")
         spent[folder] = trainer.loop.counters.spent
     assert spent["killed"] == spent["straight"]
-    assert {name: entry["epsilon"] for name, entry in spent["killed"].items()} == dict.fromkeys(spent["killed"], epsilon(6))
+    assert {name: entry["epsilon"] for name, entry in spent["killed"].items()} == dict.fromkeys(
+        spent["killed"], epsilon(6)
+    )

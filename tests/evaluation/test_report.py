@@ -295,7 +295,9 @@ def test_a_guarantee_is_told_as_it_stands_at_the_last_message():
     line = {"client": "a", "kind": "teacher", "bytes": 10, "direction": "up"}
     ledger = [line | {"round": number, "mechanism": spent(epsilon)} for number, epsilon in ((1, 1.23456), (2, 2.0))]
     (row,) = ledger_facts(ledger)["rows"]
-    words = "differential privacy: DP-SGD over users, epsilon 2 at delta 1e-05, steps 20, secure aggregation threshold 0.6"
+    words = (
+        "differential privacy: DP-SGD over users, epsilon 2 at delta 1e-05, steps 20, secure aggregation threshold 0.6"
+    )
     assert row["mechanisms"] == [words]
     (row,) = ledger_facts([*ledger, line | {"round": 3, "mechanism": spent(3.0, delta=1e-6)}])["rows"]
     assert row["mechanisms"] == [words, words.replace("2 at delta 1e-05, steps 20", "3 at delta 1e-06, steps 30")]

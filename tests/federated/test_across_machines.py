@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError, PrivacyError, SFUBMError
 from lightning_sfubm.federated.checkpoint import find_state
 from lightning_sfubm.federated.coordinator import Coordinator
-from lightning_sfubm.federated.envelopes import Reply, Request, read_shapes
+from lightning_sfubm.federated.envelopes import Reply, Request, read_shapes, terms
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
@@ -296,6 +296,24 @@ def test_a_bad_message_drops_its_sender_alone(machines: Any, tmp_path: Path) -> 
     assert driver.server.version == 2
 
 
+def test_a_silo_with_more_items_than_the_server_takes_drops_out_of_the_exchange(
+    machines: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"exchange": "semantics", "rounds": 0, "local_max_epochs": 1}
+    transport = machines(["alpha", "beta"], **settings)
+    driver = coordinator(transport, tmp_path, ["alpha", "beta"], max_items=10, **settings)
+    driver.run()
+    assert driver.server.semantics.tensors["vectors"].max_rows == 10
+    assert driver.progress.dropped == {"0": ["alpha", "beta"]}
+    assert "max_items = 10" in caplog.text
+    own = machines(["alpha"], folder="own", max_items=10, **settings)
+    silo = own.silos[1][1]()
+    request = Request("hello", "0" * 32, 0, terms(silo.agreed, 3))
+    silo.answer(request)
+    with pytest.raises(MessageError, match="max_items = 10"):  # the silo's own limit holds before anything leaves
+        silo.answer(replace(request, action="semantics"))
+
+
 @pytest.fixture
 def hello(machines: Any, tmp_path: Path) -> Any:
     """A request for which a silo's schedule was agreed, and the silo."""
@@ -386,6 +404,13 @@ def test_a_silo_takes_each_answer_of_the_server_in_its_time(hello: Any) -> None:
     silo = make()
     for _ in range(2):  # the same process, asked again
         assert silo.answer(replace(train, round=4, semantics=views[2], teacher=teacher[3])).teacher
+
+
+def test_a_reply_has_room_for_messages_and_names_alone() -> None:
+    assert [field.name for field in fields(Reply)] == ["silo", "error", "shape", "semantics", "teacher"]
+    for wrong in ({"error": "user 17 has no items"}, {"silo": ""}, {"silo": "a" * 129}, {"silo": "a\x00b"}):
+        with pytest.raises(MessageError, match="name"):
+            Reply(**{"silo": "alpha", **wrong})
 
 
 def test_an_order_that_the_server_cannot_undo(hello: Any) -> None:

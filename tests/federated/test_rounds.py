@@ -102,18 +102,54 @@ def test_a_round_without_enough_updates_changes_nothing_and_is_logged(
     assert trainer.loop.clients["beta"].rounds_done == 3
 
 
-def test_fedprox_pulls_in_rounds_and_nowhere_else(federated_data: Any, federated_trainer: Any) -> None:
-    def ends(mu: float, exchange: str) -> dict[str, torch.Tensor]:
-        trainer = federated_trainer(f"{mu} {exchange}", exchange=exchange, callbacks=[FedProx(mu)], rounds=1)
-        trainer.fit(small_distiller(), datamodule=federated_data())
-        return trainer.loop.clients["alpha"].module.state_dict()
+class WatchedFedProx(FedProx):
+    """Notes in which trainings it is there, and that it pulls; trainers get copies, so the notes are the class's."""
 
-    assert not all(
-        torch.equal(a, b) for a, b in zip(ends(0.0, "teacher").values(), ends(5.0, "teacher").values(), strict=True)
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(ends(0.0, "nothing").values(), ends(5.0, "nothing").values(), strict=True)
-    )
+    started: list[tuple[str, str]] = []
+    pulled: set[str] = set()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.started.append((trainer.datamodule.name, pl_module.phase))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        before = [p.grad.clone() for p in pl_module.teacher.parameters() if p.grad is not None]
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        after = [p.grad for p in pl_module.teacher.parameters() if p.grad is not None]
+        if not all(map(torch.equal, before, after)):
+            self.pulled.add(trainer.datamodule.name)
+
+
+def test_fedprox_pulls_in_rounds_and_nowhere_else(federated_data: Any, federated_trainer: Any) -> None:
+    class Moved(FederatedCallback):
+        """How far each client's update lies from the weights that all started from."""
+
+        def __init__(self) -> None:
+            self.by: dict[str, float] = {}
+
+        def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+            gaps = [(value - loop.server.global_teacher[name]).square().sum() for name, value in tensors.items()]
+            self.by[client] = float(sum(gaps)) ** 0.5
+            return tensors
+
+    def run(mu: float, exchange: str) -> dict[str, float]:
+        WatchedFedProx.started, WatchedFedProx.pulled, moved = [], set(), Moved()
+        callbacks = [WatchedFedProx(mu), moved]
+        trainer = federated_trainer(
+            f"{mu} {exchange}", exchange=exchange, callbacks=callbacks, rounds=1, local_max_epochs=1
+        )
+        trainer.fit(small_distiller(), datamodule=federated_data())
+        assert {c.phases_done == list(c.module.local_phases) for c in trainer.loop.clients.values()} == {True}
+        return moved.by
+
+    free = run(0.0, "teacher")
+    assert WatchedFedProx.pulled == set()
+    held = run(1e4, "teacher")
+    assert WatchedFedProx.started == [("alpha", "teacher"), ("beta", "teacher")]  # the round, and no local phase
+    assert WatchedFedProx.pulled == {"alpha", "beta"}
+    assert all(held[name] < 0.8 * free[name] for name in ("alpha", "beta"))
+    assert run(1e4, "nothing") == {}  # a round that stays at home is held near nothing
+    assert WatchedFedProx.started == []
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
