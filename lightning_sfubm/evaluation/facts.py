@@ -183,7 +183,7 @@ def _what(mechanism: Any) -> str:
 
 
 def _words(mechanism: Any) -> str:
-    """``{"mechanism": "noise", "sigma": 0.1}`` as "noise, sigma 0.1"; epsilon and delta together, a mechanism within in turn."""
+    """``{"mechanism": "noise", "sigma": 0.1}`` as "noise, sigma 0.1"; epsilon and delta stand together."""
     if not isinstance(mechanism, dict):
         return f"{mechanism:.4g}" if isinstance(mechanism, float) else str(mechanism)
     words = []

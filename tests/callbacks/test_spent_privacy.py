@@ -138,7 +138,7 @@ def fit(make: Any, data: Any, folder: str, budget: float | None, more: Any = (),
 
 
 def test_a_resumed_run_goes_on_spending(federated_data: Any, federated_trainer: Any) -> None:
-    """Killed after alpha's second round: what it spent is neither forgotten nor spent again; the budget holds for all rounds."""
+    """Killed after alpha's second round: what it spent is kept, and the budget holds for all rounds."""
     spent = {}
     for folder, budget in (("straight", None), ("killed", None), ("poor", epsilon(5))):
         if folder == "killed":
