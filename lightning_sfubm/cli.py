@@ -119,14 +119,10 @@ class SFUBMCLI(LightningCLI):
             super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
-        """Write the resolved configuration into the run folder of a federated run, and how to run it again."""
-        trainer = self.trainer
-        if not isinstance(trainer, FederatedTrainer) or trainer.federation is None or not trainer.is_global_zero:
-            return
-        run_dir = trainer.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        text = self._parser("fit").dump(self.config.fit, skip_none=False)
-        (run_dir / "config.yaml").write_text(f"# lightning-sfubm {' '.join(self._argv)}\n{text}")
+        """Hand a federated run its resolved configuration, and how to run it again, to be kept in its folder."""
+        if isinstance(self.trainer, FederatedTrainer) and self.trainer.federation is not None:
+            text = self._parser("fit").dump(self.config.fit, skip_none=False)
+            self.trainer.config_text = f"# lightning-sfubm {' '.join(self._argv)}\n{text}"
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then the experiment, where one is configured."""
