@@ -72,7 +72,12 @@ def test_a_run_that_may_not_go_on_leaves_what_is_there(
     monkeypatch.chdir(tmp_path)
     command = ["fit", "--config", str(SYNTHETIC), "--trainer.default_root_dir", "run", "--experiment", "null"]
     command += ["--trainer.enable_progress_bar", "false", f"{FED}rounds", "0", f"{FED}local_max_epochs", "1"]
-    command += [f"{FED}local_min_epochs", "1", "--data.init_args.domains.alpha.init_args.reader.init_args.num_users", "60"]
+    command += [
+        f"{FED}local_min_epochs",
+        "1",
+        "--data.init_args.domains.alpha.init_args.reader.init_args.num_users",
+        "60",
+    ]
     main(command)
     before = contents(tmp_path / "run")
     assert b"local_epochs: 1" in before["config.yaml"]
