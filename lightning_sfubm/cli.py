@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from functools import cached_property
 from typing import Any, NoReturn
 
 import yaml
@@ -121,8 +122,11 @@ class SFUBMCLI(LightningCLI):
     def before_fit(self) -> None:
         """Hand a federated run its resolved configuration, and how to run it again, to be kept in its folder."""
         if isinstance(self.trainer, FederatedTrainer) and self.trainer.federation is not None:
-            text = self._parser("fit").dump(self.config.fit, skip_none=False)
-            self.trainer.config_text = f"# lightning-sfubm {' '.join(self._argv)}\n{text}"
+            self.trainer.config_text = f"# lightning-sfubm {' '.join(self._argv)}\n{self._resolved}"
+
+    @cached_property
+    def _resolved(self) -> str:
+        return self._parser("fit").dump(self.config.fit, skip_none=False)
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then the experiment, where one is configured."""
@@ -141,7 +145,7 @@ class SFUBMCLI(LightningCLI):
 
     def _config_hash(self) -> str:
         """Hash of what results depend on: not of places, loggers, or which rows are wanted."""
-        config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
+        config = yaml.safe_load(self._resolved)
         config.pop("ckpt_path", None)
         for name in ("default_root_dir", "logger", "enable_progress_bar"):
             config["trainer"].pop(name, None)

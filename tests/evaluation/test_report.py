@@ -334,12 +334,6 @@ def test_a_folder_that_is_not_there(tmp_path, capsys):
     assert "there is no such run folder" in capsys.readouterr().err
 
 
-def test_figures_are_only_loaded_where_a_report_is_made():
-    modules = ", ".join(f"lightning_sfubm.evaluation.{name}" for name in ("evaluate", "terminal", "report"))
-    program = f"import sys, {modules}; sys.exit('lightning_sfubm.evaluation.report_plots' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
-
-
 def test_the_module_is_a_command(run):
     command = [sys.executable, "-m", "lightning_sfubm.evaluation.report", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

@@ -45,7 +45,7 @@ def test_a_run_cut_off_after_any_piece_of_work_ends_as_if_it_never_was(
         for moving in ("optimiser", "stream", "weights"):
             assert len({said[moving] for said in epochs.values()}) == len(epochs)
     written = run_state.save_state
-    for number, stop in enumerate(range(1, min(pieces.values()), 5)):
+    for number, stop in enumerate(range(1, min(pieces.values()), 6)):
         folder, private = f"cut {stop}", bool(number % 2)
 
         def cut(*args: Any, stop: int = stop, **kwargs: Any) -> Any:
