@@ -126,7 +126,14 @@ class SFUBMCLI(LightningCLI):
 
     @cached_property
     def _resolved(self) -> str:
-        return self._parser("fit").dump(self.config.fit, skip_none=False)
+        """The configuration of the sub-command as YAML; made once, for it takes as long as parsing."""
+        name = self.config.get("subcommand")
+        config = self.config[name] if name else self.config
+        return self._parser(name).dump(config, skip_none=False, skip_link_targets=False)
+
+    def _dump_config(self) -> None:
+        if not hasattr(self, "config_dump"):
+            self.config_dump = yaml.safe_load(self._resolved)
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then the experiment, where one is configured."""
