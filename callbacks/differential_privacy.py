@@ -227,11 +227,12 @@ class DifferentialPrivacy(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show and log ``privacy/epsilon`` at the end of an epoch and every ``log_every_n_steps`` steps."""
+        """Show and log ``privacy/epsilon`` and ``privacy/delta`` at an epoch's end and every ``log_every_n_steps`` steps."""
         last = batch_idx + 1 == trainer.num_training_batches
         every = int(getattr(trainer, "log_every_n_steps", 0)) or 1
         if self._active and (last or self.accountant.steps % every == 0):
-            pl_module.log("privacy/epsilon", self.accountant.epsilon(), prog_bar=True, on_step=True, batch_size=1)
+            spent = {"privacy/epsilon": self.accountant.epsilon(), "privacy/delta": self.delta}
+            pl_module.log_dict(spent, prog_bar=True, on_step=True, batch_size=1)
 
     # ------------------------------------------------------------------ state
 

@@ -1,5 +1,6 @@
 """One progress bar for a whole ``fit``, labelled with who is training and in which round or phase."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,7 +9,7 @@ from tqdm.auto import tqdm
 
 
 class LabelledProgressBar(ProgressBar):
-    """A bar over all training batches of a ``fit``, with the label in front and the validated metric behind.
+    """A bar over all training batches of a ``fit``, the label in front, the validated metric and the spent privacy behind.
 
     Lightning's own bars restart at each epoch and do not know of rounds; an epoch of a small silo lasts a second.
 
@@ -22,6 +23,7 @@ class LabelledProgressBar(ProgressBar):
         self.label, self.monitor = label, monitor
         self._bar: tqdm | None = None
         self._enabled = True
+        self._validated = self._shown = ""
 
     def disable(self) -> None:
         """Show nothing; Lightning calls this on all ranks but the first."""
@@ -48,12 +50,14 @@ class LabelledProgressBar(ProgressBar):
         """Advance by one batch."""
         if self._bar is not None:
             self._bar.update(1)
+            self._show(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the validated metric."""
         value = trainer.callback_metrics.get(self.monitor)
-        if self._bar is not None and value is not None:
-            self._bar.set_postfix_str(f"{self.monitor} {float(value):.3f}")
+        if value is not None:
+            self._validated = f"{self.monitor} {float(value):.3f}"
+        self._show(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar; nothing stays on the terminal."""
@@ -63,7 +67,20 @@ class LabelledProgressBar(ProgressBar):
         """Close the bar before the error is shown."""
         self._close()
 
+    def _show(self, trainer: Trainer) -> None:
+        words = ", ".join(filter(None, (self._validated, spent_words(trainer.progress_bar_metrics))))
+        if self._bar is not None and words != self._shown:
+            self._shown = words
+            self._bar.set_postfix_str(words)
+
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def spent_words(metrics: Mapping[str, Any]) -> str:
+    """The privacy that training has spent so far, in words; empty where ``metrics`` holds none."""
+    if "privacy/epsilon" not in metrics:
+        return ""
+    return f"epsilon {float(metrics['privacy/epsilon']):.3g} at delta {float(metrics['privacy/delta']):.1g}"

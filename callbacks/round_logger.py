@@ -3,12 +3,13 @@
 from rich.console import Console
 
 from lightning_sfubm.callbacks.dashboard import log_round
+from lightning_sfubm.callbacks.progress import spent_words
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loop import FederatedLoop
 
 
 class RoundLogger(FederatedCallback):
-    """Log the validation metrics of every client after each round under ``fed/<client>/<metric>``, and print one of them.
+    """Log every client's metrics after each round under ``fed/<client>/<metric>``, and print one and the spent privacy.
 
     The trainer adds one by itself; there is nothing to configure.
 
@@ -23,8 +24,11 @@ class RoundLogger(FederatedCallback):
         """Log one point per client and metric, over the round."""
         log_round(loop.loggers, round, metrics)
         monitor = loop.federation.monitor
-        shown = ", ".join(f"{client} {values.get(monitor, float('nan')):.3f}" for client, values in metrics.items())
-        self._console.print(f"  round {round}/{loop.federation.rounds}: {monitor} {shown}")
+        shown = []
+        for client, values in metrics.items():
+            spent = spent_words(values)
+            shown.append(f"{client} {values.get(monitor, float('nan')):.3f}{f' ({spent})' if spent else ''}")
+        self._console.print(f"  round {round}/{loop.federation.rounds}: {monitor} {', '.join(shown)}", soft_wrap=True)
 
     def on_phase_end(self, loop: FederatedLoop, client: str, phase: str, best: float) -> None:
         """Print the best validation value of a local phase."""

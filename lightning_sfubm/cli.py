@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from functools import cached_property
 from typing import Any, NoReturn
 
 import yaml
@@ -119,14 +120,20 @@ class SFUBMCLI(LightningCLI):
             super()._parse_ckpt_path()
 
     def before_fit(self) -> None:
-        """Write the resolved configuration into the run folder of a federated run, and how to run it again."""
-        trainer = self.trainer
-        if not isinstance(trainer, FederatedTrainer) or trainer.federation is None or not trainer.is_global_zero:
-            return
-        run_dir = trainer.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        text = self._parser("fit").dump(self.config.fit, skip_none=False)
-        (run_dir / "config.yaml").write_text(f"# lightning-sfubm {' '.join(self._argv)}\n{text}")
+        """Hand a federated run its resolved configuration, and how to run it again, to be kept in its folder."""
+        if isinstance(self.trainer, FederatedTrainer) and self.trainer.federation is not None:
+            self.trainer.config_text = f"# lightning-sfubm {' '.join(self._argv)}\n{self._resolved}"
+
+    @cached_property
+    def _resolved(self) -> str:
+        """The configuration of the sub-command as YAML; made once, for it takes as long as parsing."""
+        name = self.config.get("subcommand")
+        config = self.config[name] if name else self.config
+        return self._parser(name).dump(config, skip_none=False, skip_link_targets=False)
+
+    def _dump_config(self) -> None:
+        if not hasattr(self, "config_dump"):
+            self.config_dump = yaml.safe_load(self._resolved)
 
     def fit(self, **kwargs: Any) -> None:
         """Train; then the experiment, where one is configured."""
@@ -145,7 +152,7 @@ class SFUBMCLI(LightningCLI):
 
     def _config_hash(self) -> str:
         """Hash of what results depend on: not of places, loggers, or which rows are wanted."""
-        config = yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False))
+        config = yaml.safe_load(self._resolved)
         config.pop("ckpt_path", None)
         for name in ("default_root_dir", "logger", "enable_progress_bar"):
             config["trainer"].pop(name, None)

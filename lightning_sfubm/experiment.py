@@ -162,6 +162,7 @@ class Experiment:
             trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         else:
             trainer.prepare(model, datamodule)
+            trainer.write_config()
         assert trainer.loop is not None
         with watch("privacy figures"):
             figures = self._privacy(trainer.loop)

@@ -25,58 +25,56 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture
-def federated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A factory of small planted federations: ``federated_data(domains=2, num_users=60, ...)``."""
+def small_federation(domains: int = 2, num_users: int = 60, num_items: int = 48, **settings: Any) -> Any:
+    """Data of a small planted federation; its cache is where SFUBM_CACHE says when it is prepared."""
     from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
     from lightning_sfubm.datamodules.federated_datamodule import FederatedDataModule
     from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
 
-    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
-
-    def make(domains: int = 2, num_users: int = 60, num_items: int = 48, **settings: Any) -> FederatedDataModule:
-        names = ["alpha", "beta", "gamma", "delta"][:domains]
-        return FederatedDataModule(
-            {
-                name: DomainDataModule(
-                    name,
-                    SyntheticReader(index, num_users=num_users, num_items=num_items, mean_length=10),
-                    text_encoder=HashingTextEncoder(dim=32),
-                    **{"k_core": 0, "batch_size": 16, "stage2_positions": 1, "max_length": 16, **settings},
-                )
-                for index, name in enumerate(names)
-            }
-        )
-
-    return make
+    names = ["alpha", "beta", "gamma", "delta"][:domains]
+    return FederatedDataModule(
+        {
+            name: DomainDataModule(
+                name,
+                SyntheticReader(index, num_users=num_users, num_items=num_items, mean_length=10),
+                text_encoder=HashingTextEncoder(dim=32),
+                **{"k_core": 0, "batch_size": 16, "stage2_positions": 1, "max_length": 16, **settings},
+            )
+            for index, name in enumerate(names)
+        }
+    )
 
 
-@pytest.fixture
-def federated_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A factory of quiet federated trainers; keyword arguments go to Federation, ``callbacks`` to the trainer."""
+def quiet_trainer(run_dir: Path, callbacks: list | None = None, flags: dict | None = None, **federation: Any) -> Any:
+    """A federated trainer of short schedules; keyword arguments go to Federation, ``flags`` to the trainer."""
     from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
     from lightning_sfubm.federated.loop import Federation
     from lightning_sfubm.federated.trainer import FederatedTrainer
 
+    schedule = {"exchange": "both", "rounds": 2, "local_max_epochs": 2, "local_min_epochs": 1, "patience": 1}
+    return FederatedTrainer(
+        federation=Federation(**{**schedule, **federation}),
+        default_root_dir=run_dir,
+        accelerator="cpu",
+        callbacks=[PrivacyNoise(0.05)] if callbacks is None else callbacks,
+        **{"enable_progress_bar": False, **(flags or {})},
+    )
+
+
+@pytest.fixture
+def federated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A factory of small planted federations: ``federated_data(domains=2, num_users=60, ...)``."""
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    return small_federation
+
+
+@pytest.fixture
+def federated_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A factory of quiet federated trainers below this test's folder: ``federated_trainer("run", rounds=1, ...)``."""
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")
 
-    def make(folder: str = "run", callbacks: list | None = None, flags: dict | None = None, **federation: Any) -> Any:
-        settings = {
-            "exchange": "both",
-            "rounds": 2,
-            "local_max_epochs": 2,
-            "local_min_epochs": 1,
-            "patience": 1,
-            **federation,
-        }
-        return FederatedTrainer(
-            federation=Federation(**settings),
-            default_root_dir=tmp_path / folder,
-            accelerator="cpu",
-            enable_progress_bar=False,
-            callbacks=[PrivacyNoise(0.05)] if callbacks is None else callbacks,
-            **(flags or {}),
-        )
+    def make(folder: str = "run", *args: Any, **settings: Any) -> Any:
+        return quiet_trainer(tmp_path / folder, *args, **settings)
 
     return make
 

@@ -1,10 +1,12 @@
 """Bad input through the command line: a clear result, or one sentence and exit code 2, and nothing half-written (T31)."""
 
 import gzip
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_sfubm.__main__ import main
 
@@ -83,7 +85,29 @@ def test_a_broken_table_is_one_sentence_that_names_the_place(
         assert word in message
     left = [p for p in (place.parent / "cache").rglob("*") if p.is_file() and (".tmp" in p.name or "partial" in p.name)]
     assert left == []
-    assert not list((place / "run").rglob("*.ckpt"))
+    assert [p for p in (place / "run").rglob("*") if p.is_file()] == []
+
+
+def test_a_place_that_has_seen_broken_input_is_as_good_as_new(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken file is put right and the same command given again: what was cached before it failed does no harm."""
+    broken = good()
+    equal_titles(broken)
+    write(broken, place)
+    with pytest.raises(SystemExit):
+        run(place)
+    assert list((place.parent / "cache").rglob("*.arrow"))  # the tables are whole, and kept
+    shutil.rmtree(place)
+    write(good(), place)
+    run(place)
+    monkeypatch.setenv("SFUBM_CACHE", str(place.parent / "new cache"))
+    shutil.move(place / "run", place.parent / "again")
+    run(place)
+    again, new = (sorted(folder.rglob("*.ckpt")) for folder in (place.parent / "again", place / "run"))
+    assert [file.name for file in again] == [file.name for file in new] != []
+    for files in zip(again, new, strict=True):
+        first, second = (torch.load(file, weights_only=True)["state_dict"] for file in files)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_broken_gzip_and_missing_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

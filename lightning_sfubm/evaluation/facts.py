@@ -1,5 +1,6 @@
 """The facts of a run as plain JSON values: what ``report.json`` holds and what the HTML and the terminal show."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -155,7 +156,8 @@ def ledger_facts(ledger: list[Json]) -> Json:
             for line in lines
             for name, tensor in line.get("tensors", {}).items()
         )
-        mechanisms = dict.fromkeys(_words(line["mechanism"]) for line in lines if line.get("mechanism"))
+        # One guarantee covers all messages up to the one it stands at: of those, the last is told.
+        mechanisms = {_what(line["mechanism"]): _words(line["mechanism"]) for line in lines if line.get("mechanism")}
         rows.append(
             {
                 "client": client,
@@ -165,17 +167,34 @@ def ledger_facts(ledger: list[Json]) -> Json:
                 "rounds": sorted({line["round"] for line in lines if line.get("round") is not None}),
                 "bytes": sum(line["bytes"] for line in lines),
                 "tensors": list(tensors),
-                "mechanisms": list(mechanisms),
+                "mechanisms": list(mechanisms.values()),
             }
         )
     totals = {way: sum(row["bytes"] for row in rows if row["direction"] == way) for way in ("up", "down")}
     return {"rows": rows, "totals": totals, "messages": len(once), "resent": len(ledger) - len(once)}
 
 
-def _words(mechanism: Any) -> str:
+def _what(mechanism: Any) -> str:
+    """The mechanism without what grows from message to message."""
     if isinstance(mechanism, dict):
-        return ", ".join(f"{value}" if key == "mechanism" else f"{key} {value}" for key, value in mechanism.items())
+        kept = {key: _what(value) for key, value in mechanism.items() if key not in ("epsilon", "steps")}
+        return json.dumps(kept, sort_keys=True)
     return str(mechanism)
+
+
+def _words(mechanism: Any) -> str:
+    """``{"mechanism": "noise", "sigma": 0.1}`` as "noise, sigma 0.1"; epsilon and delta stand together."""
+    if not isinstance(mechanism, dict):
+        return f"{mechanism:.4g}" if isinstance(mechanism, float) else str(mechanism)
+    words = []
+    for key, value in mechanism.items():
+        if key == "epsilon":
+            words.append(f"epsilon {_words(value)} at delta {_words(mechanism.get('delta'))}")
+        elif key == "mechanism":
+            words.append(str(value))
+        elif key != "delta" or "epsilon" not in mechanism:
+            words.append(f"{key}: {_words(value)}" if isinstance(value, dict) else f"{key} {_words(value)}")
+    return ", ".join(words)
 
 
 def _ordered(folder: RunFolder) -> list[tuple[str, list[PerUserResults]]]:

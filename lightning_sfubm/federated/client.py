@@ -140,7 +140,8 @@ class Client:
         self.privacy = privacy_of(trainer)
         self._keep(trainer, folder / "trained.ckpt", weights_only=False)
         self.rounds_done += 1
-        self.metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith("val/")}
+        told = ("val/", "privacy/")
+        self.metrics = {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if k.startswith(told)}
 
     def train_phase(
         self,

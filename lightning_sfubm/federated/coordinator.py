@@ -184,6 +184,7 @@ class Coordinator:
                 initial or None,
                 copy.deepcopy(self.federation.weights),
                 self.federation.weighting,
+                self.federation.max_items,
             )
             if self.progress.step:
                 load_state(find_state(self.checkpoints), self._server, {})

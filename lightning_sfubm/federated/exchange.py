@@ -8,6 +8,7 @@ from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.federated.hooks import ClientDropped
 from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unpack
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
+from lightning_sfubm.federated.server import SERVER
 from lightning_sfubm.federated.state import RunState
 from lightning_sfubm.federated.weights import TooFewClientsError
 
@@ -41,7 +42,7 @@ class Exchange(RunState):
             except ClientDropped as error:
                 log.warning("exchange of semantics: client '%s' dropped out (%s)", name, error)
         for name, answer in self.server.aggregate_semantics(round, uploads).items():
-            self.clients[name].receive_semantics(self._receive(name, schema, answer)["vectors"])
+            self.clients[name].receive_semantics(self._receive(name, schema, answer, round)["vectors"])
         self.counters.exchanged = round
 
     def _cluster_securely(self, aggregator: SecureKMeans, round: int) -> None:
@@ -156,7 +157,7 @@ class Exchange(RunState):
         if not server.version or versions.get(name, 0) == server.version or left:
             return
         assert server.broadcast_schema is not None
-        received = self._receive(name, server.broadcast_schema, server.broadcast())
+        received = self._receive(name, server.broadcast_schema, server.broadcast(), server.version)
         self.clients[name].receive_teacher(received)
         versions[name] = server.version
 
@@ -181,7 +182,9 @@ class Exchange(RunState):
             mechanism |= callback.describe_upload(kind)
         return tensors, mechanism
 
-    def _receive(self, name: str, schema: MessageSchema, message: Message) -> dict[str, Tensor]:
+    def _receive(self, name: str, schema: MessageSchema, message: Message, round: int) -> dict[str, Tensor]:
+        """What the server sent a client; refused unless it is the server's, of that round, and new."""
         received = unpack(schema, message.payload)
+        self.answers.accept(received, round, SERVER)
         self.ledger.record(name, "down", message, {})
         return received.tensors

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.aggregation import KNNMix, NoAggregation, SemanticAggregator
+from lightning_sfubm.federated.messages import MAX_ITEMS
 from lightning_sfubm.federated.secure import SecureAggregation
 from lightning_sfubm.federated.weights import FedAvg, WeightAggregator
 from lightning_sfubm.seeds import numpy_generator
@@ -28,6 +29,7 @@ class Federation:
         secure_aggregation: the server learns the mean of the updates and no single one; ``None`` = it sees them.
         participation: share of the active clients drawn for a round, in (0, 1]; at least one is drawn.
         min_updates: updates without which a round leaves the shared teacher as it was.
+        max_items: items a silo may have: bounds the size of its message before it is parsed, 4 D bytes an item.
         client_epochs: epochs a round by client, where other than ``local_epochs``.
         joins: round (from 1) in which a client takes part for the first time, by client; others are there from the start.
         leaves: last round in which a client takes part, by client. It goes on alone with what it has received.
@@ -55,6 +57,7 @@ class Federation:
         secure_aggregation: SecureAggregation | None = None,
         participation: float = 1.0,
         min_updates: int = 1,
+        max_items: int = MAX_ITEMS,
         client_epochs: dict[str, int] | None = None,
         joins: dict[str, int] | None = None,
         leaves: dict[str, int] | None = None,
@@ -73,6 +76,9 @@ class Federation:
         if workers < 0:
             raise ConfigError(f"federation: workers = {workers} must not be negative")
         self.workers = workers
+        if max_items < 1:
+            raise ConfigError(f"federation: max_items = {max_items} must be at least 1")
+        self.max_items = max_items
         if not 0 < participation <= 1 or min_updates < 1:
             raise ConfigError(
                 f"federation: participation = {participation} must lie in (0, 1], min_updates = {min_updates} be at least 1"

@@ -46,7 +46,7 @@ class FederatedCallback(Callback):
         """After the server has aggregated and every client has received its answer."""
 
     def on_round_end(self, loop: "FederatedLoop", round: int, metrics: dict[str, dict[str, float]]) -> None:
-        """After a round; ``metrics`` holds the validation metrics of each client."""
+        """After a round; ``metrics`` holds each client's validation metrics and what its training has spent of privacy."""
 
     def on_phase_end(self, loop: "FederatedLoop", client: str, phase: str, best: float) -> None:
         """After a client's local phase; ``best`` is the best value of the monitored validation metric."""

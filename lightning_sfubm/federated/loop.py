@@ -118,7 +118,7 @@ class FederatedLoop(Exchange):
             return
         self.counters.trained[name] = client.metrics
         if client.privacy is not None:
-            self.counters.privacy[name] = client.privacy
+            self.counters.privacy[name] = self.counters.spent[name] = client.privacy
         self.counters.rounds_done[name] = client.rounds_done
 
     def _round_arguments(self, name: str, number: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lightning_sfubm.errors import MessageError
 
 VERSION = "1"
 MAX_HEADER_BYTES = 1 << 20
+MAX_ITEMS = 1_000_000  #: items of a silo where ``trainer.federation.max_items`` says nothing else
 _FIELDS = {"version", "kind", "client", "round", "nonce"}
 _TENSOR_FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -32,13 +33,15 @@ class TensorSchema:
     Attributes:
         shape: sizes; ``None`` leaves a dimension free.
         max_rows: upper bound of the first dimension where it is free.
+        setting: name of the setting that the bound comes from, for errors.
         max_abs: largest absolute value accepted.
         nonnegative: values below 0 are refused.
         unit_rows: rows must have L2 norm 1 (to 1e-3).
     """
 
     shape: tuple[int | None, ...]
-    max_rows: int = 10_000_000
+    max_rows: int = MAX_ITEMS
+    setting: str = ""
     max_abs: float = 1e4
     nonnegative: bool = False
     unit_rows: bool = False
@@ -54,7 +57,9 @@ class TensorSchema:
             want = tuple("any" if s is None else s for s in self.shape)
             raise MessageError(f"tensor '{name}' has shape {tuple(tensor.shape)}, {want} is required")
         if self.shape and self.shape[0] is None and tensor.shape[0] > self.max_rows:
-            raise MessageError(f"tensor '{name}' has {tensor.shape[0]} rows, at most {self.max_rows} are accepted")
+            raise MessageError(
+                f"tensor '{name}' has {tensor.shape[0]} rows, at most {self.max_rows} are accepted{self.way_out}"
+            )
         if tensor.numel() == 0:
             raise MessageError(f"tensor '{name}' is empty")
         if not torch.isfinite(tensor).all():
@@ -65,6 +70,11 @@ class TensorSchema:
             raise MessageError(f"tensor '{name}' holds a negative value")
         if self.unit_rows and float((tensor.norm(dim=-1) - 1).abs().max()) > 1e-3:
             raise MessageError(f"tensor '{name}' must hold unit vectors")
+
+    @property
+    def way_out(self) -> str:
+        """Where the bound of rows is set, to end an error with; empty where it is not a setting."""
+        return f" ({self.setting} = {self.max_rows}: raise it where a silo has more)" if self.setting else ""
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,13 @@ class MessageSchema:
         return total + MAX_HEADER_BYTES + 8
 
 
-def semantics_schema(dim: int) -> MessageSchema:
-    """Item semantics: unit vectors (N, D) in a client-private order, nothing else."""
-    return MessageSchema("semantics", {"vectors": TensorSchema((None, dim), unit_rows=True)})
+def semantics_schema(dim: int, max_items: int = MAX_ITEMS) -> MessageSchema:
+    """Item semantics: unit vectors (N, D) in a client-private order, nothing else; N is at most ``max_items``.
+
+    That bounds the size of a message before it is parsed: 4 D bytes an item, 1.5 GB for a million items of 384 dimensions.
+    """
+    vectors = TensorSchema((None, dim), max_rows=max_items, setting="trainer.federation.max_items", unit_rows=True)
+    return MessageSchema("semantics", {"vectors": vectors})
 
 
 def teacher_schema(template: Mapping[str, Tensor], with_weight: bool) -> MessageSchema:
@@ -145,7 +159,10 @@ def unpack(schema: MessageSchema, payload: bytes) -> Message:
     if not isinstance(payload, (bytes, bytearray)):
         raise MessageError(f"a message must be bytes in safetensors form, not {type(payload).__name__}")
     if len(payload) > schema.max_bytes:
-        raise MessageError(f"a '{schema.kind}' message of {len(payload)} bytes exceeds the limit of {schema.max_bytes}")
+        way_out = "".join(tensor.way_out for tensor in schema.tensors.values())
+        raise MessageError(
+            f"a '{schema.kind}' message of {len(payload)} bytes exceeds the limit of {schema.max_bytes}{way_out}"
+        )
     header = _header(bytes(payload))
     if set(header) != _FIELDS:
         raise MessageError(f"message fields are {sorted(header)}, exactly {sorted(_FIELDS)} are required")

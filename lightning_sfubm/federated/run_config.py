@@ -22,6 +22,7 @@ _SCHEDULE = (
     "weighting",
     "participation",
     "min_updates",
+    "max_items",
     "client_epochs",
     "joins",
     "leaves",

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from lightning_sfubm.errors import CheckpointError, MessageError
 from lightning_sfubm.federated.aggregation import SemanticAggregator
 from lightning_sfubm.federated.messages import (
+    MAX_ITEMS,
     Message,
     MessageSchema,
     ReplayGuard,
@@ -32,6 +33,7 @@ class Server:
         teacher: the shared parameters that all clients start from; ``None`` where the teacher is not exchanged.
         weights: aggregator of the shared parameters.
         weighting: ``"uniform"``, or ``"examples"``, which needs every client to disclose its number of examples.
+        max_items: bound on the items a client may send vectors of.
     """
 
     def __init__(
@@ -41,9 +43,10 @@ class Server:
         teacher: Mapping[str, Tensor] | None,
         weights: WeightAggregator,
         weighting: str = "uniform",
+        max_items: int = MAX_ITEMS,
     ) -> None:
         self.aggregator, self.weights = aggregator, weights
-        self.semantics = semantics_schema(dim)
+        self.semantics = semantics_schema(dim, max_items)
         self.teacher: MessageSchema | None = None
         self.broadcast_schema: MessageSchema | None = None
         if teacher is not None:

@@ -30,7 +30,7 @@ from lightning_sfubm.federated.envelopes import (
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import ClientDropped
 from lightning_sfubm.federated.loop import FederatedLoop
-from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unpack
+from lightning_sfubm.federated.messages import Message, MessageSchema, ReplayGuard, pack, unpack
 from lightning_sfubm.federated.server import SERVER
 
 log = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ class Silo(FederatedLoop):
         if not marker.exists() and request.action != "hello":
             raise MessageError(f"'{request.action}' from a federated run that never said hello to this silo")
         write_atomically(marker, request.federation.encode())
+        self.answers = ReplayGuard()  # what comes again with a request that comes again is not new, and yet no replay
         if states:
             self.resume(self.checkpoints)
         else:
@@ -157,27 +158,25 @@ class Silo(FederatedLoop):
     def _take(self, request: Request) -> None:
         """What came with the request: the server's view of the items now, the global teacher when it is needed."""
         if request.semantics:
-            view = self._receive(
-                self.name, self.server.semantics, _from_server(self.server.semantics, request.semantics)
+            message = _from_server(
+                self.server.semantics, request.semantics, self.counters.exchanged or 0, request.round
             )
+            view = self._receive(self.name, self.server.semantics, message, message.round)
             self.client.receive_semantics(view["vectors"])
-            self.counters.exchanged = request.round
+            self.counters.exchanged = message.round
         if request.teacher:
             if self.server.broadcast_schema is None:
                 raise MessageError("the server sent teacher weights, and this silo agreed to none")
-            self._global = _from_server(self.server.broadcast_schema, request.teacher)
             held = self.counters.versions.get(self.name, 0)
-            if self._global.round < held:
-                raise MessageError(
-                    f"the teacher of round {self._global.round} arrived after that of round {held} (replay)"
-                )
+            self._global = _from_server(self.server.broadcast_schema, request.teacher, held, request.round - 1)
 
     def _catch_up(self, name: str) -> None:
         if self._global is None or self._global.round == self.counters.versions.get(name, 0):
             return
         assert self.server.broadcast_schema is not None
-        self.client.receive_teacher(self._receive(name, self.server.broadcast_schema, self._global))
-        self.counters.versions[name] = self._global.round
+        version = self._global.round
+        self.client.receive_teacher(self._receive(name, self.server.broadcast_schema, self._global, version))
+        self.counters.versions[name] = version
 
     def _train_round(self, number: int) -> Reply:
         if self.name not in self.counters.trained and self.name not in self.counters.dropped:
@@ -220,10 +219,20 @@ class Silo(FederatedLoop):
         return message.payload
 
 
-def _from_server(schema: MessageSchema, payload: bytes) -> Message:
+def _from_server(schema: MessageSchema, payload: bytes, held: int, latest: int) -> Message:
+    """A message of the server, of a round from ``held``, whose answer this silo has, to ``latest``, whose answer there can be.
+
+    The one it has may come again: the coordinator cannot know that it arrived.
+    """
     message = unpack(schema, payload)
     if message.client != SERVER:
         raise MessageError(f"a message of '{message.client[:40]}' arrived in the place of one of the server")
+    if message.round < held:
+        raise MessageError(f"the {message.kind} of round {message.round} arrived after that of round {held} (replay)")
+    if message.round > latest:
+        raise MessageError(
+            f"the {message.kind} of round {message.round} arrived in round {latest + 1}, before there can be one"
+        )
     return message
 
 

@@ -18,6 +18,7 @@ from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.ledger import Ledger
+from lightning_sfubm.federated.messages import ReplayGuard
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.workers import WorkerPool
@@ -35,8 +36,10 @@ class Counters:
         step: states written.
         round: rounds that are complete.
         exchanged: round of the last exchange of semantics, 0 = before the first; ``None`` = none yet.
-        trained: validation metrics of the clients that have finished training in the round after ``round``.
+        trained: metrics of the clients that have finished training in the round after ``round``: validation, and what has been
+            spent of privacy.
         privacy: guarantee of what each of them trained, where there is one.
+        spent: the last guarantee of each client: over all its rounds so far.
         dropped: clients that dropped out of that round.
         versions: round whose global teacher a client holds.
         rounds_done: rounds a client has trained in.
@@ -48,6 +51,7 @@ class Counters:
     exchanged: int | None = None
     trained: dict[str, dict[str, float]] = field(default_factory=dict)
     privacy: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spent: dict[str, dict[str, Any]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     versions: dict[str, int] = field(default_factory=dict)
     rounds_done: dict[str, int] = field(default_factory=dict)
@@ -94,6 +98,8 @@ class RunState:
         self.goes_on = False
         self.loggers = list(loggers)
         self.counters = Counters()
+        #: of the server to the clients. It need not outlive the process: rounds that are over are refused by their number
+        self.answers = ReplayGuard()
         self.workers: WorkerPool | None = None
         self._pieces = 0  # of work since the last whole state
         self.stopwatch = Stopwatch()
@@ -108,6 +114,7 @@ class RunState:
             weights=copy.deepcopy(federation.weights),  # it may keep state, and settings outlive a run
             # under secure aggregation no message carries a number of examples
             weighting="uniform" if federation.secure_aggregation else federation.weighting,
+            max_items=federation.max_items,
         )
 
     @property
@@ -138,13 +145,13 @@ class RunState:
         for callback in self.callbacks:
             if callback.state_key in stored["callbacks"]:
                 callback.load_state_dict(stored["callbacks"][callback.state_key])
+        self.ledger.resume(stored["ledger"])  # may refuse; nothing has been written before
         wait_for_all()  # all have read the state before the first writes a newer one
         if not is_first():
             return
         history = self.run_dir / "history.jsonl"
         kept = history.read_text().splitlines(keepends=True)[: stored["history"]] if stored["history"] else []
         write_atomically(history, "".join(kept).encode())
-        self.ledger.resume(stored["ledger"])
 
     def _start(self) -> None:
         """Clear the place of an earlier run, its states first and at once: half of them must not be gone on from."""

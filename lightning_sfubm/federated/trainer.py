@@ -18,6 +18,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning_sfubm.callbacks.progress import LabelledProgressBar
 from lightning_sfubm.callbacks.round_logger import RoundLogger
 from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.checkpoint import find_state, load_state
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.hooks import FederatedCallback
@@ -61,6 +62,7 @@ class FederatedTrainer(L.Trainer):
             self.strategy.checkpoint_io = SafeCheckpointIO()
         self.loop: FederatedLoop | None = None
         self._local: FederatedLoop | None = None
+        self.config_text = ""  #: configuration of a federated run, where there is one to be kept
         self.client_loggers: dict[str, list[Logger]] = {}
 
     @property
@@ -159,6 +161,12 @@ class FederatedTrainer(L.Trainer):
         first_prepares(datamodule)
         return {name: self.make_client(name, model, domain, self.seed) for name, domain in sorted(domains.items())}
 
+    def write_config(self) -> None:
+        """Keep the configuration in the run folder; not before the run is sure to start, for another's may lie there."""
+        if self.config_text and self.is_global_zero:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.run_dir / "config.yaml", self.config_text.encode())
+
     def prepare(self, model: L.LightningModule, datamodule: Any) -> None:
         """Set up clients and loop without running it, for methods that take part in no federation."""
         _quiet_lightning()
@@ -233,6 +241,7 @@ class FederatedTrainer(L.Trainer):
         assert self.loop is not None
         if ckpt_path is not None:
             self._resume(self.loop, ckpt_path)
+        self.write_config()
         self.loop.run()
 
     def validate(

@@ -1,9 +1,6 @@
 import csv
 import json
-import os
 import struct
-import subprocess
-import sys
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -141,12 +138,6 @@ def test_nothing_to_log_is_no_error(tmp_path):
     log_privacy([logger], {})
     log_results_table([logger], [])
     assert logger.experiment.metrics == []
-
-
-def test_the_dashboard_imports_without_wandb():
-    program = "import sys; sys.modules['wandb'] = None; import lightning_sfubm.callbacks.dashboard"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
 
 
 @pytest.mark.parametrize(("name", "classes"), [("csv", [CSVLogger]), ("wandb", [CSVLogger, WandbLogger])])

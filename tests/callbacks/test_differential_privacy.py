@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
 
 from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy, privacy_of
+from lightning_sfubm.datamodules.batching import BatchIndex
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
 from lightning_sfubm.errors import ConfigError, PrivacyError
@@ -20,6 +23,7 @@ from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.privacy.accounting import PrivacyAccountant
+from lightning_sfubm.privacy.poisson import PoissonSampler
 from tests.conftest import small_distiller
 
 USERS = 300
@@ -130,6 +134,35 @@ def test_without_noise_and_clipping_it_learns_as_the_ordinary_teacher(domain: An
     assert float(torch.cosine_similarity(moved[0].flatten(), moved[1].flatten(), dim=0)) > 0.95
 
 
+def test_one_user_a_step_without_noise_and_clipping_is_ordinary_training_bit_for_bit(
+    domain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def user(step: int) -> np.ndarray:
+        return np.array([7 * step % USERS])
+
+    def module() -> FKDDistiller:
+        torch.manual_seed(0)
+        return distiller(SASRec(hidden_dim=16, num_layers=1, num_heads=2, max_length=16, dropout=0.0))
+
+    flags = {"limit_train_batches": 12, "limit_val_batches": 0}
+    monkeypatch.setattr(PoissonSampler, "draw", lambda self, step: user(step))
+    unprotected = private(noise_multiplier=0.0, clip_norm=math.inf, expected_batch_size=1, gradients="microbatch")
+    found, expected = module(), module()
+    trainer(unprotected, **flags).fit(found, datamodule=domain())
+    assert unprotected.accountant.epsilon() == math.inf
+
+    data = domain()
+    data.prepare_data()
+    data.setup("fit")
+    steps = [BatchIndex(step, user(step)) for step in range(12)]
+    loader = DataLoader(data.train_dataloader().dataset, sampler=steps, batch_size=None)
+    expected.bind(data.catalogue)
+    started = teacher_of(expected)
+    trainer(**flags).fit(expected, train_dataloaders=loader)
+    assert same(teacher_of(found), teacher_of(expected))
+    assert not same(teacher_of(found), started)
+
+
 @pytest.mark.parametrize("accounting", ["rdp", "prv"])
 def test_epsilon_is_that_of_the_steps_taken_and_is_logged(accounting: str, domain: Any) -> None:
     callback = private(noise_multiplier=2.0, accounting=accounting)
@@ -210,6 +243,30 @@ def test_noise_differs_by_step_client_and_seed_and_repeats_with_them(domain: Any
     everything = torch.nn.functional.normalize(torch.stack([*first, *client, *seed]), dim=1)
     overlap = (everything @ everything.T - torch.eye(len(everything))).abs().max()
     assert float(overlap) < 6 / math.sqrt(everything.shape[1])  # independent directions: sd 1 / sqrt(n)
+
+
+class Collect(Callback):
+    """Gradients of the rounds of a federated run, by client: its trainers get copies of the callback."""
+
+    rounds_only = True
+    gradients: dict[str, list[torch.Tensor]] = {}
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        grads = [p.grad.flatten().clone() for p in pl_module.parameters() if p.grad is not None]
+        self.gradients.setdefault(trainer.datamodule.name, []).append(torch.cat(grads))
+
+
+def test_noise_of_a_federated_run_differs_by_round_and_client(federated_data: Any, federated_trainer: Any) -> None:
+    Collect.gradients = {}
+    loud = private(clip_norm=1e-3, noise_multiplier=1e3)  # a thousand times more noise than gradient
+    made = federated_trainer(rounds=3, exchange="teacher", callbacks=[loud, Collect()], local_max_epochs=1)
+    made.fit(small_distiller(), datamodule=federated_data(num_users=30))
+    assert sorted(Collect.gradients) == ["alpha", "beta"]
+    noise = torch.stack([step for steps in Collect.gradients.values() for step in steps])
+    assert len(noise) == 2 * 3 * 2  # clients, rounds, steps a round
+    overlap = torch.nn.functional.normalize(noise, dim=1)
+    overlap = (overlap @ overlap.T - torch.eye(len(noise))).abs().max()
+    assert float(overlap) < 6 / math.sqrt(noise.shape[1])  # independent directions: sd 1 / sqrt(n)
 
 
 def test_a_secret_takes_the_seed_s_place(domain: Any, tmp_path: Path) -> None:

@@ -137,15 +137,18 @@ def test_mu_zero_changes_nothing() -> None:
     assert gap(hooked, plain) == 0
 
 
-def test_each_round_is_held_near_the_weights_it_started_from(tmp_path: Any) -> None:
+@pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "adamw"])
+def test_each_round_is_held_near_the_weights_it_started_from(optimizer: str, tmp_path: Any) -> None:
+    """The second round goes on with the momentum of the first."""
+
     def rounds(explicit: float, *callbacks: FedProx) -> Toy:
-        module = Toy("adamw", explicit)
+        module = Toy(optimizer, explicit)
         first = train(module, *callbacks, epochs=2)
         with torch.no_grad():  # the server's answer
             for parameter in module.teacher.parameters():
                 parameter.add_(0.5)
         first.save_checkpoint(tmp_path / "round.ckpt")
-        resumed = Toy("adamw", explicit)  # other weights until Lightning restores the checkpoint
+        resumed = Toy(optimizer, explicit)  # other weights until Lightning restores the checkpoint
         with torch.no_grad():
             for parameter in resumed.parameters():
                 parameter.zero_()
@@ -154,6 +157,7 @@ def test_each_round_is_held_near_the_weights_it_started_from(tmp_path: Any) -> N
 
     callback = FedProx(0.7)
     assert gap(rounds(0.0, callback), rounds(0.7)) < 1e-12
+    assert gap(rounds(0.0), rounds(0.7)) > 1e-4
 
 
 def test_a_strong_term_pins_the_teacher() -> None:

@@ -109,6 +109,10 @@ def test_differential_privacy_is_reported_with_its_limit(recorded: Any) -> None:
     guarantees = [m for m in stated["mechanisms"] if m["standing"] == "guarantee"]
     assert {(m["client"], m["kind"]) for m in guarantees} == {("alpha", "teacher"), ("beta", "teacher")}
     assert guarantees[0]["neighbours"] == "one user's whole sequence added or removed"
+    for row in guarantees:
+        spent = trainer.loop.counters.spent[row["client"]]
+        assert (row["epsilon"], row["delta"]) == (spent["epsilon"], spent["delta"])
+        assert f"epsilon {spent['epsilon']:.3g} at delta 0.001" in report.read_text()
     assert "differ by one user's whole sequence added or removed" in " ".join(
         sentence for entry in stated["in_plain_words"] for sentence in entry["answer"]
     )

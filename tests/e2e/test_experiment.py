@@ -1,6 +1,7 @@
 """The main job in small: every row of the table, the report, what is written; resume; W&B (tiny random LLM)."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning_sfubm.methods import METHODS
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm_head import LLMHead
 from tests.callbacks.test_dashboard import offline_wandb, wandb_records  # noqa: F401
-from tests.conftest import small_distiller
+from tests.conftest import quiet_trainer, small_distiller, small_federation
 
 
 def experiment(folder: Path, **settings: Any) -> Experiment:
@@ -28,12 +29,17 @@ def experiment(folder: Path, **settings: Any) -> Experiment:
     )
 
 
-@pytest.fixture
-def finished(tmp_path: Path, federated_data: Any, federated_trainer: Any) -> Any:
-    trainer = federated_trainer(rounds=1)
-    report = experiment(tmp_path).run(
-        trainer, small_distiller(), federated_data(), command="lightning-sfubm fit", config_hash="h"
-    )
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished experiment, for tests that change nothing in its folder."""
+    folder = tmp_path_factory.mktemp("experiment")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SFUBM_CACHE", str(folder / "cache"))
+        environment.setenv("PL_GLOBAL_SEED", "3")
+        trainer = quiet_trainer(folder / "run", rounds=1)
+        report = experiment(folder).run(
+            trainer, small_distiller(), small_federation(), command="lightning-sfubm fit", config_hash="h"
+        )
     return trainer, report
 
 
@@ -77,8 +83,8 @@ def test_the_run_folder_and_the_report_say_what_happened(finished: Any) -> None:
 def test_a_resumed_run_keeps_finished_rows(
     finished: Any, tmp_path: Path, federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, _ = finished
-    results = trainer.run_dir / "results"
+    shutil.copytree(finished[0].run_dir, tmp_path / "run")
+    results = tmp_path / "run" / "results"
     before = {p: p.stat().st_mtime_ns for p in results.rglob("*.parquet")}
     lost = results / "beta" / "late_fusion.parquet"
     expected = PerUserResults.load(lost)

@@ -287,6 +287,22 @@ def test_ledger_facts_sum_per_client_direction_and_kind():
     assert facts["totals"] == {"up": 20, "down": 10}
 
 
+def test_a_guarantee_is_told_as_it_stands_at_the_last_message():
+    def spent(epsilon, delta=1e-5):
+        privacy = {"mechanism": "DP-SGD over users", "epsilon": epsilon, "delta": delta, "steps": int(epsilon * 10)}
+        return {"differential privacy": privacy, "secure aggregation": "threshold 0.6"}
+
+    line = {"client": "a", "kind": "teacher", "bytes": 10, "direction": "up"}
+    ledger = [line | {"round": number, "mechanism": spent(epsilon)} for number, epsilon in ((1, 1.23456), (2, 2.0))]
+    (row,) = ledger_facts(ledger)["rows"]
+    words = (
+        "differential privacy: DP-SGD over users, epsilon 2 at delta 1e-05, steps 20, secure aggregation threshold 0.6"
+    )
+    assert row["mechanisms"] == [words]
+    (row,) = ledger_facts([*ledger, line | {"round": 3, "mechanism": spent(3.0, delta=1e-6)}])["rows"]
+    assert row["mechanisms"] == [words, words.replace("2 at delta 1e-05, steps 20", "3 at delta 1e-06, steps 30")]
+
+
 def test_result_rows_are_flat_and_free_of_nan(fake_run):
     rows = result_rows(RunFolder.read(fake_run).results[DOMAINS[0]])
     assert [row["method"] for row in rows] == [method for method, *_ in METHODS]
@@ -316,12 +332,6 @@ def test_a_folder_that_is_not_there(tmp_path, capsys):
         build_report(tmp_path / "nowhere")
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "there is no such run folder" in capsys.readouterr().err
-
-
-def test_figures_are_only_loaded_where_a_report_is_made():
-    modules = ", ".join(f"lightning_sfubm.evaluation.{name}" for name in ("evaluate", "terminal", "report"))
-    program = f"import sys, {modules}; sys.exit('lightning_sfubm.evaluation.report_plots' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_the_module_is_a_command(run):

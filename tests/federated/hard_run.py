@@ -21,6 +21,7 @@ from lightning_sfubm.federated.checkpoint import find_state, read_loop
 from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
 from lightning_sfubm.federated.server_optimizers import FedAdam
+from tests.conftest import small_distiller
 
 
 class Flaky(FederatedCallback):
@@ -37,7 +38,10 @@ class Flaky(FederatedCallback):
 
 
 class Watch(Callback):
-    """Notes the state of the random stream and of the accountant after every local epoch, whichever process it ran in."""
+    """Notes what a client holds after every local epoch: a finished run no longer has its optimisers.
+
+    Weights, optimiser, learning rates, counters, random stream and accountant, in whichever process the epoch ran.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,9 +50,29 @@ class Watch(Callback):
         accountants = [c.accountant for c in trainer.callbacks if isinstance(c, DifferentialPrivacy) and c._active]
         piece = f"{pl_module.phase} to epoch {trainer.max_epochs}, at least {trainer.min_epochs}"
         key = f"{Path(trainer.default_root_dir).name}, {piece}: epoch {trainer.current_epoch}"
-        stream = sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        said = {
+            "accountant": [[a.history, a.epsilon()] for a in accountants],
+            "learning rates": [group["lr"] for o in trainer.optimizers for group in o.param_groups],
+            "schedules": [c.scheduler.state_dict()["last_epoch"] for c in trainer.lr_scheduler_configs],
+            "global step": trainer.global_step,
+            "optimiser": fingerprint([o.state_dict() for o in trainer.optimizers]),
+            "weights": fingerprint(pl_module.state_dict()),
+            "stream": fingerprint(torch.get_rng_state()),
+        }
         with open(self.path, "a") as file:
-            file.write(json.dumps([key, stream, [a.history for a in accountants]]) + "\n")
+            file.write(json.dumps([key, said]) + "\n")
+
+
+def fingerprint(state: Any) -> str:
+    """Hash of tensors and plain values, to the last bit."""
+    if isinstance(state, torch.Tensor):
+        form = f"{state.dtype}{tuple(state.shape)}".encode()
+        return sha256(form + state.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(state, dict):
+        return fingerprint([[str(key), value] for key, value in state.items()])
+    if isinstance(state, (list, tuple)):
+        return sha256(" ".join(map(fingerprint, state)).encode()).hexdigest()
+    return sha256(repr(state).encode()).hexdigest()
 
 
 #: a schedule with everything that has state: server moments, partial participation, drop-outs, late and early clients
@@ -75,6 +99,11 @@ def data(federated_data: Any) -> Any:
     return federated_data(domains=3, num_users=30, num_items=48)
 
 
+def module() -> Any:
+    """Its learning rate rises over all rounds."""
+    return small_distiller(warmup_steps=20)
+
+
 def finished_state(folder: Path) -> dict[str, Any]:
     """Everything a finished run leaves, but for nonces, clocks and the number of states written."""
     state = find_state(folder / "checkpoints")
@@ -97,7 +126,7 @@ def watched(path: Path) -> dict[str, Any]:
     """What :class:`Watch` noted, by epoch; an epoch that was trained twice must have said the same twice."""
     notes: dict[str, Any] = {}
     for line in path.read_text().splitlines():
-        key, *said = json.loads(line)
+        key, said = json.loads(line)
         assert notes.setdefault(key, said) == said, key
     return notes
 

@@ -1,8 +1,7 @@
-"""Silos and coordinator without Flower: the weights of the loop, whatever is cut off; what silos refuse (T1, T17, T30)."""
+"""Silos and coordinator without Flower: the weights of the loop, whatever is cut off or comes late (T1, T2, T17, T30)."""
 
 import contextlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
-from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
-from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError, PrivacyError, SFUBMError
+from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
 from lightning_sfubm.federated.checkpoint import find_state
-from lightning_sfubm.federated.coordinator import Coordinator
-from lightning_sfubm.federated.envelopes import Reply, Request, read_shapes
-from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.envelopes import Reply, Request, read_shapes, terms
 from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
-from lightning_sfubm.federated.membership import Patience
 from lightning_sfubm.federated.messages import pack
 from lightning_sfubm.federated.secure import SecureAggregation
 from lightning_sfubm.federated.server_optimizers import FedAdam
-from lightning_sfubm.federated.silo import Silo
-from tests.conftest import small_distiller
+from tests.federated.machines import HASTY, QUICK, coordinator
 
 #: a schedule with everything that has state, as in test_resume
 HARD: dict[str, Any] = {
@@ -35,8 +28,6 @@ HARD: dict[str, Any] = {
     "client_epochs": {"beta": 2},
 }
 NAMES = ["alpha", "beta", "gamma"]
-QUICK = Patience(start_s=5, round_s=5, finish_s=5, poll_s=0.01)
-HASTY = replace(QUICK, start_s=0.05)
 
 
 class Away(FederatedCallback):
@@ -60,78 +51,6 @@ class Lost(FederatedCallback):
         if kind == "teacher" and (client, loop.counters.round + 1) in self.lost:
             raise ClientDropped("lost")
         return tensors
-
-
-class Machines:
-    """A transport within one process: every request finds a silo that was opened anew, as a new process would."""
-
-    def __init__(self, silos: Mapping[str, Callable[[], Silo]]) -> None:
-        self.silos = dict(enumerate(silos.items(), 1))
-        self.asked: list[tuple[str, str, int]] = []
-        self.before: Callable[[str, Request], None] = lambda name, request: None
-        self.after: Callable[[str, Request, Reply], Reply | None] = lambda name, request, reply: reply
-        self.registered: dict[int, str] = {}
-        self.offline: set[int] = set()
-
-    def nodes(self) -> dict[int, str]:
-        return {node: self.registered.get(node, "") for node in self.silos if node not in self.offline}
-
-    def ask(self, requests: Mapping[int, Request], deadline_s: float) -> dict[int, Reply]:
-        replies = {}
-        for node, request in requests.items():
-            name, make = self.silos[node]
-            self.asked.append((request.action, name, request.round))
-            torch.manual_seed(len(self.asked))  # another process has another global stream
-            try:
-                self.before(name, request)
-                reply = make().answer(request)
-            except SFUBMError as error:
-                reply = Reply(name, error=type(error).__name__)
-            answered = self.after(name, request, reply)
-            if answered is not None:
-                replies[node] = answered
-        return replies
-
-
-@pytest.fixture
-def machines(federated_data: Any, federated_trainer: Any, tmp_path: Path) -> Any:
-    """A factory of :class:`Machines`; keyword arguments go to Federation."""
-
-    def make(names: list[str], callbacks: Any = (), folder: str = "", **federation: Any) -> Machines:
-        def open_one(name: str) -> Silo:
-            noise = PrivacyNoise(0.05, str(tmp_path / "secrets"))
-            trainer = federated_trainer(f"silo{folder}/{name}", callbacks=[noise, *callbacks], **federation)
-            data = federated_data(domains=3, num_users=30)
-            data.domains = {name: data.domains[name]}
-            client = trainer.build_clients(small_distiller(), data)[name]
-            return Silo(trainer.federation, client, trainer.loop_callbacks, trainer.run_dir, trainer.seed)
-
-        return Machines({name: lambda name=name: open_one(name) for name in names})
-
-    return make
-
-
-@pytest.fixture
-def in_one_process(federated_data: Any, federated_trainer: Any, tmp_path: Path) -> Any:
-    """A factory of finished loops of the same schedule."""
-
-    def run(names: list[str], callbacks: Any = (), **federation: Any) -> Any:
-        noise = PrivacyNoise(0.05, str(tmp_path / "secrets"))
-        trainer = federated_trainer("together", callbacks=[noise, *callbacks], **federation)
-        data = federated_data(domains=3, num_users=30)
-        data.domains = {name: data.domains[name] for name in names}
-        trainer.fit(small_distiller(), datamodule=data)
-        return trainer
-
-    return run
-
-
-def coordinator(
-    transport: Machines, tmp_path: Path, names: list[str], patience: Patience = QUICK, **federation: Any
-) -> Coordinator:
-    settings = {"exchange": "both", "rounds": 2, "local_max_epochs": 2, "local_min_epochs": 1, "patience": 1}
-    schedule = Federation(**{**settings, **federation})
-    return Coordinator(schedule, names, transport, tmp_path / "server", seed=3, patience=patience)
 
 
 def assert_equal_runs(together: Any, tmp_path: Path, names: list[str], folder: str = "") -> None:
@@ -228,6 +147,35 @@ def test_a_silo_that_dies_while_it_trains_has_dropped_out_of_the_round(
     assert_equal_runs(together, tmp_path, names)
 
 
+def test_a_late_silo_stalls_no_round_and_its_late_message_counts_in_none(
+    machines: Any, in_one_process: Any, tmp_path: Path
+) -> None:
+    """Beta's answer of round 2 comes when the server waits for that of round 3."""
+    names, late = ["alpha", "beta"], []
+    schedule = {"rounds": 4, "exchange": "teacher", "local_max_epochs": 1, "flags": {"limit_val_batches": 1}}
+    together = in_one_process(names, [Lost(("beta", 2), ("beta", 3))], **schedule)
+    transport = machines(names, **schedule)
+
+    def delay(name: str, request: Request, reply: Reply) -> Reply | None:
+        if (name, request.action) != ("beta", "train") or request.round not in (2, 3):
+            return reply
+        late.append(reply)
+        return None if request.round == 2 else late[0]
+
+    transport.after = delay
+    driver = coordinator(transport, tmp_path, names, rounds=4, exchange="teacher", local_max_epochs=1)
+    driver.run()
+    assert late[0].teacher != late[1].teacher
+    assert driver.progress.dropped == {"2": ["beta"], "3": ["beta"]}
+    assert {("train", QUICK.round_s), ("finish", QUICK.finish_s)} <= transport.deadlines
+    assert driver.server.version == together.loop.server.version == 4
+    assert all(torch.equal(driver.server.global_teacher[k], v) for k, v in together.loop.server.global_teacher.items())
+    for name in names:
+        states = [find_state(p / "checkpoints") for p in (tmp_path / f"silo/{name}", together.run_dir)]
+        there, here = (torch.load(s / f"clients/{name}.ckpt", weights_only=True) for s in states)
+        assert all(torch.equal(there["state_dict"][key], here["state_dict"][key]) for key in here["state_dict"]), name
+
+
 def test_too_few_updates_leave_the_teacher_as_it_was(machines: Any, in_one_process: Any, tmp_path: Path) -> None:
     names, away = ["alpha", "beta"], Away(("beta", 2), ("beta", 3))
     together = in_one_process(names, [away], rounds=3, min_updates=2)
@@ -265,76 +213,22 @@ def test_a_bad_message_drops_its_sender_alone(machines: Any, tmp_path: Path) -> 
     assert driver.server.version == 2
 
 
-@pytest.fixture
-def hello(machines: Any, tmp_path: Path) -> Any:
-    """A request for which a silo's schedule was agreed, and the silo."""
-
-    def make(callbacks: Any = (), **federation: Any) -> tuple[Callable[[], Silo], Request]:
-        settings = {"exchange": "both", **federation}
-        transport = machines(["alpha"], callbacks, **settings)
-        driver = coordinator(transport, tmp_path, ["alpha", "beta"], **federation)
-        return transport.silos[1][1], driver._request("hello", 0)
-
-    return make
-
-
-def test_a_silo_refuses_terms_it_did_not_agree_to(hello: Any) -> None:
-    make, request = hello()
-    for change in ({"rounds": 3}, {"weighting": "examples"}, {"secure": True}, {"schedule": {}}, {"rounds": "2"}):
-        asked = json.dumps({**json.loads(request.terms), **change})
-        with pytest.raises(ConfigError, match=r"trainer\.federation|agreed to 2"):
-            make().answer(replace(request, terms=asked))
-    for broken in ("[]", "{", '{"schedule": '):
-        with pytest.raises(MessageError, match="terms"):
-            make().answer(replace(request, terms=broken))
-    fewer = json.dumps({**json.loads(request.terms), "rounds": 1})
-    assert make().answer(replace(request, terms=fewer)).shape
-
-
-@pytest.mark.parametrize(
-    "callback", [PrivacyNoise(0.1), DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=8)]
-)
-def test_a_silo_refuses_noise_that_the_server_could_subtract(callback: Any, hello: Any, tmp_path: Path) -> None:
-    make, request = hello([callback])
-    with pytest.raises(PrivacyError, match=f"{type(callback).__name__} is derived from the run's seed"):
-        make().answer(request)
-    assert not (tmp_path / "silo/alpha/ledger.jsonl").exists()
-
-
-def test_a_silo_sends_no_semantics_unprotected(hello: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    make, request = hello()
-    make().answer(request)
-    monkeypatch.setattr(PrivacyNoise, "protects", frozenset())
-    with pytest.raises(PrivacyError, match="unprotected"):
-        make().answer(replace(request, action="semantics"))
-    assert {e["kind"] for e in read_ledger(tmp_path / "silo/alpha/ledger.jsonl")} == {"teacher"}
-
-
-def test_a_silo_refuses_strangers_and_replays(hello: Any) -> None:
-    make, request = hello()
-    with pytest.raises(MessageError, match="never said hello"):
-        make().answer(replace(request, action="train", round=1))
-    make().answer(request)
-    with pytest.raises(ConfigError, match="holds another run"):
-        make().answer(replace(request, federation="0" * 32))
-    make().answer(replace(request, action="train", round=2))
-    with pytest.raises(MessageError, match="replay"):
-        make().answer(replace(request, action="train", round=1))
-    silo = make()
-    assert silo.server.broadcast_schema is not None
-    old = pack(silo.server.broadcast_schema, "beta", 1, silo.server.global_teacher)
-    with pytest.raises(MessageError, match="in the place of one of the server"):
-        make().answer(replace(request, action="train", round=2, teacher=old.payload))
-    with pytest.raises(MessageError, match="safetensors"):
-        make().answer(replace(request, action="train", round=2, teacher=b"\x80\x04."))
-
-
-def test_an_order_that_the_server_cannot_undo(hello: Any) -> None:
-    make, _ = hello()
-    silo = make()
-    private = silo.client.semantics()
-    silo.client.order_seed = silo.seed  # what whoever knows the seed would try
-    assert not torch.equal(private, silo.client.semantics())
+def test_a_silo_with_more_items_than_the_server_takes_drops_out_of_the_exchange(
+    machines: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"exchange": "semantics", "rounds": 0, "local_max_epochs": 1}
+    transport = machines(["alpha", "beta"], **settings)
+    driver = coordinator(transport, tmp_path, ["alpha", "beta"], max_items=10, **settings)
+    driver.run()
+    assert driver.server.semantics.tensors["vectors"].max_rows == 10
+    assert driver.progress.dropped == {"0": ["alpha", "beta"]}
+    assert "max_items = 10" in caplog.text
+    own = machines(["alpha"], folder="own", max_items=10, **settings)
+    silo = own.silos[1][1]()
+    request = Request("hello", "0" * 32, 0, terms(silo.agreed, 3))
+    silo.answer(request)
+    with pytest.raises(MessageError, match="max_items = 10"):  # the silo's own limit holds before anything leaves
+        silo.answer(replace(request, action="semantics"))
 
 
 def test_names_are_checked(machines: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_sfubm.__main__ import main
+from tests.federated.test_loop import contents
 
 SYNTHETIC = Path(__file__).resolve().parents[2] / "configs/debug/synthetic.yaml"
 FED, AGG = "--trainer.federation.init_args.", "lightning_sfubm.federated."
@@ -21,6 +22,7 @@ NOISE = "--trainer.callbacks.init_args.sigma"
         ([f"{FED}exchange", "everything"], ["exchange", "everything"]),
         ([f"{FED}participation", "1.5"], ["participation = 1.5"]),
         ([f"{FED}min_updates", "0"], ["min_updates = 0"]),
+        ([f"{FED}max_items", "0"], ["max_items = 0"]),
         ([f"{FED}workers", "-2"], ["workers = -2"]),
         ([f"{FED}weighting", "clicks"], ["weighting", "clicks"]),
         ([f"{FED}joins", '{"gamma": 2}'], ["joins", "gamma", "alpha, beta"]),
@@ -59,5 +61,27 @@ def test_a_setting_that_cannot_be_used_is_one_sentence(
     assert message.startswith("lightning-sfubm: error:")
     for word in words:
         assert word in message
-    assert not (tmp_path / "run/checkpoints").exists()
-    assert not (tmp_path / "run/ledger.jsonl").exists()
+    assert [file for file in (tmp_path / "run").rglob("*") if file.is_file()] == []
+
+
+def test_a_run_that_may_not_go_on_leaves_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """States, ledger, history and the configuration that they belong to."""
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", "--config", str(SYNTHETIC), "--trainer.default_root_dir", "run", "--experiment", "null"]
+    command += ["--trainer.enable_progress_bar", "false", f"{FED}rounds", "0", f"{FED}local_max_epochs", "1"]
+    command += [
+        f"{FED}local_min_epochs",
+        "1",
+        "--data.init_args.domains.alpha.init_args.reader.init_args.num_users",
+        "60",
+    ]
+    main(command)
+    before = contents(tmp_path / "run")
+    assert b"local_epochs: 1" in before["config.yaml"]
+    with pytest.raises(SystemExit):
+        main([*command, "--ckpt_path", "last", f"{FED}local_epochs", "2"])
+    assert "was written by the schedule" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before

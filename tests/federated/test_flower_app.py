@@ -35,6 +35,7 @@ SCHEDULE: dict[str, Any] = {
     "weighting": "examples",
     "participation": 0.9,
     "min_updates": 2,
+    "max_items": 5000,
     "client_epochs": {"b": 3},
     "joins": {"c": 2},
     "leaves": {"a": 5},
@@ -72,7 +73,7 @@ def test_the_server_app_reads_the_schedule_that_the_configuration_holds(tmp_path
     assert (read.silos, read.seed, read.min_silos) == (["a", "b", "c", "d", "e"], 11, 4)
     assert (read.patience.round_s, read.patience.finish_s) == (90.0, 86400.0)
     assert read.run_dir == str(tmp_path / "out/server")
-    for name in ("rounds", "weighting", "min_updates"):
+    for name in ("rounds", "weighting", "min_updates", "max_items"):
         assert getattr(federation, name) == SCHEDULE[name]
     for name, value in federation.schedule(11).items():
         assert value == SCHEDULE.get(name, 11)

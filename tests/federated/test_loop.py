@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
-from lightning_sfubm.errors import CheckpointError, ConfigError, PrivacyError
+from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError, PrivacyError
 from lightning_sfubm.federated.aggregation import KMeans, NoAggregation
 from lightning_sfubm.federated.checkpoint import find_state
+from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import FederatedCallback
+from lightning_sfubm.federated.state import RunState
 from tests.conftest import small_distiller
+from tests.federated.hard_run import data, finished_state, make
+from tests.federated.hard_run import same as equal
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
@@ -29,6 +33,10 @@ def ledger(trainer: Any) -> list[dict]:
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 class StopAfter(FederatedCallback):
@@ -91,12 +99,12 @@ def test_the_teacher_is_averaged_and_id_parameters_are_not(federated_data: Any, 
     alpha, beta = (trainer.loop.clients[n].module for n in ("alpha", "beta"))
     assert same(alpha.shared_state(), beta.shared_state())
     assert same(alpha.shared_state(), trainer.loop.server.global_teacher)
-    shared = set(alpha.shared_state())
-    assert shared
-    own = dict(alpha.named_parameters())
-    identities = [n for n in own if n.startswith(("items", "encoder", "id_"))]
-    assert identities
-    assert not any(name.split(".", 1)[-1] in shared and name.startswith("items") for name in identities)
+    shared = alpha.shared_state()
+    assert same(shared, {name: p.detach() for name, p in alpha.teacher.named_parameters()})
+    # The student's encoder has the names and shapes of the teacher's: they must differ, or what is shared could be either.
+    assert not any(
+        torch.equal(shared[f"encoder.{name}"], p) for name, p in alpha.encoder.named_parameters() if p.dim() > 1
+    )
 
 
 def test_what_leaves_is_vectors_and_teacher_weights_only(federated_data: Any, federated_trainer: Any) -> None:
@@ -116,6 +124,31 @@ def test_what_leaves_is_vectors_and_teacher_weights_only(federated_data: Any, fe
             assert not any(
                 items["alpha"] in t["shape"] or items["alpha"] + 1 in t["shape"] for t in entry["tensors"].values()
             )
+
+
+def test_an_upload_is_the_teachers_parameters_and_id_tables_have_not_even_a_gradient(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    uploads: list[str] = []
+    before: dict[str, torch.Tensor] = {}
+
+    class Look(FederatedCallback):
+        def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+            own = loop.clients[client].module
+            if kind == "teacher":
+                assert same(tensors, {name: p.detach() for name, p in own.teacher.named_parameters()})
+                private = [p for n, p in own.named_parameters() if not n.startswith("teacher.")]
+                assert any(p is own.ids.weight for p in private)
+                assert all(p.grad is None and not p.requires_grad for p in private)
+                uploads.append(client)
+                before[client] = own.ids.weight.clone()
+            return tensors
+
+    trainer = federated_trainer(rounds=2, callbacks=[PrivacyNoise(0.05), Look()])
+    trainer.fit(small_distiller(), datamodule=federated_data())
+    assert uploads == ["alpha", "beta"] * 2  # and none from the local phases, which do train the tables
+    for name, client in trainer.loop.clients.items():
+        assert not torch.equal(client.module.ids.weight, before[name])
 
 
 def test_uploads_are_perturbed_once_and_in_a_private_order(federated_data: Any, federated_trainer: Any) -> None:
@@ -169,6 +202,71 @@ def test_one_domain_runs_and_exchanges_nothing(federated_data: Any, federated_tr
     assert trainer.loop.clients["alpha"].phases_done == list(trainer.loop.clients["alpha"].module.local_phases)
 
 
+def test_noise_of_zero_is_the_run_that_has_no_noise_bit_for_bit(federated_data: Any, federated_trainer: Any) -> None:
+    class Open(FederatedCallback):
+        """Lets item vectors leave as they are."""
+
+        protects = frozenset({"semantics"})
+
+    runs = {}
+    for name, callback in (("open", Open()), ("zero", PrivacyNoise(0.0)), ("noisy", PrivacyNoise(0.05))):
+        runs[name] = federated_trainer(name, rounds=1, callbacks=[callback], flags={"limit_val_batches": 1})
+        runs[name].fit(small_distiller(), datamodule=federated_data(num_users=30))
+    assert same(weights(runs["open"]), weights(runs["zero"]))
+    assert not same(weights(runs["open"]), weights(runs["noisy"]))
+
+
+def test_an_item_leaves_as_the_same_vector_in_every_exchange(federated_data: Any, federated_trainer: Any) -> None:
+    """A silo that joins in round 2 makes the others send again: the same vectors, of their own noise."""
+    trainer = federated_trainer(exchange="semantics", joins={"gamma": 2}, flags={"limit_val_batches": 1})
+    trainer.fit(small_distiller(), datamodule=federated_data(domains=3, num_users=30))
+    sent = [e for e in ledger(trainer) if e["direction"] == "up"]
+    rounds = {name: [e["round"] for e in sent if e["client"] == name] for name in ("alpha", "beta", "gamma")}
+    assert rounds == {"alpha": [0, 2], "beta": [0, 2], "gamma": [2]}
+    contents = [{e["content_sha256"] for e in sent if e["client"] == name} for name in rounds]
+    assert [len(content) for content in contents] == [1, 1, 1]
+    vectors = torch.nn.functional.normalize(torch.randn(40, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    noise = PrivacyNoise(0.05)
+    alpha, beta, other = (noise.mechanism(*who)._noise(vectors) for who in ((3, "alpha"), (3, "beta"), (4, "alpha")))
+    for first, second in ((alpha, beta), (alpha, other)):
+        assert abs(float((first * second).mean())) < 6 / first.numel() ** 0.5  # independent: sd 1 / sqrt(n)
+
+
+def test_the_order_in_which_clients_run_changes_nothing(
+    federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each backwards: whose semantics leave first, who trains first in a round, whose local phases come first."""
+    forwards = make(federated_trainer, "forwards")
+    forwards.fit(small_distiller(), datamodule=data(federated_data))
+    active, sample, build = Federation.active, Federation.sample, RunState.__init__
+
+    def backwards(state: RunState, *args: Any, **kwargs: Any) -> None:
+        build(state, *args, **kwargs)
+        state.clients = dict(reversed(state.clients.items()))
+
+    def drawn(*args: Any) -> list[str]:
+        with monkeypatch.context() as forwards:
+            forwards.setattr(Federation, "active", active)
+            return sample(*args)[::-1]
+
+    monkeypatch.setattr(Federation, "active", lambda *args: active(*args)[::-1])
+    monkeypatch.setattr(Federation, "sample", drawn)
+    monkeypatch.setattr(RunState, "__init__", backwards)
+    other = make(federated_trainer, "backwards")
+    other.fit(small_distiller(), datamodule=data(federated_data))
+    states = [finished_state(trainer.run_dir) for trainer in (forwards, other)]
+    order = [[(h["client"], h["round"]) for h in map(json.loads, s["history"].splitlines())] for s in states]
+    for number in (1, 3, 4, None):  # None: the local phases
+        first, second = ([client for client, round in clients if round == number] for clients in order)
+        if len(set(first)) > 1:
+            assert first[0] < first[-1]
+            assert second[0] > second[-1]
+    for state in states:
+        state["history"] = sorted(state["history"].splitlines())
+        state["sent"].sort(key=lambda entry: [entry[key] for key in ("round", "kind", "direction", "client")])
+    assert equal(*states)
+
+
 @pytest.mark.parametrize("aggregator", [KMeans(num_clusters=4), NoAggregation()])
 def test_three_domains_with_other_aggregators(aggregator: Any, federated_data: Any, federated_trainer: Any) -> None:
     trainer = federated_trainer(rounds=1, aggregator=aggregator)
@@ -197,13 +295,25 @@ def test_checkpoints_are_safe_whole_and_the_last_two(federated_data: Any, federa
 
 
 def test_resume_refuses_other_clients_models_and_schedules(federated_data: Any, federated_trainer: Any) -> None:
-    federated_trainer(rounds=1).fit(small_distiller(), datamodule=federated_data())
-    with pytest.raises(CheckpointError, match="clients"):
-        federated_trainer(rounds=1).fit(small_distiller(), datamodule=federated_data(domains=3), ckpt_path="last")
-    with pytest.raises(CheckpointError, match="schedule"):
-        federated_trainer(local_epochs=2).fit(small_distiller(), datamodule=federated_data(), ckpt_path="last")
-    with pytest.raises(CheckpointError):
-        federated_trainer(rounds=1).fit(small_distiller(), datamodule=federated_data(num_items=60), ckpt_path="last")
+    trainer = federated_trainer(rounds=1)
+    trainer.fit(small_distiller(), datamodule=federated_data())
+    before = contents(trainer.run_dir)
+    for words, settings, other in (
+        ("clients", {"rounds": 1}, {"domains": 3}),
+        ("schedule", {"local_epochs": 2}, {}),
+        ("another domain", {"rounds": 1}, {"num_items": 60}),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            federated_trainer(**settings).fit(small_distiller(), datamodule=federated_data(**other), ckpt_path="last")
+        assert contents(trainer.run_dir) == before, words
+    ledger = trainer.run_dir / "ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:-200])
+    (trainer.run_dir / "history.jsonl").write_text((trainer.run_dir / "history.jsonl").read_text() + "{}\n")
+    before = contents(trainer.run_dir)
+    before.pop("ledger.jsonl")  # it loses the line that is no longer whole
+    with pytest.raises(CheckpointError, match="put the file back"):
+        federated_trainer(rounds=1).fit(small_distiller(), datamodule=federated_data(), ckpt_path="last")
+    assert {k: v for k, v in contents(trainer.run_dir).items() if k != "ledger.jsonl"} == before
 
 
 def test_test_after_fit_equals_test_from_the_checkpoint(
@@ -231,8 +341,31 @@ def test_test_items_reach_neither_statistics_nor_uploads(federated_data: Any, fe
         assert counted + held_out == len(domain.domain.items)
 
 
+def test_a_catalogue_larger_than_agreed_is_refused_before_it_leaves(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    items = federated_data()
+    items.prepare_data()
+    items.domains["alpha"].setup("fit")
+    count = items.domains["alpha"].num_items
+    fits = federated_trainer("fits", rounds=0, local_max_epochs=1, max_items=count)
+    fits.fit(small_distiller(), datamodule=federated_data())
+    assert {e["kind"] for e in ledger(fits)} == {"semantics"}
+    small = federated_trainer("small", rounds=0, max_items=count - 1)
+    with pytest.raises(MessageError, match=rf"{count} rows.*trainer\.federation\.max_items = {count - 1}"):
+        small.fit(small_distiller(), datamodule=federated_data())
+    assert ledger(small) == []
+
+
 @pytest.mark.parametrize(
-    "bad", [{"rounds": -1}, {"local_epochs": 0}, {"patience": 0}, {"local_min_epochs": 5, "local_max_epochs": 2}]
+    "bad",
+    [
+        {"max_items": 0},
+        {"rounds": -1},
+        {"local_epochs": 0},
+        {"patience": 0},
+        {"local_min_epochs": 5, "local_max_epochs": 2},
+    ],
 )
 def test_bad_schedules_are_refused(bad: dict, federated_trainer: Any) -> None:
     with pytest.raises(ConfigError, match="federation"):

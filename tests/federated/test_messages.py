@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from lightning_sfubm.errors import MessageError
 from lightning_sfubm.federated.messages import (
+    MAX_HEADER_BYTES,
     ReplayGuard,
     pack,
     semantics_schema,
@@ -35,6 +36,7 @@ def test_round_trip_keeps_every_bit() -> None:
     message = pack(schema, "a", 3, {"vectors": unit()})
     received = unpack(schema, message.payload)
     assert torch.equal(received.tensors["vectors"], unit())
+    assert torch.equal(load(message.payload)["vectors"], unit())  # ordinary safetensors
     assert (received.client, received.round, received.nonce) == ("a", 3, message.nonce)
 
 
@@ -129,6 +131,20 @@ def test_an_oversized_message_is_refused_before_it_is_parsed() -> None:
     schema = teacher_schema({"w": torch.zeros(3)}, with_weight=False)
     with pytest.raises(MessageError, match="exceeds"):
         unpack(schema, b"\xff" * (schema.max_bytes + 1))
+
+
+def test_the_size_limit_of_item_vectors_is_a_setting() -> None:
+    schema = semantics_schema(4, max_items=7)
+    assert torch.equal(unpack(schema, pack(schema, "a", 0, {"vectors": unit(7)}).payload).tensors["vectors"], unit(7))
+    assert 7 * 4 * 4 < schema.max_bytes < 7 * 4 * 4 + 2 * MAX_HEADER_BYTES
+    words = r"trainer\.federation\.max_items = 7"
+    with pytest.raises(MessageError, match=f"8 rows, at most 7 .*{words}"):
+        pack(schema, "a", 0, {"vectors": unit(8)})
+    with pytest.raises(MessageError, match=f"8 rows, at most 7 .*{words}"):
+        unpack(schema, pack(semantics_schema(4), "a", 0, {"vectors": unit(8)}).payload)
+    with pytest.raises(MessageError, match=f"exceeds the limit of {schema.max_bytes} .*{words}"):
+        unpack(schema, bytes(schema.max_bytes + 1))
+    assert semantics_schema(384).max_bytes < 1.6e9  # what is held for an unread message by default
 
 
 def test_float16_and_wrong_dtypes_are_refused() -> None:

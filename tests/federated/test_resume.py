@@ -14,23 +14,39 @@ from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.federated import state as run_state
 from lightning_sfubm.federated.checkpoint import find_state
+from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
+from lightning_sfubm.federated.server import Server
+from lightning_sfubm.federated.server_optimizers import FedAdam
 from tests.conftest import small_distiller
-from tests.federated.hard_run import data, finished_state, make, same
+from tests.federated.hard_run import data, finished_state, make, module, same, watched
 
 
 def test_a_run_cut_off_after_any_piece_of_work_ends_as_if_it_never_was(
-    federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+    federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    straight = make(federated_trainer, "straight")
-    straight.fit(small_distiller(), datamodule=data(federated_data))
-    expected = finished_state(straight.run_dir)
-    pieces = straight.loop.counters.step
-    assert pieces > 15
+    """Weights, optimisers, rates, streams, counters, accountants, history, messages; with privacy and without."""
+
+    def run(folder: str, private: bool, **flags: Any) -> Any:
+        trainer = make(federated_trainer, folder, private=private, watch=tmp_path / f"{folder} epochs.jsonl")
+        trainer.fit(module(), datamodule=data(federated_data), **flags)
+        return trainer
+
+    def left(folder: str) -> list[Any]:
+        return [finished_state(tmp_path / folder), watched(tmp_path / f"{folder} epochs.jsonl")]
+
+    pieces = {private: run(f"straight {private}", private).loop.counters.step for private in (False, True)}
+    expected = {private: left(f"straight {private}") for private in pieces}
+    for private, (_, epochs) in expected.items():
+        assert pieces[private] > 15
+        assert len({tuple(said["learning rates"]) for said in epochs.values()}) > 5  # there is a schedule to restore
+        assert any(said["accountant"] for said in epochs.values()) == private
+        for moving in ("optimiser", "stream", "weights"):
+            assert len({said[moving] for said in epochs.values()}) == len(epochs)
     written = run_state.save_state
-    for stop in range(1, pieces, 5):
-        run = make(federated_trainer, f"cut {stop}")
+    for number, stop in enumerate(range(1, min(pieces.values()), 6)):
+        folder, private = f"cut {stop}", bool(number % 2)
 
         def cut(*args: Any, stop: int = stop, **kwargs: Any) -> Any:
             if args[1] == stop + 1:
@@ -39,12 +55,69 @@ def test_a_run_cut_off_after_any_piece_of_work_ends_as_if_it_never_was(
 
         monkeypatch.setattr(run_state, "save_state", cut)
         with pytest.raises(KeyboardInterrupt):
-            run.fit(small_distiller(), datamodule=data(federated_data))
+            run(folder, private)
         monkeypatch.setattr(run_state, "save_state", written)
         torch.manual_seed(stop)  # a new process has another global stream
-        again = make(federated_trainer, f"cut {stop}")
-        again.fit(small_distiller(), datamodule=data(federated_data), ckpt_path="last")
-        assert same(finished_state(again.run_dir), expected), f"cut after piece {stop}"
+        run(folder, private, ckpt_path="last")
+        assert same(left(folder), expected[private]), f"cut after piece {stop}"
+
+
+@pytest.mark.parametrize("where", ["training", "messages"])
+def test_cut_off_between_two_clients_none_trains_twice_and_no_message_counts_twice(
+    where: str, federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three clients in round 2, alpha has trained (or all have, and alpha's message is up) when the process dies."""
+
+    class Stop(FederatedCallback):
+        def on_client_start(self, loop: Any, client: str, round: int) -> None:
+            if (where, client, round) == ("training", "beta", 2):
+                raise KeyboardInterrupt
+
+        def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+            if (where, client, kind) == ("messages", "beta", "teacher") and loop.counters.round == 1:
+                raise KeyboardInterrupt
+            return tensors
+
+    trained: list[tuple[str, int]] = []
+    averaged: list[tuple[int, list[str]]] = []
+    train, average = Client.train_round, Server.aggregate_teacher
+
+    def count(client: Client, round: int, *args: Any, **kwargs: Any) -> None:
+        trained.append((client.name, round))
+        train(client, round, *args, **kwargs)
+
+    def note(server: Server, round: int, payloads: Any) -> bool:
+        averaged.append((round, sorted(payloads)))
+        return average(server, round, payloads)
+
+    monkeypatch.setattr(Client, "train_round", count)
+    monkeypatch.setattr(Server, "aggregate_teacher", note)
+    settings = {"exchange": "teacher", "local_max_epochs": 1, "flags": {"limit_val_batches": 1}}
+
+    def run(folder: str, callbacks: list, **flags: Any) -> Any:
+        trainer = federated_trainer(folder, callbacks=callbacks, **settings)
+        trainer.fit(small_distiller(), datamodule=federated_data(domains=3, num_users=30), **flags)
+        return trainer
+
+    straight = run("straight", [])
+    once = [(name, number) for number in (1, 2) for name in ("alpha", "beta", "gamma")]
+    everyone = [(number, ["alpha", "beta", "gamma"]) for number in (1, 2)]
+    assert (trained, averaged) == (once, everyone)
+    trained.clear()
+    averaged.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", [Stop()])
+    assert trained == (once[:4] if where == "training" else once)
+    again = run("cut", [], ckpt_path="last")
+    assert (trained, averaged) == (once, everyone)
+    # Of each message that counts the server keeps the nonce: one a client and round, whatever else was sent and lost.
+    assert len(again.loop.server.guard.state_dict()["seen"]) == len(once)
+    sent = [e for e in read_ledger(again.run_dir / "ledger.jsonl") if e["direction"] == "up"]
+    told = [(e["client"], e["round"]) for e in sent if not e.get("resent")]
+    assert sorted(told) == sorted(once)
+    assert len(sent) == len(once) + (where == "messages")
+    assert again.loop.counters.rounds_done == straight.loop.counters.rounds_done == dict.fromkeys(again.loop.clients, 2)
+    assert same(finished_state(again.run_dir), finished_state(straight.run_dir))
 
 
 def test_the_ledger_says_what_was_sent_again_and_shows_every_change(
@@ -153,6 +226,8 @@ def test_the_newest_states_are_kept_and_a_whole_one_shares_no_file(
 
     def check(root: Path, step: int, *args: Any) -> Path:
         final = write(root, step, *args)
+        for file in root.parent.rglob("*.ckpt"):  # of states and of clients at work: none needs a pickle
+            torch.load(file, weights_only=True)
         states = sorted(root.iterdir())
         assert [s.name for s in states[-2:]] == [f"state-{n:04d}" for n in (step - 1, step) if n]
         assert len(states) <= 3
@@ -163,8 +238,8 @@ def test_the_newest_states_are_kept_and_a_whole_one_shares_no_file(
         return final
 
     monkeypatch.setattr(run_state, "save_state", check)
-    trainer = federated_trainer(rounds=2, flags={"limit_val_batches": 1})
-    trainer.fit(small_distiller(), datamodule=federated_data(domains=3))
+    trainer = federated_trainer(rounds=2, weights=FedAdam(), flags={"limit_val_batches": 1})
+    trainer.fit(module(), datamodule=federated_data(domains=3))
     assert linked[:6] == [True, True, False, True, True, False]
     assert not linked[-1]
     assert len(list((trainer.run_dir / "checkpoints").iterdir())) == 2

@@ -1,5 +1,6 @@
 """Who takes part in a round, what only rounds do, and rounds under secure aggregation (T16, T17, T18)."""
 
+import copy
 import json
 import logging
 from typing import Any
@@ -17,7 +18,9 @@ from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
 from lightning_sfubm.federated.robust import CoordinateMedian
 from lightning_sfubm.federated.secure import SecureAggregation
+from lightning_sfubm.federated.server_optimizers import FedAdam
 from tests.conftest import small_distiller
+from tests.federated.hard_run import same
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -76,34 +79,77 @@ def test_a_round_without_enough_updates_changes_nothing_and_is_logged(
 
     class Watch(FederatedCallback):
         def on_aggregate(self, loop: Any, round: int) -> None:
-            seen[round] = {k: v.clone() for k, v in loop.server.global_teacher.items()}
+            seen[round] = copy.deepcopy(loop.server.state_dict())  # teacher, its version, moments, nonces
 
     away = Away({2: {"alpha", "beta"}, 3: {"alpha"}})
     trainer = federated_trainer(
-        rounds=4, exchange="teacher", min_updates=2, callbacks=[away, Watch()], flags={"limit_val_batches": 1}
+        rounds=4,
+        exchange="teacher",
+        weights=FedAdam(),
+        min_updates=2,
+        callbacks=[away, Watch()],
+        flags={"limit_val_batches": 1},
     )
     with caplog.at_level(logging.WARNING):
         trainer.fit(small_distiller(), datamodule=federated_data())
-    assert all(torch.equal(seen[1][k], seen[n][k]) for n in (2, 3) for k in seen[1])
-    assert not all(torch.equal(seen[1][k], seen[4][k]) for k in seen[1])
+    assert same(seen[2], seen[1])
+    assert same(seen[3], seen[1])
+    for moving in seen[1]:
+        assert not same(seen[4][moving], seen[1][moving]), moving
     assert "0 updates arrived, 2 are needed" in caplog.text
     assert "client 'alpha' dropped out (away)" in caplog.text
     assert trainer.loop.clients["alpha"].rounds_done == 2
     assert trainer.loop.clients["beta"].rounds_done == 3
 
 
-def test_fedprox_pulls_in_rounds_and_nowhere_else(federated_data: Any, federated_trainer: Any) -> None:
-    def ends(mu: float, exchange: str) -> dict[str, torch.Tensor]:
-        trainer = federated_trainer(f"{mu} {exchange}", exchange=exchange, callbacks=[FedProx(mu)], rounds=1)
-        trainer.fit(small_distiller(), datamodule=federated_data())
-        return trainer.loop.clients["alpha"].module.state_dict()
+class WatchedFedProx(FedProx):
+    """Notes in which trainings it is there, and that it pulls; trainers get copies, so the notes are the class's."""
 
-    assert not all(
-        torch.equal(a, b) for a, b in zip(ends(0.0, "teacher").values(), ends(5.0, "teacher").values(), strict=True)
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(ends(0.0, "nothing").values(), ends(5.0, "nothing").values(), strict=True)
-    )
+    started: list[tuple[str, str]] = []
+    pulled: set[str] = set()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.started.append((trainer.datamodule.name, pl_module.phase))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        before = [p.grad.clone() for p in pl_module.teacher.parameters() if p.grad is not None]
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        after = [p.grad for p in pl_module.teacher.parameters() if p.grad is not None]
+        if not all(map(torch.equal, before, after)):
+            self.pulled.add(trainer.datamodule.name)
+
+
+def test_fedprox_pulls_in_rounds_and_nowhere_else(federated_data: Any, federated_trainer: Any) -> None:
+    class Moved(FederatedCallback):
+        """How far each client's update lies from the weights that all started from."""
+
+        def __init__(self) -> None:
+            self.by: dict[str, float] = {}
+
+        def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+            gaps = [(value - loop.server.global_teacher[name]).square().sum() for name, value in tensors.items()]
+            self.by[client] = float(sum(gaps)) ** 0.5
+            return tensors
+
+    def run(mu: float, exchange: str) -> dict[str, float]:
+        WatchedFedProx.started, WatchedFedProx.pulled, moved = [], set(), Moved()
+        callbacks = [WatchedFedProx(mu), moved]
+        trainer = federated_trainer(
+            f"{mu} {exchange}", exchange=exchange, callbacks=callbacks, rounds=1, local_max_epochs=1
+        )
+        trainer.fit(small_distiller(), datamodule=federated_data())
+        assert {c.phases_done == list(c.module.local_phases) for c in trainer.loop.clients.values()} == {True}
+        return moved.by
+
+    free = run(0.0, "teacher")
+    assert WatchedFedProx.pulled == set()
+    held = run(1e4, "teacher")
+    assert WatchedFedProx.started == [("alpha", "teacher"), ("beta", "teacher")]  # the round, and no local phase
+    assert WatchedFedProx.pulled == {"alpha", "beta"}
+    assert all(held[name] < 0.8 * free[name] for name in ("alpha", "beta"))
+    assert run(1e4, "nothing") == {}  # a round that stays at home is held near nothing
+    assert WatchedFedProx.started == []
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])

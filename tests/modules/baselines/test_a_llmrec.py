@@ -212,6 +212,7 @@ def alignment(recommender, films):
     return aligned(recommender, films).eval()
 
 
+@pytest.mark.slow
 def test_frozen_llm_learns_what_the_soft_tokens_tell(tiny_llm, films, alignment, hinted_batch, tune):
     """T32: the newest item's embedding, not its title, announces the film wanted; the projectors alone pass it on."""
     hints = torch.randperm(31, generator=torch_generator(0, "hints")) % 2 > 0

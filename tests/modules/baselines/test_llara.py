@@ -29,6 +29,7 @@ def hints(recommender):
     return hints
 
 
+@pytest.mark.slow
 def test_learns_what_only_id_embeddings_tell(tiny_llm, films, recommender, hints, hinted_batch, tune):
     """T32: from text-only prompts to hybrid ones; with the planted coordinate mirrored, the wrong film is chosen."""
     rates = {"adapter_learning_rate": 1e-2, "projector_learning_rate": 1e-2, "adapter_dropout": 0.0}

@@ -216,6 +216,7 @@ def test_scores_do_not_tie_in_bf16(tiny_llm, films):
     assert len(torch.unique(scores)) > 100
 
 
+@pytest.mark.slow
 def test_binary_learns_from_likes_and_dislikes(tiny_llm, films, tune):
     """T32: a title is liked where its last word is that of the liked titles; neither alone tells."""
     head = make(TALLRecBinary, tiny_llm, films, adapter_learning_rate=5e-3, adapter_dropout=0.0)

@@ -273,6 +273,7 @@ def make(cls: type, encoder: torch.nn.Module | None = None, **settings: Any) -> 
     return cls(encoder, **{"num_experts": 2, "text_dropout": 0.0, "lr": 5e-3, **settings})
 
 
+@pytest.mark.slow
 def test_pretrained_on_the_union_beats_scratch(
     planted: UnionDataModule, make_trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:

@@ -1,0 +1,126 @@
+"""What a silo on a machine of its own agrees to, refuses and sends, whoever asks (T4, T6, T18)."""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+from lightning_sfubm.errors import ConfigError, MessageError, PrivacyError
+from lightning_sfubm.federated.envelopes import Reply, Request
+from lightning_sfubm.federated.ledger import read_ledger
+from lightning_sfubm.federated.messages import pack
+from lightning_sfubm.federated.silo import Silo
+from tests.federated.machines import coordinator
+
+
+@pytest.fixture
+def hello(machines: Any, tmp_path: Path) -> Any:
+    """A request for which a silo's schedule was agreed, and the silo."""
+
+    def make(callbacks: Any = (), **federation: Any) -> tuple[Callable[[], Silo], Request]:
+        settings = {"exchange": "both", **federation}
+        transport = machines(["alpha"], callbacks, **settings)
+        driver = coordinator(transport, tmp_path, ["alpha", "beta"], **federation)
+        return transport.silos[1][1], driver._request("hello", 0)
+
+    return make
+
+
+def test_a_silo_refuses_terms_it_did_not_agree_to(hello: Any) -> None:
+    make, request = hello()
+    for change in ({"rounds": 3}, {"weighting": "examples"}, {"secure": True}, {"schedule": {}}, {"rounds": "2"}):
+        asked = json.dumps({**json.loads(request.terms), **change})
+        with pytest.raises(ConfigError, match=r"trainer\.federation|agreed to 2"):
+            make().answer(replace(request, terms=asked))
+    for broken in ("[]", "{", '{"schedule": '):
+        with pytest.raises(MessageError, match="terms"):
+            make().answer(replace(request, terms=broken))
+    fewer = json.dumps({**json.loads(request.terms), "rounds": 1})
+    assert make().answer(replace(request, terms=fewer)).shape
+
+
+@pytest.mark.parametrize(
+    "callback", [PrivacyNoise(0.1), DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=8)]
+)
+def test_a_silo_refuses_noise_that_the_server_could_subtract(callback: Any, hello: Any, tmp_path: Path) -> None:
+    make, request = hello([callback])
+    with pytest.raises(PrivacyError, match=f"{type(callback).__name__} is derived from the run's seed"):
+        make().answer(request)
+    assert not (tmp_path / "silo/alpha/ledger.jsonl").exists()
+
+
+def test_a_silo_sends_no_semantics_unprotected(hello: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make, request = hello()
+    make().answer(request)
+    monkeypatch.setattr(PrivacyNoise, "protects", frozenset())
+    with pytest.raises(PrivacyError, match="unprotected"):
+        make().answer(replace(request, action="semantics"))
+    assert {e["kind"] for e in read_ledger(tmp_path / "silo/alpha/ledger.jsonl")} == {"teacher"}
+
+
+def test_a_silo_refuses_strangers_and_replays(hello: Any) -> None:
+    make, request = hello()
+    with pytest.raises(MessageError, match="never said hello"):
+        make().answer(replace(request, action="train", round=1))
+    make().answer(request)
+    with pytest.raises(ConfigError, match="holds another run"):
+        make().answer(replace(request, federation="0" * 32))
+    make().answer(replace(request, action="train", round=2))
+    with pytest.raises(MessageError, match="replay"):
+        make().answer(replace(request, action="train", round=1))
+    silo = make()
+    assert silo.server.broadcast_schema is not None
+    old = pack(silo.server.broadcast_schema, "beta", 1, silo.server.global_teacher)
+    with pytest.raises(MessageError, match="in the place of one of the server"):
+        make().answer(replace(request, action="train", round=2, teacher=old.payload))
+    with pytest.raises(MessageError, match="safetensors"):
+        make().answer(replace(request, action="train", round=2, teacher=b"\x80\x04."))
+
+
+def test_a_silo_takes_each_answer_of_the_server_in_its_time(hello: Any) -> None:
+    """The newest may come twice; an older one is a replay, and there is none yet of the round that is asked for."""
+    make, request = hello(rounds=4)
+    make().answer(request)
+    silo = make()
+    assert silo.server.broadcast_schema is not None
+    weights = {key: torch.zeros_like(value) for key, value in silo.server.global_teacher.items()}
+    teacher = {n: pack(silo.server.broadcast_schema, "server", n, weights).payload for n in (1, 2, 3)}
+    vectors = {"vectors": silo.client.semantics()}
+    views = {n: pack(silo.server.semantics, "server", n, vectors).payload for n in (0, 1, 2, 3)}
+
+    train = replace(request, action="train")
+    for early in ({"round": 1, "teacher": teacher[1]}, {"round": 1, "semantics": views[2]}):
+        with pytest.raises(MessageError, match="before there can be one"):
+            make().answer(replace(train, **early))
+    assert make().answer(replace(train, round=1, semantics=views[0])).teacher
+    assert (
+        make().answer(replace(train, round=2, semantics=views[0], teacher=teacher[1])).teacher
+    )  # not known to be here
+    assert make().answer(replace(train, round=3, semantics=views[2], teacher=teacher[2])).teacher
+    for old, kind in (({"semantics": views[1]}, "semantics"), ({"teacher": teacher[1]}, "teacher")):
+        with pytest.raises(MessageError, match=f"the {kind} of round 1 arrived after that of round 2"):
+            make().answer(replace(train, round=4, **old))
+    silo = make()
+    for _ in range(2):  # the same process, asked again
+        assert silo.answer(replace(train, round=4, semantics=views[2], teacher=teacher[3])).teacher
+
+
+def test_a_reply_has_room_for_messages_and_names_alone() -> None:
+    assert [field.name for field in fields(Reply)] == ["silo", "error", "shape", "semantics", "teacher"]
+    for wrong in ({"error": "user 17 has no items"}, {"silo": ""}, {"silo": "a" * 129}, {"silo": "a\x00b"}):
+        with pytest.raises(MessageError, match="name"):
+            Reply(**{"silo": "alpha", **wrong})
+
+
+def test_an_order_that_the_server_cannot_undo(hello: Any) -> None:
+    make, _ = hello()
+    silo = make()
+    private = silo.client.semantics()
+    silo.client.order_seed = silo.seed  # what whoever knows the seed would try
+    assert not torch.equal(private, silo.client.semantics())
