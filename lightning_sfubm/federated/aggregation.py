@@ -68,12 +68,12 @@ class KNNMix:
             return {}
         vectors = torch.cat([uploads[name] for name in names])
         sizes = [len(uploads[name]) for name in names]
-        cosines, rows = (found.split(sizes) for found in foreign_neighbours(vectors, sizes, self.k))
-        return {
-            name: self._mix(vectors, *found)
-            for name, size, *found in zip(names, sizes, cosines, rows, strict=True)
-            if len(vectors) - size >= self.k
-        }
+        cosines, rows = foreign_neighbours(vectors, sizes, self.k)
+        answers = {}
+        for name, own, near in zip(names, cosines.split(sizes), rows.split(sizes), strict=True):
+            if len(vectors) - len(own) >= self.k:
+                answers[name] = self._mix(vectors, own, near)
+        return answers
 
     def _mix(self, vectors: Tensor, cosines: Tensor, rows: Tensor) -> Tensor:
         weights = torch.softmax(cosines / self.tau, dim=1)

@@ -80,18 +80,40 @@ def test_any_domains_crowded_or_not(
     assert all(len(set(row[row >= 0].tolist())) == int((row >= 0).sum()) for row in rows)
 
 
-def test_rounding_that_goes_one_way_is_allowed_for() -> None:
-    """Every entry is rounded down by .39 %, nearly as much as can be, and 5 best and 100 worse look alike in bfloat16."""
-    dim = 4065
-    signs = torch.ones(106, dim)
-    for row, flips in enumerate([0] + [6] * 100 + [5] * 5):
-        signs[row, torch.randperm(dim, generator=torch.Generator().manual_seed(row))[:flips]] = -1
-    vectors = normalize(signs, dim=1)
+def rounded_down(flips: Sequence[int]) -> Tensor:
+    """Vectors whose entries bfloat16 all rounds down by .39 %, nearly as much as it can; signs flipped at
+    random in each."""
+    signs = torch.ones(len(flips), 4065)
+    for row, number in enumerate(flips):
+        signs[row, torch.randperm(4065, generator=torch.Generator().manual_seed(row))[:number]] = -1
+    return normalize(signs, dim=1)
+
+
+def test_five_best_that_look_like_a_hundred_worse_are_found() -> None:
+    vectors = rounded_down([0] + [6] * 100 + [5] * 5)
     rough = (vectors[:1].bfloat16() @ vectors[1:].bfloat16().T).squeeze(0)
     assert len(rough.unique()) == 1
-    assert float(vectors[0] @ vectors[-1] - rough[0]) > 2.0**-7
     _, rows = search(vectors, [1, 105], 5, bf16=True, members=1)
     assert set(rows[0].tolist()) == set(range(101, 106))
+
+
+@pytest.mark.parametrize("number", [40, 37])
+def test_the_error_covers_rounding_that_goes_one_way(number: int) -> None:
+    vectors = rounded_down(range(number))
+    groups, _, bounds = neighbours._grouped([1, number - 1], 4)
+    with patch.object(neighbours, "has_fast_bf16", lambda device: True):
+        maxima, error = neighbours._maxima(vectors, groups, bounds)
+    exact = (vectors[0] @ vectors.T)[groups[:, 1:]].amax(dim=0)
+    moved = (maxima[0, 0, 1:].float() - exact).abs()
+    assert (moved <= error / 2 + 2.0**-8 * exact).all()
+    assert float(moved.max()) > error / 2  # the bound is nearly reached
+
+
+def test_a_group_one_step_of_bfloat16_below_is_near() -> None:
+    """Two similarities closer than any error may be rounded apart, to neighbouring numbers."""
+    steps = torch.tensor([-torch.inf, 240, 239, 240, 238, 100]) / 256
+    near = neighbours._near(steps.bfloat16().view(1, 1, 6).expand(1, 6, 6), 0.0, torch.ones(1, 6, dtype=torch.bool), 2)
+    assert near[:, 0, 0].tolist() == [False, True, True, True, False, False]
 
 
 def test_low_precision_alone_would_have_been_wrong() -> None:
