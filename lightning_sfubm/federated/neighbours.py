@@ -16,7 +16,7 @@ from lightning_sfubm.precision import has_fast_bf16
 
 _GROUPS = 1024  # about as many in all, so that the maxima take 2 KiB a vector
 _MEMBERS = 16  # of a group, at least: each group costs a handful of calls
-_ROWS = 2048  # vectors at a time
+_ROWS = 8192  # vectors at a time: fewer, and two threads that share their cores with others mostly wait for each other
 
 
 def foreign_neighbours(vectors: Tensor, sizes: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
