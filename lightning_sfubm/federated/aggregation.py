@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.federated.neighbours import nearest
+from lightning_sfubm.federated.neighbours import foreign_neighbours
 from lightning_sfubm.seeds import torch_generator
 
 _BLOCK = 2048  # rows at a time
@@ -64,21 +64,24 @@ class KNNMix:
     def aggregate(self, uploads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`SemanticAggregator`. A client whose foreign pool has fewer than k vectors gets no answer."""
         names = sorted(uploads)
+        if len(names) < 2:
+            return {}
+        vectors = torch.cat([uploads[name] for name in names])
+        sizes = [len(uploads[name]) for name in names]
+        cosines, rows = foreign_neighbours(vectors, sizes, self.k)
         answers = {}
-        for name in names:
-            foreign = [uploads[other] for other in names if other != name]
-            if foreign and sum(len(f) for f in foreign) >= self.k:
-                answers[name] = self._mix(uploads[name], torch.cat(foreign))
+        for name, own, near in zip(names, cosines.split(sizes), rows.split(sizes), strict=True):
+            if len(vectors) - len(own) >= self.k:
+                answers[name] = self._mix(vectors, own, near)
         return answers
 
-    def _mix(self, own: Tensor, pool: Tensor) -> Tensor:
-        similarity, neighbours = nearest(own, pool, self.k)
-        weights = torch.softmax(similarity / self.tau, dim=1)
-        mixed = torch.empty_like(own)
-        for start in range(0, len(own), _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            mixed[rows] = torch.einsum("nk,nkd->nd", weights[rows], pool[neighbours[rows]])
-        return normalize(mixed, dim=1)
+    def _mix(self, vectors: Tensor, cosines: Tensor, rows: Tensor) -> Tensor:
+        weights = torch.softmax(cosines / self.tau, dim=1)
+        mixed = torch.empty(len(rows), vectors.shape[1])
+        for start in range(0, len(rows), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            mixed[block] = normalize(torch.einsum("nk,nkd->nd", weights[block], vectors[rows[block]]), dim=1)
+        return mixed
 
 
 class KMeans:

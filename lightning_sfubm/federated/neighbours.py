@@ -1,75 +1,108 @@
-"""Exact nearest neighbours by cosine in blocks: no matrix of all pairs, low precision where it can be proved harmless."""
+"""Exact nearest vectors of other domains: one product for each pair of domains, and no matrix of all pairs.
+
+The vectors of each domain are cut into groups. One product of two domains serves both directions: of each vector's
+similarities to the other domain only the maximum over each group is kept, in bfloat16. A group whose maximum lies below the
+k-th largest one by more than rounding can explain holds none of the k best; the few others, about a dozen of a thousand,
+are compared in float32.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from lightning_sfubm.precision import has_fast_bf16
 
-_ROWS = 2048
-_LARGE = 1 << 25  # a pool with which _ROWS rows have more similarities than this is searched by groups
-_BLOCK = 1 << 27  # similarities at a time: 256 MiB in bfloat16, 512 in float32
-_GROUP = 64
-_SHORTLIST = 32
-# Rounding unit vectors to bfloat16 (unit roundoff 2^-9) moves their product by up to 2^-8 (Cauchy-Schwarz), rounding a
-# product of at most 1 by another 2^-9; the rest is for sums in float32 and norms that are 1 to 1e-3.
-_ERROR = 2.0**-8 + 2.0**-9 + 2.0**-12
+_GROUPS = 1024  # about as many in all, so that the maxima take 2 KiB a vector
+_MEMBERS = 16  # of a group, at least: each group costs a handful of calls
+_ROWS = 8192  # vectors at a time: fewer, and two threads that share their cores with others mostly wait for each other
 
 
-def nearest(queries: Tensor, pool: Tensor, k: int, low_precision: bool | None = None) -> tuple[Tensor, Tensor]:
-    """The k vectors of a pool that are most similar to each query, best first.
+def foreign_neighbours(vectors: Tensor, sizes: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
+    """The k vectors of other domains that are most similar to each vector, best first.
 
-    A large pool is searched by the maxima of groups: the k best vectors lie in the k groups of the largest maxima. Where
-    bfloat16 is fast, it proposes a short list, float32 ranks it, and a bound on the rounding shows that nothing outside could
-    be among the k best; queries for which it does not show that are searched in float32.
+    The neighbours are those of a plain float32 search. Which of several equally similar vectors come first or make the
+    last of the k places is not specified; the same input has the same answer on the same machine and number of threads.
 
     Args:
-        queries: (n, D) float32 unit rows.
-        pool: (m, D) float32 unit rows, m >= k.
+        vectors: (N, D) float32 unit rows, domain after domain.
+        sizes: vectors of each domain, at least 1; their sum is N.
         k: neighbours.
-        low_precision: whether to propose in bfloat16; ``None`` = for large pools on hardware that multiplies it natively.
 
     Returns:
-        Cosines (n, k), falling, and rows of the pool (n, k).
+        Cosines (N, k), falling, and rows of ``vectors`` (N, k). Where the other domains together hold fewer than k
+        vectors, the last places have the cosine ``-inf`` and the row -1.
     """
-    large = len(pool) * _ROWS > _LARGE
-    if low_precision is None:
-        low_precision = large and has_fast_bf16(pool.device)
-    rows = min(_ROWS, max(_GROUP, _BLOCK // max(1, len(pool))))
-    coarse = pool.bfloat16() if low_precision else pool
-    values = torch.empty(len(queries), k)
-    indices = torch.empty(len(queries), k, dtype=torch.long)
-    for start in range(0, len(queries), rows):
-        block = queries[start : start + rows]
-        found = _proposed(block, pool, coarse, k) if low_precision else _best(block @ pool.T, k, large)
-        values[start : start + rows], indices[start : start + rows] = found
-    return values, indices
+    groups, real, bounds = _grouped(sizes, max(_MEMBERS, -(-len(vectors) // _GROUPS)))
+    near = _near(*_maxima(vectors, groups, bounds), real, k)
+    values = torch.full((len(vectors), k), -torch.inf)
+    rows = torch.full((len(vectors), k), -1)
+    for group in range(groups.shape[1]):
+        members = groups[real[:, group], group]
+        for queries in groups[near[group]].split(_ROWS):
+            found = (vectors[queries] @ vectors[members].T).topk(min(k, len(members)), dim=1)
+            best = torch.cat([values[queries], found.values], dim=1).topk(k, dim=1)
+            values[queries] = best.values
+            rows[queries] = torch.cat([rows[queries], members[found.indices]], dim=1).gather(1, best.indices)
+    return values, rows
 
 
-def _proposed(block: Tensor, pool: Tensor, coarse: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Propose in bfloat16, rank in float32; what the bound does not settle is done again in float32."""
-    rough, short = _best(block.bfloat16() @ coarse.T, min(max(_SHORTLIST, k), len(pool)), groups=True)
-    exact = torch.einsum("nd,nsd->ns", block, pool[short])
-    values, places = exact.topk(k, dim=1)
-    indices = short.gather(1, places)
-    if short.shape[1] < len(pool):
-        open_ = (values[:, -1] <= rough[:, -1].float() + _ERROR).nonzero().flatten()
-        if len(open_):
-            values[open_], indices[open_] = _best(block[open_] @ pool.T, k, groups=True)
-    return values, indices
+def _grouped(sizes: Sequence[int], members: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Cut every domain into groups.
+
+    Returns:
+        The rows of each group (members, G), the last group of a domain filled up with its last row, which changes no
+        maximum; which of them are no such repetition (members, G); the first group of each domain, and G.
+    """
+    places = [torch.arange(-(-size // members) * members).view(-1, members).T for size in sizes]
+    starts = accumulate(sizes[:-1], initial=0)
+    rows = [place.clamp_max(size - 1) + start for place, size, start in zip(places, sizes, starts, strict=True)]
+    real = [place < size for place, size in zip(places, sizes, strict=True)]
+    return torch.cat(rows, dim=1), torch.cat(real, dim=1), list(accumulate((p.shape[1] for p in places), initial=0))
 
 
-def _best(similarity: Tensor, k: int, groups: bool) -> tuple[Tensor, Tensor]:
-    """``similarity.topk(k, dim=1)``; with groups, columns j, j + g, j + 2 g ... are looked at through their maximum."""
-    number = similarity.shape[1] // _GROUP
-    if not groups or number < 2 * k:
-        return similarity.topk(k, dim=1)  # type: ignore[return-value]
-    maxima = similarity[:, :number].clone()
-    for start in range(number, number * _GROUP, number):  # three times as fast as amax over a strided dimension
-        torch.maximum(maxima, similarity[:, start : start + number], out=maxima)
-    chosen = maxima.topk(k, dim=1).indices
-    offsets = torch.arange(_GROUP, device=chosen.device) * number
-    columns = (chosen.unsqueeze(2) + offsets).flatten(1)
-    rest = torch.arange(number * _GROUP, similarity.shape[1], device=chosen.device).expand(len(similarity), -1)
-    columns = torch.cat([columns, rest], dim=1)
-    values, places = similarity.gather(1, columns).topk(k, dim=1)
-    return values, columns.gather(1, places)
+def _maxima(vectors: Tensor, groups: Tensor, bounds: Sequence[int]) -> tuple[Tensor, float]:
+    """The largest similarity of each vector in each group of other domains, and how far rounding may have moved two of them.
+
+    Returns:
+        Maxima (members, G, G) in bfloat16: vector, as its place in its group and its group, by group; ``-inf`` for the
+        groups of its own domain. The error covers the products; the rounding of the maxima themselves is not in it.
+    """
+    members, number = groups.shape
+    dim = vectors.shape[1]
+    error = (
+        dim * 2.0**-22
+    )  # four float32 sums of D products, D * 2^-24 each: two similarities, here and in a plain search
+    if has_fast_bf16(vectors.device):
+        # x'y' - xy = (x' - x)y' + x(y' - y): twice what rounding takes off a vector (1 % for norms that are 1 to 1e-3).
+        error += 4.04 * max(float((part - part.bfloat16()).norm(dim=1).max()) for part in vectors.split(_ROWS))
+        vectors = vectors.bfloat16()
+    grouped = vectors[groups]
+    maxima = torch.full((members, number, number), -torch.inf, dtype=torch.bfloat16)
+    step = max(1, _ROWS // members)
+    for begin, end in pairwise(bounds[:-1]):
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            block = grouped[:, first:last].reshape(-1, dim)
+            own = maxima[:, first:last, end:]
+            for member in range(members):
+                product = (block @ grouped[member, end:].T).view(members, last - first, -1).bfloat16()
+                torch.maximum(own, product, out=own)
+                maxima[member, end:, first:last] = product.amax(dim=0).T
+    return maxima, error
+
+
+def _near(maxima: Tensor, error: float, real: Tensor, k: int) -> Tensor:
+    """The vectors for which each group may hold one of the k best: (G, members, G) bool, group by vector.
+
+    At least k vectors reach the k-th largest maximum. A group with one of the k best comes up to it but for the error and
+    twice the rounding to bfloat16, 2^-8 of a value each.
+    """
+    number = maxima.shape[1]
+    near = torch.empty(number, *real.shape, dtype=torch.bool)
+    for member, found in enumerate(maxima):
+        # Each vector has a group of its own domain, at -inf: with fewer than k others everything but that is near.
+        kth = found.topk(min(k, number), dim=1).values[:, -1:].float()
+        near[:, member] = (found >= (kth - error - 2.0**-7 * kth.abs()).clamp_min(-2)).T & real[member]
+    return near

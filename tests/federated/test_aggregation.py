@@ -1,10 +1,15 @@
 """Server-side aggregation (T16, T27)."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.federated import neighbours
 from lightning_sfubm.federated.aggregation import (
     KMeans,
     KNNMix,
@@ -46,6 +51,44 @@ def test_knn_mix_uses_only_foreign_vectors() -> None:
     # One more item in the own domain, identical to the first, changes nothing for the others.
     grown = KNNMix(k=5).aggregate({"a": torch.cat([own, own[:1]]), "b": foreign})["a"]
     torch.testing.assert_close(grown[:40], before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4), k=st.integers(5, 9), bf16=st.booleans(), data=st.data()
+)
+def test_knn_mix_is_that_of_the_plain_search(sizes: list[int], k: int, bf16: bool, data: st.DataObject) -> None:
+    names = data.draw(st.permutations("abcd"[: len(sizes)]))
+    uploads = {name: vectors(size, seed) for seed, (name, size) in enumerate(zip(names, sizes, strict=True))}
+    with patch.multiple(neighbours, _MEMBERS=3, has_fast_bf16=lambda device: bf16):
+        views = KNNMix(k).aggregate(uploads)
+    for name, own in uploads.items():
+        foreign = torch.cat([uploads[other] for other in names if other != name])
+        assert (name in views) == (len(foreign) >= k)
+        if name in views:
+            similarity, rows = (own @ foreign.T).topk(k, dim=1)
+            weights = torch.softmax(similarity / 0.07, dim=1)
+            expected = normalize(torch.einsum("nk,nkd->nd", weights, foreign[rows]), dim=1)
+            torch.testing.assert_close(views[name], expected)
+
+
+def test_knn_mix_of_three_silos_never_uses_the_own_domain() -> None:
+    """Each silo's vectors lie along an axis of their own, so that any of its own would be its nearest."""
+    axes = torch.eye(3, 8).repeat_interleave(30, 0)
+    uploads = dict(zip("abc", normalize(axes + 0.1 * vectors(90, 4), dim=1).split(30), strict=True))
+    for axis, view in enumerate(KNNMix().aggregate(uploads).values()):
+        assert float(view[:, axis].abs().max()) < 0.5
+
+
+def test_knn_mix_with_one_silo_smaller_than_k() -> None:
+    uploads = {"a": vectors(30, 1), "b": vectors(3, 2), "c": vectors(4, 3)}
+    views = KNNMix(k=5).aggregate(uploads)
+    assert set(views) == {"a", "b", "c"}
+    assert set(KNNMix(k=8).aggregate(uploads)) == {"b", "c"}  # a's foreign pool has 7
+    similarity, rows = (uploads["a"] @ torch.cat([uploads["b"], uploads["c"]]).T).topk(5, dim=1)
+    weights = torch.softmax(similarity / 0.07, dim=1).unsqueeze(-1)
+    mixed = (weights * torch.cat([uploads["b"], uploads["c"]])[rows]).sum(dim=1)
+    torch.testing.assert_close(views["a"], normalize(mixed, dim=1))
 
 
 def test_knn_mix_with_a_foreign_pool_under_k_gives_no_answer() -> None:
