@@ -2,8 +2,9 @@
 
 The vectors of each domain are cut into groups. One product of two domains serves both directions: of each vector's
 similarities to the other domain only the maximum over each group is kept, in bfloat16. A group whose maximum lies below the
-k-th largest one by more than rounding can explain holds none of the k best; the few others, about a dozen of a thousand,
-are compared in float32.
+k-th largest one by more than rounding can explain holds none of the k best; the others, about ten of a thousand, are
+compared in float32. Only where most vectors are alike to within that rounding are most groups compared, at several times
+the cost of a plain search.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lightning_sfubm.precision import has_fast_bf16
 
-_GROUPS = 1024  # about as many in all, so that the maxima take 2 KiB a vector
+_GROUPS = 1024  # as many in all, and up to one more for each domain: the maxima take 2 KiB a vector
 _MEMBERS = 16  # of a group, at least: each group costs a handful of calls
 _ROWS = 8192  # vectors at a time: fewer, and two threads that share their cores with others mostly wait for each other
 
