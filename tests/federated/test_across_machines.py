@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
 from lightning_sfubm.federated.checkpoint import find_state
 from lightning_sfubm.federated.envelopes import Reply, Request, read_shapes, terms
@@ -289,3 +290,31 @@ def test_a_server_folder_of_another_schedule_is_refused(machines: Any, tmp_path:
     coordinator(transport, tmp_path, ["alpha", "beta"], rounds=1).run()
     with pytest.raises(CheckpointError, match="another schedule"):
         coordinator(transport, tmp_path, ["alpha", "beta"], rounds=1, local_epochs=2).run()
+
+
+def test_what_differential_privacy_has_spent_is_what_the_loop_has(
+    machines: Any, in_one_process: Any, tmp_path: Path
+) -> None:
+    """Epsilon grows over rounds although each finds the silo opened anew. Weights differ: no two runs share their noise."""
+    pytest.importorskip("opacus")
+    private = DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=8, secret_dir=str(tmp_path / "secrets"))
+    names, schedule = ["alpha", "beta"], {"exchange": "teacher", "rounds": 3}
+    together = in_one_process(names, [private], **schedule)
+    driver = coordinator(machines(names, [private], **schedule), tmp_path, names, **schedule)
+    driver.run()
+    assert driver.server.version == 3
+    assert not all(
+        torch.equal(v, driver.server.global_teacher[k]) for k, v in together.loop.server.global_teacher.items()
+    )
+
+    def spent(run: Path, name: str) -> list[Any]:
+        up = [
+            e for e in read_ledger(run / "ledger.jsonl") if (e["direction"], e["client"]) == ("up", name) and e["round"]
+        ]
+        stated = [e["mechanism"]["differential privacy"] for e in up]
+        return [(e["epsilon"], e["steps"], e["noise_multiplier"], e["sample_rate"]) for e in stated]
+
+    for name in names:
+        there = spent(tmp_path / f"silo/{name}", name)
+        assert there == spent(together.run_dir, name)
+        assert 0 < there[0][0] < there[1][0] < there[2][0]
