@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_sfubm.modules.losses.exponentials import block_steps, exponentials, log2_logits, logits_are_safe
+from lightning_sfubm.modules.losses.exponentials import (
+    block_steps,
+    exponentials,
+    leave_out,
+    log2_logits,
+    logits_are_safe,
+)
 from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows
 
 
@@ -51,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if not len(memory):  # one block for all: fresh ones cost page faults
                 memory = items.new_empty(len(items) * width)
             logits = log2_logits(h[rows], items, out=memory[: len(items) * width].view(len(items), width))
-            logits[targets[rows], columns[:width]] = -torch.inf
+            leave_out(logits, targets[rows], columns[:width])
             block, shift = exponentials(logits, safe)
             sums = torch.mm(with_ones.T, block).T.float()
             log_z[rows] = torch.logaddexp(shift + sums[:, -1].log(), observed[rows])

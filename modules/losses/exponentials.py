@@ -53,11 +53,21 @@ def log2_logits(states: Tensor, items: Tensor, out: Tensor) -> Tensor:
         out: (N + 1, c) block that is overwritten.
 
     Returns:
-        ``out``, with the padding row at -inf.
+        ``out``.
     """
-    torch.mm(items, (states * LOG2_E).to(items.dtype).T, out=out)
-    out[0] = -torch.inf
-    return out
+    return torch.mm(items, (states * LOG2_E).to(items.dtype).T, out=out)
+
+
+def leave_out(logits: Tensor, ids: Tensor, columns: Tensor) -> None:
+    """Take items, and always the padding, out of a block of logits: their exponential is 0.
+
+    Args:
+        logits: (N + 1, c).
+        ids: (k,) item ids.
+        columns: (k,) their positions.
+    """
+    logits[0] = -torch.inf
+    logits[ids, columns] = -torch.inf
 
 
 def exponentials(logits: Tensor, safe: bool) -> tuple[Tensor, Tensor]:
