@@ -11,9 +11,8 @@ _VALUES = 1 << _BITS
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """Zero each entry with the given probability and scale the others, so that the expectation is kept.
 
-    On the CPU four masks are read off one 64-bit random number of the default generator: five times as fast as
-    ``F.dropout``, which was half of an encoder's forward pass. The probability is then a multiple of 2^-16, and the scale is
-    that of the multiple.
+    On the CPU four entries are decided by one 64-bit number of the default generator: three times as fast as ``F.dropout``,
+    which was half of an encoder's forward pass. The probability is rounded to a multiple of 2^-16 there.
 
     Args:
         x: any shape.
@@ -29,24 +28,12 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     words = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-x.numel() * _BITS // 64),))
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)
     keep = (bits >= dropped - _VALUES // 2).to(x.dtype)
-    return x * keep.mul_(_VALUES / (_VALUES - dropped))
+    return x * keep.mul_(1.0 / (1.0 - probability))
 
 
-class Dropout(nn.Module):
-    """:func:`dropout` as a layer.
+class Dropout(nn.Dropout):
+    """:func:`dropout` as a layer, with the arguments of ``torch.nn.Dropout``."""
 
-    Args:
-        p: probability of zeroing an entry.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map a tensor of any shape to one of the same shape."""
-        return dropout(x, self.p, self.training)
-
-    def extra_repr(self) -> str:
-        """The probability."""
-        return f"p={self.p}"
+        return dropout(input, self.p, self.training)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from lightning_sfubm.modules.losses.exponentials import (
     LOG_2,
     block_steps,
+    column_sums,
     exponentials,
     leave_out,
     log2_logits,
@@ -160,7 +161,7 @@ class _Chunk:
         s_y, t_y = observed
         p, p_shift = exponentials(s, self._scaled_safe)
         q, q_shift = exponentials(t, self._teacher_safe)
-        p_sum, q_sum = (block.sum(0, dtype=torch.float32).clamp_min(_TINY) for block in (p, q))
+        p_sum, q_sum = (column_sums(block).clamp_min(_TINY) for block in (p, q))
         log_p, log_q = p_shift + p_sum.log(), q_shift + q_sum.log()
         p_pool, q_pool = torch.logaddexp(log_p, s_y / temperature), torch.logaddexp(log_q, t_y)
         log_p_y, log_q_y = s_y / temperature - p_pool, t_y - q_pool
@@ -168,7 +169,7 @@ class _Chunk:
         p_y, q_y, p_rest, q_rest = log_p_y.exp(), log_q_y.exp(), log_p_rest.exp(), log_q_rest.exp()
 
         # sum_j q_j (t_j - s_j) over the rest, with logits to base 2
-        apart = gap.mul_(q).sum(0, dtype=torch.float32) * (LOG_2 / q_sum)
+        apart = column_sums(gap.mul_(q)) * (LOG_2 / q_sum)
         non_target = apart - log_q + log_p
         of_target = q_y * (log_q_y - log_p_y)
         fact = of_target + q_rest * (log_q_rest.clamp_min(_LOG_REST) - log_p_rest.clamp_min(_LOG_REST))
@@ -180,7 +181,7 @@ class _Chunk:
             of_ce = weights.ce * torch.exp(log_p - whole)
         else:
             ce_block, ce_shift = self._all_but(h, target, columns)
-            whole = torch.logaddexp(ce_shift + ce_block.sum(0, dtype=torch.float32).log(), s_y)
+            whole = torch.logaddexp(ce_shift + column_sums(ce_block).log(), s_y)
             of_ce = torch.zeros_like(whole)
         ce = whole - s_y
 

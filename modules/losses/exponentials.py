@@ -86,3 +86,15 @@ def exponentials(logits: Tensor, safe: bool) -> tuple[Tensor, Tensor]:
         logits -= top
         shift = top.float() * LOG_2
     return torch.exp2(logits, out=logits), shift
+
+
+def column_sums(block: Tensor) -> Tensor:
+    """Sum a block over its items.
+
+    Args:
+        block: (N + 1, c).
+
+    Returns:
+        (c,) float32. In 16 shares, because the fast sum is rounded to the block's format in the end.
+    """
+    return torch.stack([share.sum(0) for share in block.chunk(16)]).sum(0, dtype=torch.float32)
