@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_sfubm.modules.losses.exponentials import (
+    BlockMemory,
     block_steps,
     exponentials,
     leave_out,
@@ -51,12 +52,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         log_z, grad_states = torch.empty_like(observed), torch.empty_like(h)
         grad_table = torch.zeros_like(vectors, dtype=torch.float32) if need_grad else None
         product = torch.empty_like(items)
-        memory, columns = items.new_empty(0), torch.arange(len(h), device=h.device)
+        block_of, columns = BlockMemory(items), torch.arange(len(h), device=h.device)
         for rows in block_steps(len(h), len(items), dtype, h.device):
             width = rows.stop - rows.start
-            if not len(memory):  # one block for all: fresh ones cost page faults
-                memory = items.new_empty(len(items) * width)
-            logits = log2_logits(h[rows], items, out=memory[: len(items) * width].view(len(items), width))
+            logits = log2_logits(h[rows], items, out=block_of(0, width))
             leave_out(logits, targets[rows], columns[:width])
             block, shift = exponentials(logits, safe)
             sums = torch.mm(with_ones.T, block).T.float()

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_sfubm.modules.losses.exponentials import (
     LOG_2,
+    BlockMemory,
     block_steps,
     column_sums,
     exponentials,
@@ -74,11 +75,11 @@ class _Distil(torch.autograd.Function):
         h, teacher_h, targets, exclude = pad_rows(
             states.detach().float(), teacher_states.detach().float() / temperature, targets, exclude
         )
-        chunk = _Chunk(table.detach(), teacher_table.detach(), weights, temperature, dtype)
-        chunk.judge(h, teacher_h)
+        vectors, teacher_vectors = table.detach(), teacher_table.detach()
+        chunk = _Chunk(h, vectors, teacher_h, teacher_vectors, weights, temperature, dtype)
         targets = targets.clamp_min(1)
-        chosen = F.embedding(targets, chunk.table)
-        observed = (h * chosen).sum(1), (teacher_h * F.embedding(targets, chunk.teacher_table)).sum(1)
+        chosen = F.embedding(targets, vectors)
+        observed = (h * chosen).sum(1), (teacher_h * F.embedding(targets, teacher_vectors)).sum(1)
         grad_states, grad_table = torch.empty_like(h), torch.zeros_like(table, dtype=torch.float32)
         at_target, product = torch.empty_like(observed[0]), torch.empty_like(chunk.items)
         values = torch.zeros(len(TERMS), dtype=torch.float32, device=h.device)
@@ -106,27 +107,34 @@ class _Distil(torch.autograd.Function):
 
 
 class _Chunk:
-    """The loss of a block of positions; memory and formats of a step."""
+    """Formats, memory and numerical safety of a step, shared by its blocks of positions.
+
+    Args:
+        h: (V, H) student states.
+        table: (N + 1, H).
+        teacher_h: (V, H) teacher states, divided by T.
+        teacher_table: (N + 1, H).
+        weights: of the terms.
+        temperature: T.
+        dtype: format of the products.
+    """
 
     def __init__(
-        self, table: Tensor, teacher_table: Tensor, weights: DistilWeights, temperature: float, dtype: torch.dtype
+        self,
+        h: Tensor,
+        table: Tensor,
+        teacher_h: Tensor,
+        teacher_table: Tensor,
+        weights: DistilWeights,
+        temperature: float,
+        dtype: torch.dtype,
     ) -> None:
-        self.table, self.teacher_table = table, teacher_table
         self.items, self.teacher_items = table.to(dtype), teacher_table.to(dtype)
         self.weights, self.temperature = weights, temperature
-        self._memory: list[Tensor] = []
-
-    def judge(self, h: Tensor, teacher_h: Tensor) -> None:
-        """Find out for all positions at once which logits need a shift; the teacher's states are divided by T already."""
-        self._safe = logits_are_safe(h, self.table)
-        self._scaled_safe = logits_are_safe(h, self.table, self.temperature)
-        self._teacher_safe = logits_are_safe(teacher_h, self.teacher_table)
-
-    def _block(self, number: int, width: int) -> Tensor:
-        """(N + 1, width), uninitialised; the same memory for every block of that number: fresh one costs page faults."""
-        while len(self._memory) <= number:
-            self._memory.append(self.items.new_empty(len(self.items) * width))
-        return self._memory[number][: len(self.items) * width].view(len(self.items), width)
+        self._safe = logits_are_safe(h, table)
+        self._scaled_safe = self._safe if temperature == 1.0 else logits_are_safe(h, table, temperature)
+        self._teacher_safe = logits_are_safe(teacher_h, teacher_table)
+        self._block = BlockMemory(self.items)
 
     def gradient(
         self, h: Tensor, teacher_h: Tensor, target: Tensor, exclude: Tensor, observed: tuple[Tensor, Tensor]

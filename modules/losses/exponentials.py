@@ -44,6 +44,30 @@ def block_steps(positions: int, items: int, dtype: torch.dtype, device: torch.de
     return (slice(start, min(start + step, positions)) for start in range(0, positions, step))
 
 
+class BlockMemory:
+    """Memory for the blocks of a step, used again for each: fresh memory costs page faults.
+
+    Args:
+        items: (N + 1, H) in the format of the blocks.
+    """
+
+    def __init__(self, items: Tensor) -> None:
+        self._items = items
+        self._memory: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, width: int) -> Tensor:
+        """A block (N + 1, width) whose content is undefined; that of the same number shares its memory.
+
+        Args:
+            number: which of the blocks needed at a time.
+            width: positions, at most those of the first block of this number.
+        """
+        size = len(self._items) * width
+        if number not in self._memory:
+            self._memory[number] = self._items.new_empty(size)
+        return self._memory[number][:size].view(len(self._items), width)
+
+
 def log2_logits(states: Tensor, items: Tensor, out: Tensor) -> Tensor:
     """Logits to base 2, for :func:`exponentials`; the factor goes into the states.
 
