@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.layers.dropout import Dropout
 
 
 class CausalFilter(nn.Module):
@@ -69,7 +70,7 @@ class FilterLayer(nn.Module):
     def __init__(self, hidden_dim: int, max_length: int, dropout: float) -> None:
         super().__init__()
         self.filter = CausalFilter(hidden_dim, max_length)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class FilterBlock(nn.Module):
         self.feedforward = nn.Sequential(
             nn.Linear(hidden_dim, feedforward_dim), nn.GELU(), nn.Linear(feedforward_dim, hidden_dim)
         )
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ class FilterMixer(nn.Module):
         self.positions = nn.Embedding(max_length, hidden_dim)
         nn.init.normal_(self.positions.weight, std=1.0 / math.sqrt(hidden_dim))
         self.input_norm = nn.LayerNorm(hidden_dim)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         inner = 4 * hidden_dim if feedforward_dim is None else feedforward_dim
         self.blocks = nn.ModuleList(FilterBlock(hidden_dim, max_length, inner, dropout) for _ in range(num_layers))
 

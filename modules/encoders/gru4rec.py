@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_sfubm.modules.layers.dropout import Dropout
+
 
 class GRU4Rec(nn.Module):
     """Gated recurrent sequence encoder.
@@ -39,12 +41,12 @@ class GRU4Rec(nn.Module):
         self.dropout = dropout
         self.hidden_dropout = hidden_dropout
         self.project = project
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         between = dropout if hidden_dropout is None else hidden_dropout
         self.gru = nn.GRU(
             hidden_dim, hidden_dim, num_layers, batch_first=True, dropout=between if num_layers > 1 else 0.0
         )
-        self.drop_out = nn.Dropout(hidden_dropout or 0.0)
+        self.drop_out = Dropout(hidden_dropout or 0.0)
         self.out = nn.Linear(hidden_dim, hidden_dim) if project else nn.Identity()
 
     def forward(self, item_embeddings: Tensor, mask: Tensor) -> Tensor:

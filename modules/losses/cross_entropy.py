@@ -7,9 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows, rows_per_chunk
-
-TINY = 1e-30
+from lightning_sfubm.modules.losses.exponentials import (
+    BlockMemory,
+    block_steps,
+    exponentials,
+    leave_out,
+    log2_logits,
+    logits_are_safe,
+)
+from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows
 
 
 def cosine_inputs(states: Tensor, table: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -26,63 +32,46 @@ def cosine_inputs(states: Tensor, table: Tensor, tau: float) -> tuple[Tensor, Te
     return F.normalize(states, dim=-1) / tau, F.normalize(table, dim=-1)
 
 
-def softmax_in_place(logits: Tensor, states: Tensor, items: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrite a block of logits with its softmax and keep what the loss needs of them.
-
-    The denominator is read off one column, ``log z = logit - log(probability)``: no further pass over the block.
-
-    Args:
-        logits: (c, N + 1) = ``states @ items.T``, holds the probabilities afterwards.
-        states: (c, H).
-        items: (N + 1, H).
-        column: (c,) a column with a finite logit in each row.
-
-    Returns:
-        The logit at ``column`` and log z, each (c,) float32. Rows whose probability there underflows are read at their
-        most probable column instead.
-    """
-    rows = torch.arange(len(logits), device=logits.device)
-    logit = logits[rows, column].float()
-    torch.softmax(logits, 1, out=logits)
-    probability = logits[rows, column].float()
-    log_z = logit - probability.log()
-    lost = (probability < TINY).nonzero().squeeze(1)
-    if len(lost):
-        top, where = logits[lost].max(1)
-        log_z[lost] = (states[lost].float() * items[where].float()).sum(1) - top.float().log()
-    return logit, log_z
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy with its gradients computed in the forward pass, one block of rows at a time."""
+    """Mean cross-entropy with its gradients computed in the forward pass, one block of positions at a time."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, table: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         need_grad = states.requires_grad or table.requires_grad
         count = len(states)
-        h, targets = pad_rows(states.detach().to(dtype), targets)
-        items = table.detach().to(dtype)
-        step = rows_per_chunk(len(table), dtype, states.device)
-        grad_states = states.new_empty(h.shape) if need_grad else None
-        grad_table = torch.zeros_like(table) if need_grad else None
-        loss = states.new_zeros((), dtype=torch.float32)
-        # One block for all chunks, used in place: fresh ones of this size cost more in page faults than the softmax.
-        block, product = h.new_empty(min(step, len(h)), len(items)), torch.empty_like(items)
-        for start in range(0, len(h), step):
-            chunk, target, real = h[start : start + step], targets[start : start + step], max(count - start, 0)
-            logits = torch.mm(chunk, items.T, out=block[: len(chunk)])
-            logits[:, 0] = -torch.inf
-            logit, log_z = softmax_in_place(logits, chunk, items, target.clamp_min(1))
-            loss += (log_z - logit)[:real].sum()
-            if grad_states is not None and grad_table is not None:
-                rows = torch.arange(len(chunk), device=h.device)
-                logits[rows, target] = torch.expm1(logit - log_z).to(dtype)
-                logits[real:] = 0.0  # rows of padding
-                grad_states[start : start + step] = logits @ items
-                grad_table += torch.mm(logits.T, chunk, out=product)
-        if grad_states is not None and grad_table is not None:
-            ctx.save_for_backward(grad_states[:count].div_(count), grad_table.div_(count))
-        return loss / count
+        h, targets = pad_rows(states.detach().float(), targets)
+        targets = targets.clamp_min(1)
+        vectors = table.detach()
+        safe = logits_are_safe(h, vectors)
+        items = vectors.to(dtype)
+        # With ones appended, the sums of exponentials come out of the product with the item vectors.
+        with_ones = torch.cat([items, items.new_ones(len(items), 1)], 1)
+        # The observed items are left out of the blocks and computed in float32.
+        chosen = F.embedding(targets, vectors)
+        observed = (h * chosen).sum(1)
+        log_z, grad_states = torch.empty_like(observed), torch.empty_like(h)
+        grad_table = torch.zeros_like(vectors, dtype=torch.float32) if need_grad else None
+        product = torch.empty_like(items)
+        block_of, columns = BlockMemory(items), torch.arange(len(h), device=h.device)
+        for rows in block_steps(len(h), len(items), dtype, h.device):
+            width = rows.stop - rows.start
+            logits = log2_logits(h[rows], items, out=block_of(0, width))
+            leave_out(logits, targets[rows], columns[:width])
+            block, shift = exponentials(logits, safe)
+            sums = torch.mm(with_ones.T, block).T.float()
+            log_z[rows] = torch.logaddexp(shift + sums[:, -1].log(), observed[rows])
+            share = torch.exp(shift - log_z[rows])[:, None]
+            grad_states[rows] = sums[:, :-1] * share
+            if grad_table is not None:
+                grad_table += torch.mm(block, (h[rows] * share).to(dtype), out=product)
+        if grad_table is not None:
+            miss = torch.expm1(observed - log_z)[:, None]  # probability - 1
+            grad_states += miss * chosen
+            grad_table.index_add_(0, targets, h * miss)  # rows of padding are zero
+            ctx.save_for_backward(
+                grad_states[:count].div_(count).to(states.dtype), grad_table.div_(count).to(table.dtype)
+            )
+        return (log_z - observed)[:count].mean()
 
     @staticmethod
     @once_differentiable

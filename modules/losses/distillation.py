@@ -5,17 +5,31 @@ student's logits has a closed form, so forward and backward share a chunk. Value
 functions in :mod:`lightning_sfubm.modules.losses.fkd` (tested).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_sfubm.modules.losses.cross_entropy import softmax_in_place
-from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows, rows_per_chunk
+from lightning_sfubm.modules.losses.exponentials import (
+    LOG_2,
+    BlockMemory,
+    block_steps,
+    column_sums,
+    exponentials,
+    leave_out,
+    log2_logits,
+    logits_are_safe,
+)
+from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows
 
 TERMS = ("ce", "fact", "non_target", "full_kl")
+
+_TINY = 1e-30  # below every sum of exponentials but that of an empty pool
+_LOG_REST = math.log(1e-7)  # least log(1 - probability), as in the definitions
 
 
 @dataclass(frozen=True)
@@ -59,33 +73,26 @@ class _Distil(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count = len(states)
         h, teacher_h, targets, exclude = pad_rows(
-            states.detach().to(dtype), teacher_states.detach().to(dtype), targets, exclude
+            states.detach().float(), teacher_states.detach().float() / temperature, targets, exclude
         )
-        items, teacher_items = table.detach().to(dtype), teacher_table.detach().to(dtype)
-        step = rows_per_chunk(len(table), dtype, states.device)
-        grad_states, grad_table = states.new_empty(h.shape), torch.zeros_like(table)
-        values = torch.zeros(len(TERMS), dtype=torch.float32, device=states.device)
-        # Blocks are allocated once and used in place: fresh ones cost more in page faults than the softmax.
-        blocks = [h.new_empty(min(step, len(h)), len(items)) for _ in range(2 if temperature == 1.0 else 3)]
-        product = torch.empty_like(items)
-        for start in range(0, len(h), step):
-            rows, real = slice(start, start + step), max(count - start, 0)
-            grad, terms = _chunk(
-                h[rows],
-                items,
-                teacher_h[rows],
-                teacher_items,
-                targets[rows].clamp_min(1),
-                exclude[rows],
-                weights,
-                temperature,
-                [block[: len(h[rows])] for block in blocks],
+        vectors, teacher_vectors = table.detach(), teacher_table.detach()
+        chunk = _Chunk(h, vectors, teacher_h, teacher_vectors, weights, temperature, dtype)
+        targets = targets.clamp_min(1)
+        chosen = F.embedding(targets, vectors)
+        observed = (h * chosen).sum(1), (teacher_h * F.embedding(targets, teacher_vectors)).sum(1)
+        grad_states, grad_table = torch.empty_like(h), torch.zeros_like(table, dtype=torch.float32)
+        at_target, product = torch.empty_like(observed[0]), torch.empty_like(chunk.items)
+        values = torch.zeros(len(TERMS), dtype=torch.float32, device=h.device)
+        for rows in block_steps(len(h), len(table), dtype, h.device):
+            grad, at_target[rows], terms = chunk.gradient(
+                h[rows], teacher_h[rows], targets[rows], exclude[rows], (observed[0][rows], observed[1][rows])
             )
-            grad[real:] = 0.0  # rows of padding
-            values += terms[:, :real].sum(1)
-            grad_states[rows] = grad @ items
-            grad_table += torch.mm(grad.T, h[rows], out=product)
-        ctx.save_for_backward(grad_states[:count].div_(count), grad_table.div_(count))
+            values += terms[:, : max(count - rows.start, 0)].sum(1)
+            grad_states[rows] = torch.mm(chunk.items.T, grad).T
+            grad_table += torch.mm(grad, h[rows].to(dtype), out=product)
+        grad_states += at_target[:, None] * chosen
+        grad_table.index_add_(0, targets, h * at_target[:, None])  # rows of padding are zero
+        ctx.save_for_backward(grad_states[:count].div_(count).to(states.dtype), grad_table.div_(count).to(table.dtype))
         values /= count
         loss = sum(getattr(weights, name) * value for name, value in zip(TERMS, values, strict=True))
         ctx.mark_non_differentiable(values)
@@ -99,70 +106,113 @@ class _Distil(torch.autograd.Function):
         return (grad_states * grad if needs[0] else None, grad_table * grad if needs[1] else None, *[None] * 7)
 
 
-def _chunk(
-    h: Tensor,
-    items: Tensor,
-    teacher_h: Tensor,
-    teacher_items: Tensor,
-    target: Tensor,
-    exclude: Tensor,
-    weights: DistilWeights,
-    temperature: float,
-    blocks: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Gradient with respect to the student's logits (c, N + 1) and the four terms (4, c)."""
-    s = torch.mm(h, items.T, out=blocks[0])
-    t = torch.mm(teacher_h, teacher_items.T, out=blocks[1])
-    outside = s.gather(1, exclude).float().masked_fill(exclude == 0, -torch.inf)
-    for logits in (s, t):
-        logits[:, 0] = -torch.inf
-        logits.scatter_(1, exclude, -torch.inf)
+class _Chunk:
+    """Formats, memory and numerical safety of a step, shared by its blocks of positions.
 
-    # Both branches at temperature T; the student at T = 1 as well, for the cross-entropy.
-    if temperature == 1.0:
-        s_y, pool = softmax_in_place(s, h, items, target)
-        p = p_t = s
-        log_p_y = s_y - pool
-        log_z_p = pool
-    else:
-        t /= temperature
-        p_t = torch.div(s, temperature, out=blocks[2])
-        s_y, pool = softmax_in_place(s, h, items, target)
-        scaled, log_z_p = softmax_in_place(p_t, h / temperature, items, target)
-        p, log_p_y = s, scaled - log_z_p
-    t_y, log_z_q = softmax_in_place(t, teacher_h / temperature, teacher_items, target)
-    q_t = t
-    log_p_y, log_q_y = log_p_y.clamp(max=-1e-6), (t_y - log_z_q).clamp(max=-1e-6)
-    p_y, q_y, p_rest, q_rest = log_p_y.exp(), log_q_y.exp(), -torch.expm1(log_p_y), -torch.expm1(log_q_y)
+    Args:
+        h: (V, H) student states.
+        table: (N + 1, H).
+        teacher_h: (V, H) teacher states, divided by T.
+        teacher_table: (N + 1, H).
+        weights: of the terms.
+        temperature: T.
+        dtype: format of the products.
+    """
 
-    # Cross-entropy counts the history as well: its share of the denominator is added from the few excluded logits.
-    whole = torch.logaddexp(pool, outside.logsumexp(1))
-    ce = whole - s_y
+    def __init__(
+        self,
+        h: Tensor,
+        table: Tensor,
+        teacher_h: Tensor,
+        teacher_table: Tensor,
+        weights: DistilWeights,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.items, self.teacher_items = table.to(dtype), teacher_table.to(dtype)
+        self.weights, self.temperature = weights, temperature
+        self._safe = logits_are_safe(h, table)
+        self._scaled_safe = self._safe if temperature == 1.0 else logits_are_safe(h, table, temperature)
+        self._teacher_safe = logits_are_safe(teacher_h, teacher_table)
+        self._block = BlockMemory(self.items)
 
-    # sum_j q_j s_j = h . (q @ items): a thin product instead of a pass over the whole chunk.
-    mean_t = (teacher_h.float() * (q_t @ teacher_items).float()).sum(1) / temperature
-    mean_s = (h.float() * (q_t @ items).float()).sum(1) / temperature
-    kl = mean_t - log_z_q - mean_s + log_z_p
-    fact = q_y * (log_q_y - log_p_y) + q_rest * (q_rest.log() - p_rest.log())
-    non_target = (kl - fact) / q_rest
-    square = temperature**2
-    terms = torch.stack([ce, square * fact, square * non_target, kl])
+    def gradient(
+        self, h: Tensor, teacher_h: Tensor, target: Tensor, exclude: Tensor, observed: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient of the summed loss with respect to the student's logits.
 
-    # Gradient: one coefficient per row for p and for q, then the observed and the excluded columns set exactly.
-    of_p = weights.full_kl / temperature + temperature * (weights.non_target + weights.fact * (q_y - p_y)) / p_rest
-    of_q = weights.full_kl / temperature + temperature * weights.non_target / q_rest
-    of_ce = weights.ce * torch.exp(pool - whole)
-    at_y = (weights.full_kl / temperature + temperature * weights.fact) * (p_y - q_y) - weights.ce * -torch.expm1(-ce)
-    dtype = p.dtype
-    if temperature == 1.0:
-        grad = p.mul_((of_p + of_ce).to(dtype)[:, None])
-    else:
-        grad = p.mul_(of_ce.to(dtype)[:, None]).addcmul_(p_t, of_p.to(dtype)[:, None])
-    if weights.full_kl or weights.non_target:
-        grad.addcmul_(q_t, of_q.to(dtype)[:, None], value=-1)
-    grad.scatter_(1, exclude, (weights.ce * torch.exp(outside - whole[:, None])).to(dtype))
-    grad[torch.arange(len(h), device=h.device), target] = at_y.to(dtype)
-    return grad, terms
+        Args:
+            h: (c, H).
+            teacher_h: (c, H), divided by T.
+            target: (c,).
+            exclude: (c, S) without repeats and target, padded with 0.
+            observed: logits of the target, (c,) each: the student's, and the teacher's over T.
+
+        Returns:
+            The gradient (N + 1, c) at all items but the target, that at the target (c,), and the four terms (4, c).
+        """
+        weights, temperature, width = self.weights, self.temperature, len(h)
+        columns = torch.arange(width, device=h.device)
+        row, place = exclude.nonzero(as_tuple=True)
+        history = exclude[row, place], row
+        s = log2_logits(h / temperature, self.items, self._block(0, width))
+        t = log2_logits(teacher_h, self.teacher_items, self._block(1, width))
+        outside = torch.full(exclude.shape, -torch.inf, device=h.device)
+        if temperature == 1.0:
+            outside[row, place] = s[history].float() * LOG_2
+        gap = torch.sub(t, s, out=self._block(2, width))
+        for logits in (s, t):
+            leave_out(logits, target, columns)
+            leave_out(logits, *history)
+
+        # Both branches over the pool without the target: "rest". Sums of exponentials and their logs.
+        s_y, t_y = observed
+        p, p_shift = exponentials(s, self._scaled_safe)
+        q, q_shift = exponentials(t, self._teacher_safe)
+        p_sum, q_sum = (column_sums(block).clamp_min(_TINY) for block in (p, q))
+        log_p, log_q = p_shift + p_sum.log(), q_shift + q_sum.log()
+        p_pool, q_pool = torch.logaddexp(log_p, s_y / temperature), torch.logaddexp(log_q, t_y)
+        log_p_y, log_q_y = s_y / temperature - p_pool, t_y - q_pool
+        log_p_rest, log_q_rest = log_p - p_pool, log_q - q_pool
+        p_y, q_y, p_rest, q_rest = log_p_y.exp(), log_q_y.exp(), log_p_rest.exp(), log_q_rest.exp()
+
+        # sum_j q_j (t_j - s_j) over the rest, with logits to base 2
+        apart = column_sums(gap.mul_(q)) * (LOG_2 / q_sum)
+        non_target = apart - log_q + log_p
+        of_target = q_y * (log_q_y - log_p_y)
+        fact = of_target + q_rest * (log_q_rest.clamp_min(_LOG_REST) - log_p_rest.clamp_min(_LOG_REST))
+        kl = of_target + q_rest * (log_q_rest - log_p_rest + non_target)
+
+        # Cross-entropy is over the whole catalogue at T = 1, history included.
+        if temperature == 1.0:
+            whole = torch.logaddexp(p_pool, outside.logsumexp(1))
+            of_ce = weights.ce * torch.exp(log_p - whole)
+        else:
+            ce_block, ce_shift = self._all_but(h, target, columns)
+            whole = torch.logaddexp(ce_shift + column_sums(ce_block).log(), s_y)
+            of_ce = torch.zeros_like(whole)
+        ce = whole - s_y
+
+        # One coefficient a position for the rest's p and for its q, then what is not in the pool.
+        of_p = weights.full_kl * p_rest / temperature + temperature * (weights.non_target + weights.fact * (q_y - p_y))
+        of_q = weights.full_kl * q_rest / temperature + temperature * weights.non_target
+        grad = p.mul_(((of_p + of_ce) / p_sum).to(p.dtype))
+        if weights.full_kl or weights.non_target:
+            grad.addcmul_(q, (of_q / q_sum).to(p.dtype), value=-1)
+        if temperature == 1.0:
+            grad[history] = (weights.ce * torch.exp(outside - whole[:, None]))[row, place].to(p.dtype)
+        else:
+            grad.addcmul_(ce_block, (weights.ce * torch.exp(ce_shift - whole)).to(p.dtype))
+        of_y = weights.full_kl / temperature + temperature * weights.fact
+        at_target = of_y * (p_y - q_y) + weights.ce * torch.expm1(-ce)
+        square = temperature**2
+        return grad, at_target, torch.stack([ce, square * fact, square * non_target, kl])
+
+    def _all_but(self, h: Tensor, target: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Exponentials at T = 1 of all items but the target."""
+        logits = log2_logits(h, self.items, self._block(3, len(h)))
+        leave_out(logits, target, columns)
+        return exponentials(logits, self._safe)
 
 
 def distil(

@@ -40,8 +40,8 @@ def matmul_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def rows_per_chunk(columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a (rows, columns) block that fits the cache of a core (4 MiB), or 256 MiB on an accelerator."""
-    budget = 4 << 20 if device.type == "cpu" else 256 << 20
+    """Rows of a (rows, columns) block that stays in the cache (8 MiB), or 256 MiB on an accelerator."""
+    budget = 8 << 20 if device.type == "cpu" else 256 << 20
     return max(ROW_MULTIPLE, budget // (columns * dtype.itemsize) // ROW_MULTIPLE * ROW_MULTIPLE)
 
 

@@ -119,6 +119,22 @@ def test_defaults_are_the_documented_ones() -> None:
     assert module.lr == 3e-3
 
 
+@pytest.mark.parametrize("limit", [1.0, 3])
+def test_training_terms_are_the_means_over_an_epochs_rows(
+    synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    """They are given to the trainer once, with the last batch; a short last batch counts by its rows, no epoch twice."""
+    module, seen = SequentialRecommender(SASRec(8, num_heads=1)), []
+    log = module.log_losses
+    monkeypatch.setattr(module, "log_losses", lambda batch, loss: (seen.append((loss, batch)), log(batch, loss=loss)))
+    trainer = make_trainer(max_epochs=2, limit_train_batches=limit, limit_val_batches=0)
+    trainer.fit(module, synthetic)
+    last = seen[len(seen) // 2 :]
+    rows = torch.tensor([float(len(batch["user"])) for _, batch in last])
+    expected = (torch.stack([loss.detach() for loss, _ in last]) * rows).sum() / rows.sum()
+    torch.testing.assert_close(trainer.callback_metrics["train/loss"], expected)
+
+
 @pytest.mark.parametrize("encoder", [SASRec(16, dropout=0.1), GRU4Rec(16, dropout=0.1)], ids=["sasrec", "gru4rec"])
 def test_learns_and_reloads(
     synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer], tmp_path, encoder: nn.Module
