@@ -1,6 +1,6 @@
 """What a federation of many clients costs, and the server's work at full size.
 
-    python benchmarks/federated.py [--only clients participants secure knn_mix kmeans epsilon] [--out FILE]
+    python benchmarks/federated.py [--only clients participants workers secure knn_mix kmeans epsilon] [--out FILE]
 
 Each part runs in a process of its own, so that its peak memory is its own, and adds to benchmarks/results/federated.json.
 Wall time depends on what else the machine does; CPU seconds are beside it. Limits: 200 clients, 10 rounds of 20, under 300 s
@@ -95,6 +95,54 @@ def run_clients(clients: int, rounds: int, taking_part: int, phases: bool = True
 def part_clients() -> dict[str, Any]:
     """200 clients, 10 rounds, 20 of them in each."""
     return {**run_clients(CLIENTS, ROUNDS, TAKING_PART), "limit": {"wall_s": 300, "peak_gb": 3}}
+
+
+def run_pair(workers: int) -> dict[str, float]:
+    """Rounds and local phases of two equal silos, one after the other or side by side, one thread each; data not counted."""
+    import torch
+
+    from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+    from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+    from lightning_sfubm.datamodules.federated_datamodule import FederatedDataModule
+    from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
+    from lightning_sfubm.federated.loop import Federation
+    from lightning_sfubm.federated.trainer import FederatedTrainer
+    from lightning_sfubm.modules.encoders.sasrec import SASRec
+    from lightning_sfubm.modules.fkd import FKDDistiller
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SFUBM_CACHE"] = f"{folder}/cache"
+        domains = {
+            name: DomainDataModule(
+                name,
+                SyntheticReader(number, num_users=6000, num_items=6000, mean_length=12),
+                text_encoder=HashingTextEncoder(dim=384),
+                batch_size=128,
+            )
+            for number, name in enumerate(("one", "two"))
+        }
+        settings: dict[str, Any] = {"local_max_epochs": 8, "local_min_epochs": 8, "patience": 8}
+        trainer = FederatedTrainer(
+            federation=Federation(rounds=3, exchange="both", workers=workers, **settings),
+            default_root_dir=Path(folder) / "run",
+            accelerator="cpu",
+            enable_progress_bar=False,
+            callbacks=[PrivacyNoise(0.05)],
+        )
+        trainer.prepare(FKDDistiller(SASRec(hidden_dim=64, num_layers=2, num_heads=2)), FederatedDataModule(domains))
+        assert trainer.loop is not None
+        start = time.perf_counter()
+        trainer.loop.run()
+        return {"wall_s": round(time.perf_counter() - start, 1)}
+
+
+def part_workers() -> dict[str, Any]:
+    """Two clients one after the other and in two worker processes, in turn, twice; the start of the workers is counted."""
+    runs = [{"workers": workers, **run_pair(workers)} for workers in (0, 2, 0, 2)]
+    alone, beside = (sum(run["wall_s"] for run in runs if run["workers"] == n) for n in (0, 2))
+    return {"runs": runs, "speed_up": round(alone / beside, 2), "limit": {"speed_up": 1.6}}
 
 
 def part_participants() -> dict[str, Any]:
@@ -201,6 +249,7 @@ def part_epsilon() -> dict[str, Any]:
 PARTS = {
     "clients": part_clients,
     "participants": part_participants,
+    "workers": part_workers,
     "secure": part_secure,
     "knn_mix": part_knn_mix,
     "kmeans": part_kmeans,
@@ -228,6 +277,10 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"{name:13} {row['wall_s']:8} {row['cpu_s']:8} {row['peak_gb']:8}  {row['limit']}")
     for row in results.get("participants", {}).get("rows", []):
         lines.append(f"  {row['taking_part']:3} taking part: {row['cpu_s_a_round']} CPU s a round")
+    if "workers" in results:
+        lines.append(
+            f"  two clients in two worker processes: {results['workers']['speed_up']} times as fast (limit 1.6)"
+        )
     for key in ("opacus_rdp", "opacus_prv"):
         if key in results.get("epsilon", {}):
             lines.append(f"  epsilon, {key}: largest relative difference {results['epsilon'][key]:.1e}")
