@@ -117,13 +117,13 @@ def run_pair(workers: int) -> dict[str, float]:
         domains = {
             name: DomainDataModule(
                 name,
-                SyntheticReader(number, num_users=6000, num_items=6000, mean_length=12),
+                SyntheticReader(number, num_users=2500, num_items=5000, mean_length=12),
                 text_encoder=HashingTextEncoder(dim=384),
                 batch_size=128,
             )
             for number, name in enumerate(("one", "two"))
         }
-        settings: dict[str, Any] = {"local_max_epochs": 8, "local_min_epochs": 8, "patience": 8}
+        settings: dict[str, Any] = {"local_max_epochs": 5, "local_min_epochs": 5, "patience": 5}
         trainer = FederatedTrainer(
             federation=Federation(rounds=3, exchange="both", workers=workers, **settings),
             default_root_dir=Path(folder) / "run",
