@@ -51,7 +51,12 @@ def _tokenizer() -> Any:
 
 
 def write_tiny_llm(
-    folder: str | Path, architecture: str = "llama", layers: int = 2, seed: int = 0, **settings: Any
+    folder: str | Path,
+    architecture: str = "llama",
+    layers: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
 ) -> Path:
     """Write a random causal LM of width 32 and its tokenizer.
 
@@ -60,6 +65,7 @@ def write_tiny_llm(
         architecture: ``llama``, ``mistral``, ``qwen2``, ``gemma3``, ``gpt2``, ``opt`` or ``bloom``.
         layers: decoder layers.
         seed: of the weights.
+        dtype: of the weights.
         settings: entries of the transformers config to override.
 
     Returns:
@@ -116,7 +122,7 @@ def write_tiny_llm(
     model_type, own = kinds[architecture]
     config = AutoConfig.for_model(model_type, **{**common, **own, **settings})
     with seeded(seed, "tiny llm", architecture):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:  # the usual .02 would make every state nearly equal at this width
                 torch.nn.init.normal_(parameter, std=0.2 if "norm" not in name else 0.02)
