@@ -25,11 +25,11 @@ from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.evaluation.terminal import print_results
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
-from lightning_sfubm.federated.trainer import FederatedTrainer, first_prepares
+from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.methods import METHODS, DomainRun
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.privacy.report import privacy_figures
-from lightning_sfubm.ranks import is_first, wait_for_all
+from lightning_sfubm.ranks import first_prepares, is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
 #: paired differences stated in the report, where both rows are there

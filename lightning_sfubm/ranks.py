@@ -1,6 +1,7 @@
 """The processes of a distributed run: how many there are, which one writes files, and where they wait for each other."""
 
 import torch.distributed as dist
+from lightning import LightningDataModule
 
 
 def _distributed() -> bool:
@@ -26,3 +27,12 @@ def wait_for_all() -> None:
     """Return once every process has come here; at once outside a distributed run."""
     if _distributed():
         dist.barrier()
+
+
+def first_prepares(datamodule: LightningDataModule) -> None:
+    """Prepare data in the first process, and in the others once it is there: they find what it has stored."""
+    if is_first():
+        datamodule.prepare_data()
+    wait_for_all()
+    if not is_first():
+        datamodule.prepare_data()

@@ -25,7 +25,7 @@ from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
 from lightning_sfubm.federated.workers import WorkerPool
-from lightning_sfubm.ranks import is_first, wait_for_all
+from lightning_sfubm.ranks import first_prepares, is_first, wait_for_all
 from lightning_sfubm.safe_load import SafeCheckpointIO
 
 T = TypeVar("T")
@@ -338,15 +338,6 @@ class FederatedTrainer(L.Trainer):
             csv = CSVLogger(self.run_dir / "csv", name=client)
             self.client_loggers[client] = [csv, *(PrefixedLogger(x, client) for x in self.shared_loggers)]
         return self.client_loggers[client]
-
-
-def first_prepares(datamodule: L.LightningDataModule) -> None:
-    """Prepare data in the first process, and in the others once it is there: they find what it has stored."""
-    if is_first():
-        datamodule.prepare_data()
-    wait_for_all()
-    if not is_first():
-        datamodule.prepare_data()
 
 
 def _is_local(callback: Callback) -> bool:
