@@ -68,7 +68,7 @@ def mechanisms(ledger: list[Json]) -> list[Json]:
         if secure:
             hidden = common | {"standing": "hidden", "mechanism": "secure aggregation", "parameters": {"": secure}}
             rows[line["client"], f"{kind} secure"] = hidden
-        if "sigma" in stated:
+        if "sigma" in stated and not (privacy or (secure and not stated["sigma"])):  # the strongest standing is told
             rows[line["client"], f"{kind} noise"] = common | {
                 "standing": "heuristic" if stated["sigma"] else "none",
                 "mechanism": stated.get("mechanism", ""),

@@ -1,16 +1,19 @@
 """What travels in a federated run: protected, packed, recorded, received, aggregated."""
 
 import logging
+import secrets
 
 from torch import Tensor
 
 from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.hooks import ClientDropped
 from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unpack
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.server import SERVER
-from lightning_sfubm.federated.state import RunState
+from lightning_sfubm.federated.state import NONCE, RunState
 from lightning_sfubm.federated.weights import TooFewClientsError
+from lightning_sfubm.ranks import is_first, wait_for_all
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +67,25 @@ class Exchange(RunState):
         def deliver(client: str, message: Message) -> None:
             self.ledger.record(client, "down", message, {})
 
-        try:
-            views = aggregator.views(round, vectors, self.seed, exchanges, record, deliver)
-        except PrivacyError as error:
-            log.warning("exchange of semantics: %s Every client keeps its own vectors.", error)
+        if len(vectors) < 2:
+            log.warning(
+                "exchange of semantics: %d client is there, a sum needs two at least. Every client keeps its own vectors.",
+                len(vectors),
+            )
             views = {}
+        else:
+            views = aggregator.views(round, vectors, self.seed, exchanges, record, deliver, self._run_nonce())
         for name, view in views.items():
             self.clients[name].receive_semantics(view)
         self.counters.exchanged = round
+
+    def _run_nonce(self) -> str:
+        """A number of this run alone, kept in its folder before the first message, so that a run that goes on has the same."""
+        path = self.run_dir / NONCE
+        if is_first() and not path.exists():
+            write_atomically(path, secrets.token_hex(16).encode())
+        wait_for_all()
+        return path.read_text()
 
     def _check_protected(self) -> None:
         if not any("semantics" in c.protects for c in self.callbacks):

@@ -153,9 +153,12 @@ class Federation:
         return [name for name in self.active(names, round) if round > 1 and self.joins.get(name, 1) == round]
 
     def exchanges(self, names: Iterable[str]) -> int:
-        """How often item semantics are exchanged in a whole run: at the start, and when clients join later."""
-        names = list(names)
-        return 1 + sum(bool(self.joined(names, number)) for number in range(2, self.rounds + 1))
+        """How often item semantics are exchanged in a whole run: at the start, and when clients join later.
+
+        A run may be extended past its rounds, so later joins count too.
+        """
+        known = set(names)
+        return 1 + len({number for name, number in self.joins.items() if name in known and number > 1})
 
     def schedule(self, seed: int) -> Mapping[str, object]:
         """What a resumed run must share with the one it goes on with; the number of rounds may grow."""

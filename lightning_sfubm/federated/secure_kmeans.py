@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.errors import ConfigError, MessageError
 from lightning_sfubm.federated.messages import Message, MessageSchema, TensorSchema, pack, unpack
 from lightning_sfubm.federated.secure import Record, SecureAggregation
+from lightning_sfubm.federated.server import SERVER
 from lightning_sfubm.privacy.attacks import nearest_matches
 from lightning_sfubm.privacy.gaussian import gaussian_sigma
 from lightning_sfubm.privacy.secret import client_secret
@@ -37,16 +38,16 @@ class _Noise:
     """Noise of all clients together with standard deviation ``scale`` per unit of sensitivity, each adding its share."""
 
     scale: float
-    survivors: int
+    shares: int
     secrets: Mapping[str, bytes]
-    round: int
+    names: tuple[object, ...]
 
     def __call__(self, client: str, step: int, tensors: dict[str, Tensor], sensitivity: float) -> dict[str, Tensor]:
         if not self.scale:
             return tensors
         seed = int.from_bytes(self.secrets[client][:32], "big")
-        generator = torch_generator(seed, "secure k-means noise", self.round, step)
-        std = self.scale * sensitivity / math.sqrt(self.survivors)
+        generator = torch_generator(seed, "secure k-means noise", *self.names, step)
+        std = self.scale * sensitivity / math.sqrt(self.shares)
         return {
             name: value + std * torch.randn(value.shape, generator=generator, dtype=value.dtype)
             for name, value in sorted(tensors.items())
@@ -58,9 +59,11 @@ class SecureKMeans:
 
     Clients assign their own vectors to the centroids they are sent; the server sees per-cluster sums and counts over all
     clients through secure aggregation (:mod:`lightning_sfubm.privacy.secure_aggregation`, extra ``secagg``). With
-    two clients each can subtract its own sums from the total, so that ``min_members`` is what protects the other's items.
-    Noise is optional; with ``epsilon`` the sums of all steps together are (epsilon, delta)-private for one item of one client,
-    at every place but the client's own.
+    two clients each can subtract its own sums from the total. Without noise the sums are exact: where one item changes its
+    cluster between two steps, the difference of the sums is that item's vector, whatever ``min_members`` is, and all clients
+    are sent the centroids of every step. Only ``epsilon`` bounds that: with it the sums of all steps together are (epsilon,
+    delta)-private for one item of one client, against the server and against any other single client, who knows its own share
+    of the noise.
 
     Args:
         num_clusters: k; clusters in which not every client has ``min_members`` vectors are left out of the answer.
@@ -140,6 +143,7 @@ class SecureKMeans:
         exchanges: int,
         record: Record,
         deliver: Deliver,
+        nonce: str = "",
     ) -> dict[str, Tensor]:
         """Run the protocol over all clients in this process, every message as bytes.
 
@@ -150,6 +154,7 @@ class SecureKMeans:
             exchanges: how often the run will call this in all: the guarantee covers them together.
             record: called with every message of the secure sums.
             deliver: called with every message with centroids, before a client uses it.
+            nonce: of the run, so that two runs with the same secrets share no noise: their difference would have none.
 
         Returns:
             (N_k, D) unit rows by client: the centroid nearest to each item among those on which every client has enough
@@ -157,11 +162,20 @@ class SecureKMeans:
 
         Raises:
             PrivacyError: fewer than two clients.
-            MessageError: a client has more vectors than ``max_items``.
+            MessageError: a client has more vectors than ``max_items``, or a message is not the server's of this round.
         """
         names = sorted(vectors)
         rows = {name: normalize(vectors[name].float(), dim=1) for name in names}
-        noise = _Noise(self._scale(exchanges), self.secure.survivors(len(names)), self._secrets(names, seed), round)
+        for name in names:
+            if len(rows[name]) > self.max_items:
+                raise MessageError(
+                    f"client '{name}' has {len(rows[name])} items, SecureKMeans.max_items = {self.max_items} admits no more"
+                )
+        # All that changes what is released is in the names: the same noise on two different sums would give one away.
+        settings = (self.epsilon, self.delta, self.num_clusters, self.min_members, self.iterations, exchanges)
+        # Whoever receives the total may be one of the clients, and knows its own share.
+        shares = max(1, min(self.secure.survivors(len(names)), len(names) - 1))
+        noise = _Noise(self._scale(exchanges), shares, self._secrets(names, seed), (nonce, *settings, round))
         total = partial(self.secure.sum, round, clip=4.0 * self.max_items, record=record, prefix="semantics ")
         moments = total({n: noise(n, 0, local_moments(rows[n]), MOMENTS_SENSITIVITY) for n in names})
         mean, spread = mean_and_spread(moments)
@@ -185,9 +199,12 @@ class SecureKMeans:
         """Centroids down; what each client reads of its message."""
         schema, held = self.schema(centroids.shape[1]), {}
         for name in names:
-            message = pack(schema, "server", round, {"centroids": centroids})
+            message = pack(schema, SERVER, round, {"centroids": centroids})
             deliver(name, message)
-            held[name] = unpack(schema, message.payload).tensors["centroids"]
+            received = unpack(schema, message.payload)
+            if (received.client, received.round) != (SERVER, round):
+                raise MessageError(f"round {round}: centroids arrived that are not the server's of this round")
+            held[name] = received.tensors["centroids"]
         return held
 
     def _releases(self, exchanges: int) -> int:

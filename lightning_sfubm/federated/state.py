@@ -26,6 +26,7 @@ from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
 log = logging.getLogger(__name__)
+NONCE = "noise_nonce"  #: file of a run's folder; see :meth:`Exchange._run_nonce`
 
 
 @dataclass
@@ -173,6 +174,7 @@ class RunState:
         if self.goes_on and not earlier.exists():
             self.ledger.resume(0)
         else:
+            (self.run_dir / NONCE).unlink(missing_ok=True)
             self.ledger.start()
         shutil.rmtree(earlier, ignore_errors=True)
 

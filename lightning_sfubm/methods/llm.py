@@ -12,6 +12,7 @@ from lightning_sfubm.datamodules.item_datamodule import ItemDataModule
 from lightning_sfubm.methods.base import DomainRun, Method
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.modules.prompt_projector import PromptProjector
+from lightning_sfubm.ranks import is_first
 from lightning_sfubm.seeds import derive_seed
 
 
@@ -46,8 +47,14 @@ def tune(run: DomainRun, head: LLMHead, key: str, list_form: bool = False) -> LL
     )
     trainer.fit(head, datamodule=run.list_data if list_form else run.ranking_data)
     if head.residual_weights is not None and run.experiment.calibration_users:
-        factor = head.calibrate(run.ranking_data.val_dataloader())
-        Console(highlight=False).print(f"  what the LLM adds, weighed on validation users: times {factor:.2f}")
+        # Not the datamodule's loader, which deals the users out to the processes of a distributed run.
+        users = run.data.rank_dataloader(
+            "val", run.experiment.llm_eval_batch_size, max_users=run.experiment.calibration_users, seed=run.data.seed
+        )
+        factor = head.calibrate(users)
+        Console(highlight=False, quiet=not is_first()).print(
+            f"  what the LLM adds, weighed on validation users: times {factor:.2f}"
+        )
     trainer.save_checkpoint(run.run_dir / "models" / run.name / f"{key}.ckpt", weights_only=True)
     return head
 

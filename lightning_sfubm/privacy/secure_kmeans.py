@@ -4,7 +4,8 @@
     clients: assign, per-cluster sums and counts       ->  server: the next centroids; repeated
 
 What a client computes is a tensor of fixed size, whatever the number of its vectors, made for a secure sum. A step equals
-Lloyd's step on the union of all vectors, to fixed-point precision.
+Lloyd's step on the union of all vectors, to fixed-point precision, where no noise is added, every client has ``min_members``
+vectors in each of its clusters, and no cluster is empty.
 """
 
 from collections.abc import Mapping
@@ -73,7 +74,11 @@ class ClusterSums:
 def local_moments(vectors: Tensor) -> dict[str, Tensor]:
     """The client's part before the first step: float64 ``sum`` (D,), ``squares`` (D,) and ``count`` (1,) of its rows (N, D)."""
     rows = vectors.double()
-    return {"sum": rows.sum(0), "squares": rows.square().sum(0), "count": torch.tensor([float(len(rows))])}
+    return {
+        "sum": rows.sum(0),
+        "squares": rows.square().sum(0),
+        "count": torch.tensor([float(len(rows))], dtype=torch.float64),
+    }
 
 
 def mean_and_spread(moments: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

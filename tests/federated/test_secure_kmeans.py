@@ -94,6 +94,23 @@ def test_the_noise_in_the_sum_has_at_least_the_stated_size(monkeypatch: pytest.M
     assert abs(float(torch.corrcoef(torch.stack([sent[n]["sums"].flatten() for n in "ab"]))[0, 1])) < 0.08
 
 
+def test_of_two_clients_the_other_one_alone_adds_what_the_guarantee_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each knows its own share and can subtract it."""
+    sent: dict[str, dict[str, Tensor]] = {}
+    aggregator = SecureKMeans(num_clusters=400, min_members=1, iterations=1, epsilon=1.0)
+    real = aggregator.secure.sum
+
+    def spy(round: int, vectors: dict[str, dict[str, Tensor]], **settings: Any) -> dict[str, Tensor]:
+        sent.update(vectors)
+        return real(round, vectors, **settings)
+
+    monkeypatch.setattr(aggregator.secure, "sum", spy)
+    aggregator.views(0, {n: torch.eye(1, 8) for n in "ab"}, 3, 1, silent, silent)
+    scale = aggregator.describe(1)["differential privacy"]["noise_multiplier"] * 3**0.5
+    for name in "ab":
+        assert float(sent[name]["sums"].std()) == pytest.approx(scale, rel=0.06)
+
+
 def test_secrets_of_the_clients_own_key_the_noise(tmp_path: Any) -> None:
     uploads = {"a": planted(1), "b": planted(2)}
     ends = [
@@ -102,6 +119,10 @@ def test_secrets_of_the_clients_own_key_the_noise(tmp_path: Any) -> None:
     ]
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
+    secret = SecureKMeans(num_clusters=4, epsilon=1.0, secret_dir=str(tmp_path / "one"))
+    runs = [secret.views(0, uploads, 3, 1, silent, silent, nonce)["a"] for nonce in ("one", "one", "other")]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])  # two runs share no noise
     assert (tmp_path / "one" / "a.key").stat().st_mode & 0o777 == 0o600
 
 
@@ -122,7 +143,7 @@ def test_settings_out_of_range_are_refused(bad: dict[str, Any]) -> None:
 
 
 def test_more_items_than_agreed_are_refused_before_anything_wraps() -> None:
-    with pytest.raises(MessageError, match="beyond the clip range"):
+    with pytest.raises(MessageError, match="admits no more"):
         SecureKMeans(num_clusters=1, max_items=5).aggregate({"a": units(40, 1), "b": units(40, 2)})
 
 
@@ -160,7 +181,7 @@ def test_in_a_run_no_vector_leaves_and_the_audit_reads_what_did(federated_data: 
     standings = {
         (row["standing"], row["protects"] if row["standing"] == "guarantee" else "") for row in mechanisms(lines)
     }
-    assert standings == {("guarantee", "item"), ("hidden", ""), ("none", "")}  # "none": sigma 0 was asked for
+    assert standings == {("guarantee", "item"), ("hidden", "")}
 
 
 class _Away(FederatedCallback):
