@@ -6,6 +6,7 @@ Soft tokens are negative codes (:data:`USER`, :data:`ITEM`, :data:`CANDIDATE`) t
 """
 
 import re
+from functools import cached_property
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,10 +230,20 @@ class PromptBuilder:
             self._tokenised[lead] = [ids[: self.title_tokens] for ids in full]
         return self._tokenised[lead]
 
-    @property
-    def spoken_titles(self) -> list[str]:
-        """N + 1 titles as the prompt says them, before cutting."""
-        return self._titles
+    @cached_property
+    def spoken_titles(self) -> tuple[list[str], list[bool]]:
+        """N + 1 titles as an answer of the ``list`` form says them, and whether they are cut: then within a word, maybe."""
+        before = self.template.texts["answer"].split("{title}")[0]
+        lead = before[len(before.rstrip(" ")) :]
+        shown = self._title_ids(lead)
+        whole = self._ids([lead + title for title in self._titles])
+        cut = [len(said) < len(ids) for said, ids in zip(shown, whole, strict=True)]
+        said = [
+            # a cut within a character leaves a replacement character, which no answer need repeat
+            self.tokenizer.decode(ids).strip().rstrip("\ufffd") if is_cut else title
+            for title, ids, is_cut in zip(self._titles, shown, cut, strict=True)
+        ]
+        return said, cut
 
     @property
     def title_token_ids(self) -> list[list[int]]:

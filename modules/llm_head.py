@@ -284,10 +284,10 @@ class LLMHead(InjectedLM):
         if tries is not None:
             picked: list[int | None] = [trie.candidate(answer) for trie, answer in zip(tries, answers, strict=True)]
         else:
-            titles = self.prompts.spoken_titles
+            titles, cut = self.prompts.spoken_titles
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             picked = [
-                TitleParser([titles[item] for item in row]).parse(text)
+                TitleParser([titles[item] for item in row], [cut[item] for item in row]).parse(text)
                 for row, text in zip(candidates, texts, strict=True)
             ]
         valid = torch.tensor([index is not None for index in picked], device=self.device)

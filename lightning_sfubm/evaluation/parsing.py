@@ -23,18 +23,23 @@ class TitleParser:
 
     Args:
         titles: C candidate titles.
+        cut: whether each was cut short; such a one is also named by an answer that completes its last word.
 
     Example:
         >>> TitleParser(["Alien", "Aliens"]).parse('I would watch "ALIENS".')
         1
     """
 
-    def __init__(self, titles: list[str]) -> None:
+    def __init__(self, titles: list[str], cut: list[bool] | None = None) -> None:
         self._indices: dict[str, list[int]] = {}
+        open_ended = set()
         for index, title in enumerate(titles):
             if name := normalise_title(title):
                 self._indices.setdefault(name, []).append(index)
-        self._patterns = [(_pattern(name), name) for name in sorted(self._indices, key=lambda n: (-len(n), n))]
+                if cut is not None and cut[index]:
+                    open_ended.add(name)
+        names = sorted(self._indices, key=lambda n: (-len(n), n))
+        self._patterns = [(_pattern(name, name in open_ended), name) for name in names]
 
     def matches(self, text: str) -> list[int]:
         """Indices of all candidates named, ascending."""
@@ -53,8 +58,13 @@ class TitleParser:
         return found[0] if len(found) == 1 else None
 
 
-def _pattern(name: str) -> re.Pattern[str]:
-    """The title on word boundaries; a boundary is asked for only where the title ends in a word character."""
+def _pattern(name: str, open_ended: bool) -> re.Pattern[str]:
+    """The title on word boundaries; a boundary is asked for only where the title ends in a word character.
+
+    An open-ended one takes in the rest of its last word.
+    """
     before = r"(?<!\w)" if WORD.match(name[0]) else ""
     after = r"(?!\w)" if WORD.match(name[-1]) else ""
+    if open_ended:
+        after = r"\w*"
     return re.compile(before + re.escape(name) + after)

@@ -41,6 +41,20 @@ def test_removed_spans_do_not_join_their_neighbours():
     assert TitleParser(["long one", "a b"]).matches("a long one b") == [0]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CeraVe Lotion, 8 O", 0),
+        ("cerave lotion, 8 ounce!", 0),
+        ("CeraVe Lotion", None),
+        ("CeraVe Lotion, 8 Ounce and Red", None),  # the cut title takes the rest of its word and no more
+        ("Redder", None),  # not cut, so its end is a word's end
+    ],
+)
+def test_a_cut_title_may_end_within_a_word(text, expected):
+    assert TitleParser(["CeraVe Lotion, 8 O", "Red"], [True, False]).parse(text) == expected
+
+
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.lists(st.text(alphabet="abA \u00e9\u2019'1-", max_size=6), min_size=1, max_size=6), st.data())
 def test_an_exact_title_is_found_whenever_it_is_the_only_match(titles, data):

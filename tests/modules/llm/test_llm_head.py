@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -161,6 +162,21 @@ def test_generate_is_parsed(llm, catalogue, make_batch, monkeypatch):
     assert scores[1].tolist() == [0, 0, 1, 0, 0]
     assert scores[0].abs().sum() == 0
     assert TitleParser(titles).parse(said[1]) == 2
+
+
+def test_the_cut_title_that_the_prompt_shows_is_a_valid_answer(llm, catalogue, make_batch, monkeypatch):
+    whole = [title and f"{title} with a long tail of words, pack of 12" for title in catalogue.titles]
+    catalogue = replace(catalogue, titles=whole)
+    head, batch = make(llm, None, catalogue, form="list", rank_mode="generate", title_tokens=6), make_batch()
+    target = [answers[index] for answers, index in zip(head.prompts.answers(batch["candidates"]), (2, 0, 4), strict=True)]
+    assert all(len(answer) == 7 for answer in target)  # six tokens of the title and the end
+    said = head.lm.tokenizer.batch_decode(target, skip_special_tokens=True)
+    completed = [whole[batch["candidates"][row, index]] for row, index in enumerate((2, 0, 4))]
+    for answers in (said, completed):
+        monkeypatch.setattr(type(head.lm.tokenizer), "batch_decode", lambda self, *a, said=answers, **k: said)
+        _, choice, valid = head.rank_with_validity(batch)
+        assert valid.tolist() == [True, True, True]
+        assert choice.tolist() == [2, 0, 4]
 
 
 def test_every_trainable_parameter_gets_a_gradient_and_no_other(llm, stage1, catalogue, make_batch):
