@@ -6,8 +6,8 @@ Soft tokens are negative codes (:data:`USER`, :data:`ITEM`, :data:`CANDIDATE`) t
 """
 
 import re
-from functools import cached_property
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np

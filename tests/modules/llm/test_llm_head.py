@@ -168,7 +168,9 @@ def test_the_cut_title_that_the_prompt_shows_is_a_valid_answer(llm, catalogue, m
     whole = [title and f"{title} with a long tail of words, pack of 12" for title in catalogue.titles]
     catalogue = replace(catalogue, titles=whole)
     head, batch = make(llm, None, catalogue, form="list", rank_mode="generate", title_tokens=6), make_batch()
-    target = [answers[index] for answers, index in zip(head.prompts.answers(batch["candidates"]), (2, 0, 4), strict=True)]
+    target = [
+        answers[index] for answers, index in zip(head.prompts.answers(batch["candidates"]), (2, 0, 4), strict=True)
+    ]
     assert all(len(answer) == 7 for answer in target)  # six tokens of the title and the end
     said = head.lm.tokenizer.batch_decode(target, skip_special_tokens=True)
     completed = [whole[batch["candidates"][row, index]] for row, index in enumerate((2, 0, 4))]
