@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sfubm.errors import CheckpointError, MessageError, PrivacyError
+from lightning_sfubm.federated.checkpoint import stored_states
 from lightning_sfubm.federated.ledger import GENESIS, content_hash, entry_hash, read_ledger
 from lightning_sfubm.federated.messages import Message, MessageSchema, unpack
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
@@ -88,7 +89,7 @@ def check_run(run_dir: Path, schemas: Schemas | None = None) -> Check:
 
 def _against_checkpoint(run_dir: Path, check: Check) -> None:
     """A run's newest state knows how many lines there were when it was written."""
-    for state in sorted((run_dir / "checkpoints").glob("state-*"), reverse=True)[:1]:
+    for state in stored_states(run_dir / "checkpoints")[-1:]:
         try:
             lines = int(json.loads((state / "loop.json").read_text())["stored"]["ledger"])
         except (OSError, ValueError, KeyError, TypeError):

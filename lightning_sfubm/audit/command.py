@@ -16,7 +16,7 @@ from lightning_sfubm.cli import SFUBMCLI
 from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.results import write_atomically
-from lightning_sfubm.federated.checkpoint import read_loop
+from lightning_sfubm.federated.checkpoint import read_loop, stored_states
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
@@ -167,7 +167,7 @@ def schemas(loop: FederatedLoop) -> Schemas:
 
 def _same_run_or_raise(loop: FederatedLoop) -> None:
     """Initial weights and private orders follow from seed and schedule: with others the attacks would miss."""
-    for state in sorted(loop.checkpoints.glob("state-*"), reverse=True)[:1]:
+    for state in stored_states(loop.checkpoints)[-1:]:
         schedule = read_loop(state)["stored"]["schedule"]
         if schedule != json.loads(json.dumps(loop.federation.schedule(loop.seed))):
             raise ConfigError(

@@ -30,6 +30,12 @@ def state_folder(root: Path, step: int) -> Path:
     return root / f"state-{step:04d}"
 
 
+def stored_states(root: Path) -> list[Path]:
+    """Folders of states under ``root``, the oldest first: by number, as ``state-10000`` is older than none of four digits."""
+    numbered = [(int(n), s) for s in root.glob("state-*") if (n := s.name.removeprefix("state-")).isdecimal()]
+    return [state for _, state in sorted(numbered)]
+
+
 def save_state(
     root: Path, step: int, stored: dict[str, Any], server: Server, clients: dict[str, Client], linked: bool = False
 ) -> Path:
@@ -68,7 +74,7 @@ def save_state(
     os.replace(temporary, final)
     for name, client in clients.items():
         client.saved_as(final / "clients" / f"{name}.ckpt")
-    states = sorted(root.glob("state-*"))
+    states = stored_states(root)
     own = next((state for state in reversed(states) if not _shares_files(state)), final)
     for old in states[:-2]:
         if old != own:
@@ -89,7 +95,7 @@ def find_state(path: Path) -> Path:
     Raises:
         CheckpointError: there is none, or none is whole.
     """
-    states = [path] if (path / "loop.json").exists() else sorted(path.glob("state-*"), reverse=True)
+    states = [path] if (path / "loop.json").exists() else stored_states(path)[::-1]
     problems = []
     for state in states:
         try:

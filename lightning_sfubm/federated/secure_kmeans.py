@@ -16,6 +16,7 @@ from lightning_sfubm.federated.secure import Record, SecureAggregation
 from lightning_sfubm.federated.server import SERVER
 from lightning_sfubm.privacy.attacks import nearest_matches
 from lightning_sfubm.privacy.gaussian import gaussian_sigma
+from lightning_sfubm.privacy.secagg.primitives import require_cryptography
 from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.privacy.secure_kmeans import (
     MOMENTS_SENSITIVITY,
@@ -78,7 +79,7 @@ class SecureKMeans:
         secure_aggregation: threshold and modulus of the secure sums; ``None`` for the defaults.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or the package ``cryptography`` is missing.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class SecureKMeans:
         max_items: int = 1_000_000,
         secure_aggregation: SecureAggregation | None = None,
     ) -> None:
+        require_cryptography()  # now, not after minutes of encoding
         if num_clusters < 1 or min_members < 1 or iterations < 1 or max_items < 1:
             raise ConfigError(
                 f"SecureKMeans: num_clusters = {num_clusters}, min_members = {min_members}, iterations = {iterations} and "
@@ -102,7 +104,7 @@ class SecureKMeans:
         self.epsilon, self.delta, self.secret_dir, self.max_items = epsilon, delta, secret_dir, max_items
         self.secure = secure_aggregation if secure_aggregation is not None else SecureAggregation()
         if epsilon is not None:
-            gaussian_sigma(epsilon, delta)  # checks them now, not after minutes of encoding
+            gaussian_sigma(epsilon, delta)  # checks them
 
     def aggregate(self, uploads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`~lightning_sfubm.federated.aggregation.SemanticAggregator`; runs the protocol in this process."""

@@ -13,7 +13,7 @@ import torch
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.federated import state as run_state
-from lightning_sfubm.federated.checkpoint import find_state
+from lightning_sfubm.federated.checkpoint import find_state, stored_states
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
@@ -217,6 +217,12 @@ def test_a_torn_state_is_recognised_and_the_one_before_is_used(
         truncate(state / "server.ckpt")
     with pytest.raises(CheckpointError, match=r"server\.ckpt.*server\.ckpt"):  # nothing whole is left: each is named
         run(copy.name, ckpt_path="last")
+
+
+def test_states_are_ordered_by_number(tmp_path: Path) -> None:
+    for name in ("state-10000", "state-9999", "state-0002", "state-old", ".state-10001.tmp"):
+        (tmp_path / name).mkdir()
+    assert [state.name for state in stored_states(tmp_path)] == ["state-0002", "state-9999", "state-10000"]
 
 
 def test_the_newest_states_are_kept_and_a_whole_one_shares_no_file(
