@@ -116,12 +116,26 @@ def load_grid(path: Path, known_rows: set[str]) -> Grid:
             for seed in _as_list(entry.get("seeds")) or [1]:
                 flags = tuple(str(flag) for flag in _as_list(entry.get("flags")))
                 runs.append(Run(pair, name, int(seed), (*pairs[pair], *overlays), flags, rows, labels))
+    _each_cell_once(path, runs)
     methods = {method for run in runs for method in run.rows.values()}
     comparisons = [tuple(pair) for pair in content.get("comparisons") or []]
     for pair in comparisons:
         if len(pair) != 2 or not set(pair) <= methods:
             raise ConfigError(f"grid {path}: comparison {list(pair)} must name two of its methods: {sorted(methods)}")
     return Grid(content.get("title", path.stem), pairs, tuple(runs), tuple(comparisons))
+
+
+def _each_cell_once(path: Path, runs: list[Run]) -> None:
+    """A variant's only row is called like the variant; called like a method, its cells would replace that method's."""
+    owners: dict[tuple[str, str, int], str] = {}
+    for run in runs:
+        for method in run.rows.values():
+            other = owners.setdefault((run.pair, method, run.seed), run.name)
+            if other != run.name:
+                raise ConfigError(
+                    f"grid {path}: runs.{other} and runs.{run.name} both compute the row '{method}' of seed {run.seed}; "
+                    "rename one of them"
+                )
 
 
 def _rows(path: Path, run: str, rows: Any, known: set[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -62,6 +62,10 @@ def stored(out: Path, method: str, hits: list[int], **where: Any) -> Path:
         ({"runs": {"main": {"rows": ["stage1"], "pairs": ["q"]}}}, "runs.main.pairs names 'q'"),
         ({"comparisons": [["stage1", "sfubm"]]}, "must name two of its methods"),
         ({"extra": 1}, "unknown entry 'extra'"),
+        (
+            {"runs": {"main": {"rows": ["stage1", "gru4rec"]}, "gru4rec": {"rows": {"stage1": "Stage 1 on a GRU"}}}},
+            "runs.main and runs.gru4rec both compute the row 'gru4rec' of seed 1",
+        ),
     ],
 )
 def test_a_bad_grid_is_refused_by_entry(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
