@@ -7,7 +7,6 @@ Soft tokens are negative codes (:data:`USER`, :data:`ITEM`, :data:`CANDIDATE`) t
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -93,7 +92,7 @@ class PromptBuilder:
             "history": [ITEM] if history_tokens else [],
             "candidate": [CANDIDATE] if candidate_tokens else [],
         }
-        self._tokenised: dict[str, list[list[int]]] = {}
+        self._tokenised: dict[str, tuple[list[list[int]], list[bool]]] = {}
         self._build_segments()
 
     # ------------------------------------------------------------------------------------------------ segments
@@ -130,6 +129,7 @@ class PromptBuilder:
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)[:-1]])
         self._flat = np.array([token for row in flat for token in row], dtype=np.int64)
         self._answers = segments["branch"]
+        self._spoken: tuple[list[str], list[bool]] | None = None
 
     def fit_context(self, context: int, num_candidates: int) -> int:
         """Shorten titles, all to the same limit, until the longest possible prompt fits; candidates are never left out.
@@ -215,40 +215,40 @@ class PromptBuilder:
     def _per_item(self, text: str, item_code: list[int]) -> list[list[int]]:
         """The text for each of the N + 1 items. Spaces right before {title} are tokenised together with the title."""
         before, after = re.split(r"\{title\}", text)
-        lead = before[len(before.rstrip(" ")) :]
+        lead = _lead(before)
         opening = before[: len(before) - len(lead)]
         pieces = [p for p in re.split(r"(\{item\})", opening) if p]
         front = [t for p in pieces for t in (item_code if p == "{item}" else self._ids([p])[0])]
         pieces = [p for p in re.split(r"(\{item\})", after) if p]
         back = [t for p in pieces for t in (item_code if p == "{item}" else self._ids([p])[0])]
-        return [front + title + back for title in self._title_ids(lead)]
+        return [front + title + back for title in self._title_ids(lead)[0]]
 
-    def _title_ids(self, lead: str) -> list[list[int]]:
+    def _title_ids(self, lead: str) -> tuple[list[list[int]], list[bool]]:
+        """Token ids of the N + 1 titles after ``lead``, cut to ``title_tokens``, and which ones are cut."""
         if lead not in self._tokenised:
             full = self._ids([lead + title for title in self._titles])
-            self.cut_titles = sum(len(ids) > self.title_tokens for ids in full[1:])
-            self._tokenised[lead] = [ids[: self.title_tokens] for ids in full]
+            cut = [len(ids) > self.title_tokens for ids in full]
+            self.cut_titles = sum(cut[1:])
+            self._tokenised[lead] = [ids[: self.title_tokens] for ids in full], cut
         return self._tokenised[lead]
 
-    @cached_property
+    @property
     def spoken_titles(self) -> tuple[list[str], list[bool]]:
-        """N + 1 titles as an answer of the ``list`` form says them, and whether they are cut: then within a word, maybe."""
-        before = self.template.texts["answer"].split("{title}")[0]
-        lead = before[len(before.rstrip(" ")) :]
-        shown = self._title_ids(lead)
-        whole = self._ids([lead + title for title in self._titles])
-        cut = [len(said) < len(ids) for said, ids in zip(shown, whole, strict=True)]
-        said = [
-            # a cut within a character leaves a replacement character, which no answer need repeat
-            self.tokenizer.decode(ids).strip().rstrip("\ufffd") if is_cut else title
-            for title, ids, is_cut in zip(self._titles, shown, cut, strict=True)
-        ]
-        return said, cut
+        """N + 1 titles as an answer of the ``list`` form says them, and which ones are cut: they may end within a word."""
+        if self._spoken is None:
+            shown, cut = self._title_ids(_lead(self.template.texts["answer"].split("{title}")[0]))
+            said = [
+                # a cut within a character leaves a replacement character, which no answer need repeat
+                self.tokenizer.decode(ids).strip().rstrip("\ufffd") if is_cut else title
+                for title, ids, is_cut in zip(self._titles, shown, cut, strict=True)
+            ]
+            self._spoken = said, cut
+        return self._spoken
 
     @property
     def title_token_ids(self) -> list[list[int]]:
         """N + 1 cut token id lists, as the titles stand in the history."""
-        return self._title_ids(" ")
+        return self._title_ids(" ")[0]
 
     # ------------------------------------------------------------------------------------------------ batches
 
@@ -342,3 +342,8 @@ class PromptBuilder:
             prefix_end=torch.from_numpy(pad[:, 0] + prefix_length - 1),
             branch_end=torch.from_numpy(pad + ends[:, prefix:] - 1),
         )
+
+
+def _lead(before_title: str) -> str:
+    """The spaces right before a title, which are tokenised together with it."""
+    return before_title[len(before_title.rstrip(" ")) :]

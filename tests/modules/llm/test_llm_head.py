@@ -179,6 +179,13 @@ def test_the_cut_title_that_the_prompt_shows_is_a_valid_answer(llm, catalogue, m
         _, choice, valid = head.rank_with_validity(batch)
         assert valid.tolist() == [True, True, True]
         assert choice.tolist() == [2, 0, 4]
+    before = head.prompts.spoken_titles[0]
+    head.prompts.fit_context(130, batch["candidates"].shape[1])
+    assert head.prompts.title_tokens < 6
+    shorter, cut = head.prompts.spoken_titles
+    assert all(cut[1:])
+    assert shorter != before
+    assert all(long.startswith(short) for long, short in zip(before[1:], shorter[1:], strict=True))
 
 
 def test_every_trainable_parameter_gets_a_gradient_and_no_other(llm, stage1, catalogue, make_batch):
