@@ -1,5 +1,7 @@
 """The processes of a distributed run: how many there are, which one writes files, and where they wait for each other."""
 
+import atexit
+
 import torch.distributed as dist
 from lightning import LightningDataModule
 
@@ -36,3 +38,19 @@ def first_prepares(datamodule: LightningDataModule) -> None:
     wait_for_all()
     if not is_first():
         datamodule.prepare_data()
+
+
+def close_at_exit() -> None:
+    """Take leave of the other processes before the interpreter ends.
+
+    Threads of gloo that are still there when it ends may ask for its lock and abort a program that has done its work
+    (https://github.com/pytorch/pytorch/pull/179291). Lightning does the same for NCCL alone.
+    """
+    if _distributed() and dist.get_backend() == "gloo":
+        atexit.unregister(_close)
+        atexit.register(_close)
+
+
+def _close() -> None:
+    if _distributed():
+        dist.destroy_process_group()

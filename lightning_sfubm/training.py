@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
-from lightning_sfubm.ranks import is_first, rank, wait_for_all
+from lightning_sfubm.ranks import close_at_exit, is_first, rank, wait_for_all
 from lightning_sfubm.safe_load import load_checkpoint
 from lightning_sfubm.seeds import derive_seed
 
@@ -34,6 +34,14 @@ class RankSeed(Callback):
         """Runs after Lightning's own seeding."""
         if trainer.world_size > 1:
             torch.manual_seed(derive_seed(self._seed, "rank", rank()))
+
+
+class CloseAtExit(Callback):
+    """Let each process of a distributed training end without an abort: :func:`~lightning_sfubm.ranks.close_at_exit`."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs once the processes know each other."""
+        close_at_exit()
 
 
 class EpochRecorder(Callback):

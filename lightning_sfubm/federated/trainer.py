@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_sfubm.callbacks.progress import LabelledProgressBar
@@ -24,9 +25,11 @@ from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
-from lightning_sfubm.federated.workers import WorkerPool
-from lightning_sfubm.ranks import first_prepares, is_first, wait_for_all
+from lightning_sfubm.federated.workers import WorkerPool, import_ahead
+from lightning_sfubm.ranks import close_at_exit, first_prepares, is_first, wait_for_all
 from lightning_sfubm.safe_load import SafeCheckpointIO
+from lightning_sfubm.seeds import derive_seed
+from lightning_sfubm.training import CloseAtExit, RankSeed
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -51,12 +54,15 @@ class FederatedTrainer(L.Trainer):
 
     def __init__(self, *args: Any, federation: Federation | None = None, **kwargs: Any) -> None:
         self.federation = federation
+        if federation is not None and federation.workers:
+            import_ahead()  # while models and data are made
         self._flags = dict(kwargs)
         # A copy: Lightning adds callbacks of its own to the list it is given.
         self._user_callbacks: list[Callback] = _as_list(kwargs.get("callbacks"))
         if federation is not None:
             # Lightning's default logger would open a folder that nothing is written to.
             kwargs["logger"] = kwargs.get("logger") or False
+        kwargs["callbacks"] = [*self._user_callbacks, CloseAtExit(), RankSeed(self.seed)]
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = SafeCheckpointIO()
@@ -101,6 +107,9 @@ class FederatedTrainer(L.Trainer):
         own: list[Callback] = [copy.deepcopy(c) for c in local]
         if flags.get("enable_progress_bar") in (None, True):
             own.append(LabelledProgressBar(label))
+        callbacks = list(callbacks)
+        if not any(isinstance(c, RankSeed) for c in callbacks):
+            own.append(RankSeed(derive_seed(self.seed, "fit", label)))
         if not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             flags["enable_checkpointing"] = False
         flags["use_distributed_sampler"] = False  # the batch samplers shard by rank themselves
@@ -218,9 +227,15 @@ class FederatedTrainer(L.Trainer):
         From then on each knows its rank, so that the first alone writes files. Called within itself it only calls.
 
         Raises:
-            ConfigError: the strategy sends what it runs to new processes instead of starting the program again.
+            ConfigError: the strategy sends what it runs to new processes instead of starting the program again, or divides
+                a model among them.
         """
         launcher = self.strategy.launcher
+        if isinstance(self.strategy, (ModelParallelStrategy, FSDPStrategy)):
+            raise ConfigError(
+                f"trainer.strategy: {type(self.strategy).__name__} divides a model among processes, which serves a fit of "
+                "the LLM head alone: set it to ddp or ddp_find_unused_parameters_true for a federated run or an experiment"
+            )
         if self.world_size == 1 or launcher is None:
             return function(*args, **kwargs)
         if not isinstance(launcher, _SubprocessScriptLauncher):
@@ -232,6 +247,7 @@ class FederatedTrainer(L.Trainer):
 
     def _as_one_rank(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         self.strategy.setup_environment()
+        close_at_exit()
         if not is_first():
             logging.getLogger("lightning_sfubm").setLevel(logging.ERROR)  # the first process says it
         return function(*args, **kwargs)

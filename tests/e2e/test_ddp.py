@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
@@ -20,6 +21,7 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.federated.checkpoint import find_state
 from lightning_sfubm.federated.ledger import read_ledger
+from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.fkd import FKDDistiller
@@ -62,7 +64,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def make(processes: int) -> L.Trainer:
-        return L.Trainer(
+        return FederatedTrainer(
             accelerator="cpu",
             devices=processes,
             # the gate between local and global text has nothing to do before a federation has sent anything
@@ -200,8 +202,11 @@ def test_a_federated_experiment_on_two_processes_is_that_of_one(tmp_path: Path) 
         assert not list((folder / "run").rglob("*.tmp"))
 
 
-def test_a_strategy_that_cannot_run_a_federation_is_refused(federated_data: Any, federated_trainer: Any) -> None:
-    trainer = federated_trainer(flags={"devices": 2, "strategy": "ddp_spawn"})
+@pytest.mark.parametrize("strategy", ["ddp_spawn", ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)])
+def test_a_strategy_that_cannot_run_a_federation_is_refused(
+    federated_data: Any, federated_trainer: Any, strategy: Any
+) -> None:
+    trainer = federated_trainer(flags={"devices": 2, "strategy": strategy})
     with pytest.raises(ConfigError, match="set it to ddp"):
         trainer.fit(small_distiller(), datamodule=federated_data())
     assert not trainer.run_dir.exists()

@@ -1,8 +1,10 @@
 """Clients in worker processes: the same run bit for bit, errors and dead workers are one clear error (T19)."""
 
+import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.workers import WorkerError
-from tests.conftest import small_distiller
+from tests.conftest import quiet_trainer, small_distiller, small_federation
 from tests.federated.hard_run import data, finished_state, make, same
 
 pytestmark = pytest.mark.slow
@@ -91,23 +93,30 @@ def test_an_error_in_a_worker_is_one_error_here(
     assert trainer.loop.workers.pids == []
 
 
-def test_no_worker_outlives_a_parent_that_is_killed(federated_data: Any, federated_trainer: Any, tmp_path: Any) -> None:
-    class Note(FederatedCallback):
-        def __reduce__(self) -> Any:
-            return (FederatedCallback, ())
+class Dies(FederatedCallback):
+    """The process ends after the first round; its workers are noted before."""
 
-        def on_round_end(self, loop: Any, round: int, metrics: Any) -> None:
-            (tmp_path / "pids").write_text(" ".join(map(str, loop.workers.pids)))
-            os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(self, pids: Path) -> None:
+        self.pids = pids
 
-    child = os.fork()
-    if child == 0:
-        try:
-            trainer = federated_trainer(exchange="teacher", callbacks=[Note()], workers=2)
-            trainer.fit(small_distiller(), datamodule=federated_data())
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    def __reduce__(self) -> Any:
+        return (FederatedCallback, ())
+
+    def on_round_end(self, loop: Any, round: int, metrics: Any) -> None:
+        self.pids.write_text(" ".join(map(str, loop.workers.pids)))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_and_die(folder: Path) -> None:
+    trainer = quiet_trainer(folder / "run", exchange="teacher", callbacks=[Dies(folder / "pids")], workers=2)
+    trainer.fit(small_distiller(), datamodule=small_federation())
+
+
+def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=run_and_die, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 2
     deadline = time.monotonic() + 30
