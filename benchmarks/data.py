@@ -1,6 +1,6 @@
-"""Five million interactions from CSV: load, filter, split, draw candidates. Target: under 60 s and 4 GB on 2 cores.
+"""Ten million interactions from CSV: load, filter, split, draw candidates. Target: under 120 s and 6 GB on 2 cores.
 
-Run: python benchmarks/data.py [--interactions 5000000] [--out benchmarks/results/data.json]
+Run: python benchmarks/data.py [--interactions 10000000] [--out benchmarks/results/data.json]
 """
 
 import argparse
@@ -95,7 +95,7 @@ def _peak_gb() -> float:
 def main() -> None:
     """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--interactions", type=int, default=5_000_000)
+    parser.add_argument("--interactions", type=int, default=10_000_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data.json")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

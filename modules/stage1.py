@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 
 from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
 from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
-from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics
+from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics, user_blocks
 
 SHAPES_KEY = "stage1_shapes"
 TOP_ITEMS = 10  #: items that ``predict`` recommends to a user
@@ -147,15 +147,32 @@ class CatalogueModule(L.LightningModule):
     def _evaluate(self, stage: str, batch: RankBatch) -> None:
         size = len(batch["user"])
         for branch in self.evaluated_branches():
-            states, items = self.logit_inputs(batch["history"], branch)
-            scores = states @ items.T
+            among, full_ranks = self._ranks(batch, branch)
             metrics = cast(MetricCollection, self.candidate_metrics[f"{stage}_{branch}" if branch else stage])
-            metrics.update(candidate_ranks(scores.gather(1, batch["candidates"]), batch["target_index"]))
+            metrics.update(among)
             self.log_dict(cast(Any, metrics), on_step=False, on_epoch=True, batch_size=size)
             if not branch:
                 full = cast(MetricCollection, self.catalogue_metrics[stage])
-                full.update(catalogue_ranks(scores, batch["target"], batch.get("seen")))
+                full.update(full_ranks)
                 self.log_dict(cast(Any, full), on_step=False, on_epoch=True, batch_size=size)
+
+    @torch.no_grad()
+    def _ranks(self, batch: RankBatch, branch: str) -> tuple[Tensor, Tensor]:
+        """Ranks of the targets among the candidates (B,), and in the catalogue (B,) by the main branch."""
+        states, items = self.logit_inputs(batch["history"], branch)
+        among, full, seen = [], [], batch.get("seen")
+        with torch.autocast(states.device.type, enabled=False):
+            states, items = states.float(), items.float()
+            block: Tensor | None = None
+            for rows in user_blocks(len(states), len(items), states.device):
+                if block is None:
+                    block = states.new_empty(rows.stop - rows.start, len(items))
+                scores = torch.mm(states[rows], items.T, out=block[: rows.stop - rows.start])
+                among.append(candidate_ranks(scores.gather(1, batch["candidates"][rows]), batch["target_index"][rows]))
+                if not branch:
+                    known = seen if seen is None else seen[rows]
+                    full.append(catalogue_ranks(scores, batch["target"][rows], known))
+        return torch.cat(among), torch.cat(full) if full else torch.empty(0)
 
     def validation_step(self, batch: RankBatch, batch_idx: int) -> None:
         """Log ``val/hit@1``, ``val/ndcg@10``, ``val/mrr`` over candidates and ``val/full_*`` over the catalogue."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lightning_sfubm.contracts import Catalogue, CatalogueRanker, RankBatch, Ranker
 from lightning_sfubm.errors import DataError
-from lightning_sfubm.evaluation.metrics import Ties, candidate_ranks, catalogue_ranks
+from lightning_sfubm.evaluation.metrics import Ties, candidate_ranks, catalogue_ranks, user_blocks
 from lightning_sfubm.evaluation.results import COLUMNS, PerUserResults, ResultMeta
 
 
@@ -156,9 +156,8 @@ def _rank_batch(
     known = batch.get("seen", batch["history"])
     full_rank = torch.full_like(rank, torch.nan)
     if full and isinstance(ranker, CatalogueRanker):
-        all_scores = ranker.score_all(batch)
-        _check_shape(method, "catalogue scores", all_scores, (len(target_index), catalogue.num_items + 1))
-        full_rank = catalogue_ranks(all_scores.float(), batch["target"], known, ties)
+        blocks = user_blocks(len(target_index), catalogue.num_items + 1, target_index.device)
+        full_rank = torch.cat([_catalogue_ranks(ranker, batch, rows, catalogue, method, ties) for rows in blocks])
     return {
         "user": batch["user"],
         "target": batch["target"],
@@ -168,6 +167,15 @@ def _rank_batch(
         "full_rank": full_rank,
         "history_length": (known != 0).sum(dim=1),
     }
+
+
+def _catalogue_ranks(
+    ranker: CatalogueRanker, batch: RankBatch, rows: slice, catalogue: Catalogue, method: str, ties: Ties
+) -> Tensor:
+    block: RankBatch = {key: value[rows] for key, value in batch.items()}  # type: ignore[assignment, attr-defined, index]
+    scores = ranker.score_all(block)
+    _check_shape(method, "catalogue scores", scores, (len(block["target"]), catalogue.num_items + 1))
+    return catalogue_ranks(scores.float(), block["target"], block.get("seen", block["history"]), ties)
 
 
 def _check_shape(method: str, what: str, scores: Tensor, expected: tuple[int, ...]) -> None:

@@ -15,6 +15,7 @@ from lightning_sfubm.evaluation.metrics import (
     candidate_ranks,
     catalogue_ranks,
     ranking_metrics,
+    user_blocks,
 )
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=60)
@@ -92,6 +93,25 @@ def test_seen_items_repeated_padded_or_equal_to_the_target():
     assert catalogue_ranks(scores, target).item() == 4
     assert catalogue_ranks(scores, target, torch.tensor([[0, 0, 1, 1, 1]])).item() == 3
     assert catalogue_ranks(scores, target, torch.tensor([[1, 2, 3, 4, 4]])).item() == 1
+
+
+@pytest.mark.parametrize("width", [1023, 1024, 1025, 5000, 33_000])
+@pytest.mark.parametrize("constant", [False, True])
+def test_wide_catalogues_are_counted_as_narrow_ones(width, constant):
+    """Eight comparisons are summed at a time: the most that a byte then holds, and rows that are no multiple of anything."""
+    generator = torch.Generator().manual_seed(width)
+    scores = torch.randint(0, 50, (7, width), generator=generator).float() * (not constant)
+    target = torch.randint(1, width, (7,), generator=generator)
+    expected = [reference_rank(row[1:], t - 1, "conservative") for row, t in zip(scores.numpy(), target.tolist())]
+    assert catalogue_ranks(scores, target).tolist() == expected
+    assert catalogue_ranks(scores[:, :].T.contiguous().T, target).tolist() == expected
+
+
+@pytest.mark.parametrize(("users", "items"), [(0, 10), (1, 10), (500, 12_087), (17, 10**6), (100, 2**20)])
+def test_blocks_hold_every_user_once_and_few_scores(users, items):
+    blocks = list(user_blocks(users, items, torch.device("cpu")))
+    assert [row for block in blocks for row in range(users)[block]] == list(range(users))
+    assert all((block.stop - block.start) * items <= max(2**20, 16 * items) for block in blocks)
 
 
 def test_a_masked_score_of_minus_infinity_ranks_last():
