@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
@@ -16,10 +17,12 @@ from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.modules.losses.sampled import (
     binary_cross_entropy,
     bpr_max,
+    draw,
     other_items,
     proposal,
     sampled_cross_entropy,
 )
+from lightning_sfubm.modules.row_adam import RowAdamW
 from lightning_sfubm.modules.stage1 import CatalogueModule, encoder_width
 from lightning_sfubm.seeds import torch_generator
 
@@ -49,6 +52,8 @@ class SequentialRecommender(CatalogueModule):
         warmup_steps: optimiser steps of linear warm-up.
         num_experts: whitening experts of the text adaptor.
         text_dropout: dropout of text vectors while training.
+        item_updates: ``"all"`` item vectors by AdamW in every step, or only the ``"rows"`` a step has touched
+            (:class:`~lightning_sfubm.modules.row_adam.RowAdamW`), for ids of large catalogues under a loss on negatives.
         logits_precision: number format of products against the whole catalogue.
         seed: root of the named streams (initial table, negatives, gate noise).
 
@@ -79,6 +84,7 @@ class SequentialRecommender(CatalogueModule):
         warmup_steps: int = 0,
         num_experts: int = 1,
         text_dropout: float = 0.0,
+        item_updates: Literal["all", "rows"] = "all",
         logits_precision: Precision = "auto",
         seed: int = 0,
     ) -> None:
@@ -94,6 +100,11 @@ class SequentialRecommender(CatalogueModule):
             raise ConfigError(
                 f"logq={logq} must lie in [0, 1], bpreg={bpreg} and elu_param={elu_param} must not be negative."
             )
+        if item_updates not in ("all", "rows") or (item_updates == "rows" and (features != "id" or loss == "full")):
+            raise ConfigError(
+                f"item_updates={item_updates!r} with features={features!r} and loss={loss!r}: choose 'all', or 'rows' with "
+                "features 'id' and a loss on negatives, since text and the full loss touch every item in every step."
+            )
         self.save_plain_hyperparameters()
         self.encoder = encoder
         self.features = features
@@ -107,6 +118,8 @@ class SequentialRecommender(CatalogueModule):
         self.elu_param = elu_param
         self.num_experts = num_experts
         self.text_dropout = text_dropout
+        self.item_updates = item_updates
+        self._cumulative: Tensor | None = None
         self.logits_precision: Precision = logits_precision
         self.seed = seed
 
@@ -138,6 +151,7 @@ class SequentialRecommender(CatalogueModule):
     def load_catalogue(self, catalogue: Catalogue) -> None:
         """Take text vectors and the proposal of negatives from the catalogue."""
         self.negative_proposal.copy_(proposal(catalogue.train_counts, self.negative_power))
+        self._cumulative = None
         if "text" in self.features and catalogue.text_embeddings is not None:
             self.items.text.copy_(catalogue.text_embeddings)
 
@@ -150,29 +164,54 @@ class SequentialRecommender(CatalogueModule):
     def _scaled(self, states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         return cosine_inputs(states, table, self.tau) if self.logits == "cosine" else (states, table)
 
-    def _loss(self, states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
-        """The chosen loss of states (V, H) against items (N + 1, H) and targets (V,)."""
+    def _negatives(self, targets: Tensor) -> Tensor:
+        """Ids of the step's negatives: none, one for each target (V,), or those that all positions share (M,)."""
         if self.loss == "full":
-            return full_cross_entropy(states, items, targets, self.logits_precision)
+            return targets[:0]
         generator = torch_generator(self.seed, "negatives", self.global_step)
         if self.loss == "bce":
-            return binary_cross_entropy(states, items, targets, other_items(targets, self.num_items, generator))
-        weights = self.negative_proposal.cpu()
-        drawn = torch.multinomial(weights, self.num_negatives, replacement=True, generator=generator)
-        drawn = drawn.to(targets.device)
+            return other_items(targets, self.num_items, generator)
+        if self._cumulative is None:
+            self._cumulative = self.negative_proposal.to("cpu", torch.float64).cumsum(0)
+        return draw(self._cumulative, self.num_negatives, generator).to(targets.device)
+
+    def _loss(self, states: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor) -> Tensor:
+        """The chosen loss of states (V, H) against items (U, H), with targets and negatives as rows of these."""
+        if self.loss == "full":
+            return full_cross_entropy(states, items, targets, self.logits_precision)
+        if self.loss == "bce":
+            return binary_cross_entropy(states, items, targets, negatives)
         if self.loss == "bpr_max":
-            return bpr_max(states, items, targets, drawn, self.bpreg, self.elu_param)
-        return sampled_cross_entropy(states, items, targets, drawn, self.negative_proposal.log(), self.logq)
+            return bpr_max(states, items, targets, negatives, self.bpreg, self.elu_param)
+        return sampled_cross_entropy(states, items, targets, negatives, log_q, self.logq)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """Loss of the next item at every position that has one."""
-        table = self.items()
         predicting = batch["targets"] != 0
-        targets = batch["targets"][predicting]
-        states, items = self._scaled(self._encode(batch["history"], table)[predicting], table)
-        loss = self._loss(states, items, targets)
+        history, targets = batch["history"], batch["targets"][predicting]
+        negatives = self._negatives(targets)
+        log_q = self.negative_proposal[negatives].log()
+        if self.item_updates == "rows":
+            table, (history, targets, negatives) = self.items.excerpt(history, targets, negatives)
+        else:
+            table = self.items()
+        states, items = self._scaled(self._encode(history, table)[predicting], table)
+        loss = self._loss(states, items, targets, negatives, log_q)
         self.log_losses(batch, loss=loss)
         return mean_over_ranks(loss, len(targets))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """As :meth:`CatalogueModule.configure_optimizers`."""
+        return self.with_warmup(RowAdamW) if self.item_updates == "rows" else super().configure_optimizers()
+
+    def on_fit_start(self) -> None:
+        """Refuse what sparse gradients do not have.
+
+        Raises:
+            ConfigError: gradients are to be clipped.
+        """
+        if self.item_updates == "rows" and self.trainer.gradient_clip_val:
+            raise ConfigError("item_updates 'rows' has sparse gradients, which are not clipped: unset gradient_clip_val")
 
     # ------------------------------------------------------------------ contracts
 

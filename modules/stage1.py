@@ -224,9 +224,11 @@ class CatalogueModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW (fused), with linear warm-up per step where asked for."""
-        optimizer = torch.optim.AdamW(
-            list(self.trained_parameters()), lr=self.lr, weight_decay=self.weight_decay, fused=True
-        )
+        return self.with_warmup(torch.optim.AdamW)
+
+    def with_warmup(self, kind: type[torch.optim.AdamW]) -> OptimizerLRScheduler:
+        """An optimiser of this kind with the module's settings."""
+        optimizer = kind(list(self.trained_parameters()), lr=self.lr, weight_decay=self.weight_decay, fused=True)
         if not self.warmup_steps:
             return optimizer
         warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.warmup_steps))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.layers.cache import VersionCache
 from lightning_sfubm.modules.layers.whitening import WhiteningExperts
 from lightning_sfubm.modules.losses.precision import Precision
@@ -71,6 +72,26 @@ class ItemTable(nn.Module):
             assert semantic is not None
             return semantic
         return self.ids.weight if semantic is None else self.ids.weight + semantic
+
+    def excerpt(self, *ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The learned vectors of some items as a small table, whose gradient is sparse.
+
+        Args:
+            ids: item ids of any shapes, 0 = padding.
+
+        Returns:
+            Table (U, H) of the distinct ids, padding among them as row 0, and the ids as rows of this table.
+
+        Raises:
+            ConfigError: the table has a part computed from text.
+        """
+        if self.ids is None or self.adaptor is not None:
+            raise ConfigError("only a table of learned vectors can be trained by its rows: set features to 'id'")
+        flat = torch.cat([torch.zeros_like(ids[0]).flatten()[:1], *(x.flatten() for x in ids)])
+        distinct, rows = flat.unique(return_inverse=True)
+        table = F.embedding(distinct, self.ids.weight, padding_idx=0, sparse=True)
+        parts = rows[1:].split([x.numel() for x in ids])
+        return table, [part.view(x.shape) for part, x in zip(parts, ids, strict=True)]
 
     def frozen(self) -> Tensor:
         """The detached table in evaluation mode (N + 1, H); with text, computed once per change of its parameters."""

@@ -1,5 +1,7 @@
 """Losses on a few sampled negatives, for catalogues too large for the full softmax."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,22 @@ def proposal(train_counts: Tensor, power: float) -> Tensor:
     return weights / weights.sum()
 
 
+def draw(cumulative: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Item ids drawn with replacement, in time that hardly depends on the number of items.
+
+    Args:
+        cumulative: (N + 1,) float64 running sum of the proposal's probabilities, on the CPU.
+        count: M.
+        generator: CPU generator of the named stream.
+
+    Returns:
+        (M,) item ids in ``1..N``.
+    """
+    # The last sum is 1 but for rounding; scaled by it, no draw lies beyond the end.
+    points = torch.rand(count, dtype=torch.float64, generator=generator) * cumulative[-1]
+    return torch.searchsorted(cumulative, points, right=True).clamp_(1, len(cumulative) - 1)
+
+
 def sampled_cross_entropy(
     states: Tensor, table: Tensor, targets: Tensor, negatives: Tensor, log_q: Tensor, logq: float = 1.0
 ) -> Tensor:
@@ -33,7 +51,7 @@ def sampled_cross_entropy(
         table: (N + 1, H).
         targets: (V,) item ids.
         negatives: (M,) item ids drawn with replacement, shared by all rows.
-        log_q: (N + 1,) log-probabilities of the proposal.
+        log_q: (M,) log-probability with which each of the negatives is drawn.
         logq: strength of the correction in [0, 1]; 0 leaves the logits as they are (GRU4Rec's default).
 
     Returns:
@@ -42,7 +60,7 @@ def sampled_cross_entropy(
     if len(states) == 0:
         return states.sum() + 0.0 * table.sum()
     positive = (states * F.embedding(targets, table)).sum(-1, keepdim=True)
-    expected = log_q[negatives] + torch.log(torch.tensor(float(len(negatives))))
+    expected = log_q + math.log(len(negatives))
     logits = states @ F.embedding(negatives, table).T - logq * expected
     logits = logits.masked_fill(negatives == targets[:, None], -torch.inf)
     return (torch.cat([positive, logits], 1).logsumexp(1) - positive.squeeze(1)).mean()

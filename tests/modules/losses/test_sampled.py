@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from lightning_sfubm.modules.losses.sampled import (
     binary_cross_entropy,
     bpr_max,
+    draw,
     other_items,
     proposal,
     sampled_cross_entropy,
@@ -28,6 +29,17 @@ def test_proposal() -> None:
     torch.testing.assert_close(proposal(counts, 0.0), torch.tensor([0.0, 1 / 3, 1 / 3, 1 / 3]))
 
 
+def test_draws_follow_the_proposal() -> None:
+    q = proposal(torch.tensor([0, 3, 0, 8, 1]), 1.0)
+    drawn = draw(q.double().cumsum(0), 60_000, torch_generator(0, "draws"))
+    shares = torch.bincount(drawn, minlength=5) / 60_000
+    torch.testing.assert_close(shares, q, atol=0.01, rtol=0)
+    assert shares[0] == 0
+    # nothing lies beyond the end, however the sums are rounded
+    ends = draw(torch.tensor([0.0, 0.3, 0.3, 0.9]).double(), 10_000, torch_generator(0, "draws"))
+    assert set(ends.tolist()) == {1, 3}
+
+
 def test_log_q_correction_is_consistent() -> None:
     """With many negatives from a skewed proposal the loss approaches the full softmax, and without correction it does not."""
     states, table, targets, generator = setup()
@@ -35,8 +47,8 @@ def test_log_q_correction_is_consistent() -> None:
     negatives = torch.multinomial(q, 200_000, replacement=True, generator=generator)
     # A row's own target is masked among the negatives and stands in the positive column instead: the full softmax.
     full = F.cross_entropy(states @ table[1:].T, targets - 1)
-    corrected = sampled_cross_entropy(states, table, targets, negatives, q.log())
-    uncorrected = sampled_cross_entropy(states, table, targets, negatives, torch.full((N + 1,), 1 / N).log())
+    corrected = sampled_cross_entropy(states, table, targets, negatives, q.log()[negatives])
+    uncorrected = sampled_cross_entropy(states, table, targets, negatives, torch.full((200_000,), 1 / N).log())
     torch.testing.assert_close(corrected, full, atol=0.02, rtol=0)
     assert (uncorrected - full).abs() > 0.1
 
@@ -45,7 +57,7 @@ def test_log_q_strength() -> None:
     """0 is the softmax over target and negatives as they are, and with a uniform proposal 1 adds a constant to them."""
     states, table, targets, generator = setup(3)
     negatives = torch.randint(1, N + 1, (7,), generator=generator)
-    q = proposal(torch.arange(N + 1), 0.7).log()
+    q = proposal(torch.arange(N + 1), 0.7).log()[negatives]
     plain = []
     for state, target in zip(states, targets, strict=True):
         others = [n for n in negatives if n != target]
@@ -113,7 +125,7 @@ def test_bpr_max_learns_what_it_should() -> None:
 
 def test_targets_among_the_negatives_do_not_count() -> None:
     states, table, targets, _ = setup(1)
-    q = proposal(torch.zeros(N + 1), 0.0).log()
+    q = proposal(torch.zeros(N + 1), 0.0).log()[targets.repeat(5)]
     loss = sampled_cross_entropy(states, table, targets, targets.repeat(5), q)
     torch.testing.assert_close(loss, torch.tensor(0.0))
 
@@ -136,6 +148,6 @@ def test_other_items_are_uniform_over_all_but_the_target() -> None:
 
 def test_empty_batches() -> None:
     states, table, targets, _ = setup(0)
-    assert sampled_cross_entropy(states, table, targets, torch.tensor([1]), torch.zeros(N + 1)) == 0
+    assert sampled_cross_entropy(states, table, targets, torch.tensor([1]), torch.zeros(1)) == 0
     assert bpr_max(states, table, targets, torch.tensor([1])) == 0
     assert binary_cross_entropy(states, table, targets, targets) == 0
