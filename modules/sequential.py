@@ -211,7 +211,9 @@ class SequentialRecommender(CatalogueModule):
             ConfigError: gradients are to be clipped.
         """
         if self.item_updates == "rows" and self.trainer.gradient_clip_val:
-            raise ConfigError("item_updates 'rows' has sparse gradients, which are not clipped: unset gradient_clip_val")
+            raise ConfigError(
+                "item_updates 'rows' has sparse gradients, which are not clipped: unset gradient_clip_val"
+            )
 
     # ------------------------------------------------------------------ contracts
 

@@ -62,6 +62,8 @@ def greedy(
 ) -> list[list[int]]:
     """Greedy continuation of B left-padded prompts, all rows at once, keys and values cached.
 
+    A row whose trie leaves one way to go on is complete: what follows is written down without being computed.
+
     Args:
         backbone: the model.
         embeddings: (B, S, d), soft tokens spliced in; no branches.
@@ -80,7 +82,9 @@ def greedy(
     positions = prompts.positions
     answers: list[list[int]] = [[] for _ in range(len(embeddings))]
     running = [True] * len(answers)
-    for _ in range(max_tokens):
+    if tries is not None:
+        _complete(answers, running, tries)
+    for _ in range(max_tokens if any(running) else 0):
         logits = backbone.logits(backbone.states(embeddings, mask, positions, cache)[:, -1])
         if tries is not None:
             allowed = torch.zeros_like(logits, dtype=torch.bool)
@@ -93,12 +97,22 @@ def greedy(
                 running[row] = token != eos_id
                 if running[row]:
                     answers[row].append(token)
+        if tries is not None:
+            _complete(answers, running, tries)
         if not any(running):
             break
         embeddings = backbone.embed(chosen.unsqueeze(1))
         mask = F.pad(mask, (0, 1), value=True)
         positions = positions[:, -1:] + 1
     return answers
+
+
+def _complete(answers: list[list[int]], running: list[bool], tries: list["TitleTrie"]) -> None:
+    for row, trie in enumerate(tries):
+        rest = trie.only_rest(answers[row]) if running[row] else None
+        if rest is not None:
+            answers[row] += rest[:-1]  # without EOS
+            running[row] = False
 
 
 class TitleTrie:
@@ -123,6 +137,16 @@ class TitleTrie:
         for token in prefix:
             node = node[token]
         return list(node)
+
+    def only_rest(self, prefix: list[int]) -> list[int] | None:
+        """The tokens up to EOS where there is one way to go on, else ``None``."""
+        node, rest = self._root, []
+        for token in prefix:
+            node = node[token]
+        while len(node) == 1:
+            ((token, node),) = node.items()
+            rest.append(token)
+        return None if node else rest
 
     def candidate(self, answer: list[int]) -> int:
         """Index of the candidate whose answer (without EOS) this is."""

@@ -178,6 +178,11 @@ def test_constrained_generation_yields_candidates_only(backbones, catalogue, mak
     answers = builder.answers(batch["candidates"].numpy())
     tries = [TitleTrie(row) for row in answers]
     found = greedy(backbone, backbone.embed(prompts.tokens), prompts, 12, backbone.tokenizer.eos_token_id, tries)
+    plain = [TitleTrie(row) for row in answers]
+    for trie in plain:
+        trie.only_rest = lambda prefix: None  # every token computed
+    again = greedy(backbone, backbone.embed(prompts.tokens), prompts, 12, backbone.tokenizer.eos_token_id, plain)
+    assert again == found
     for row, answer in enumerate(found):
         assert [*answer, backbone.tokenizer.eos_token_id] == answers[row][tries[row].candidate(answer)]
 
@@ -186,6 +191,10 @@ def test_trie_with_nested_and_equal_answers():
     trie = TitleTrie([[5, 6, 2], [5, 2], [5, 6, 2], [7, 2]])
     assert trie.next_tokens([]) == [5, 7]
     assert set(trie.next_tokens([5])) == {6, 2}
+    assert trie.only_rest([]) is None
+    assert trie.only_rest([5]) is None
+    assert trie.only_rest([5, 6]) == [2]
+    assert trie.only_rest([7]) == [2]
     assert trie.candidate([5]) == 1
     assert trie.candidate([5, 6]) == 0
 
