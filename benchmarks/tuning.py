@@ -1,19 +1,17 @@
-"""Tuning on real prompts against the usual loop: `python benchmarks/tuning.py --data-root DIR [--quick]`.
+"""LLM tuning on real prompts, in tokens of text a CPU second: `python benchmarks/tuning.py --data-root DIR [--quick]`.
 
-Held-out positions of Amazon Beauty users with 8 candidates, as SF-UBM's second stage has them, batches of 8, SmolLM2-135M (15
-layers), LoRA of rank 8 on all linear layers, one thread. Compared is what a user would write with transformers and PEFT: base
-weights in fp32 under bf16 autocast, rows in the order they come, padded on the right to the longest of the batch, logits of all
-positions, labels at the answer.
-
-(a) *list*: the same prompts (candidates listed, title as the answer) in both; the product's come in buckets of length, and only
-    answers reach the output layer.
-(b) *branch*: SF-UBM's form, candidates as branches after one prefix; the usual loop has a row of prefix and candidate for each.
-
-Counted are tokens of text, without padding and without copies of a prefix. Steps in turn, CPU seconds, medians of the steps'
-rates. Writes benchmarks/results/tuning.json.
+DIR holds beauty/. The product tunes as configs/experiment/health_beauty.yaml does (SmolLM2-135M, 15 layers, LoRA on q, k, v
+and o, batches of 8, history of 6, titles of 10 tokens), through Lightning, on its own batches of that experiment's samples: in
+the `branch` form with the soft tokens of a stage 1 and 8 candidates, in the `list` form with titles alone and 20 candidates.
+The other side is the common loop: transformers and PEFT with the same layers and adapters, fp32 weights under bf16 autocast,
+`model(..., labels=...)`, so logits at every position; prompts of the same users and candidates in the list template, in a
+shuffled order, right-padded to the longest of the batch, labels on the answer only. Steps in turn, one thread. Soft tokens and
+padding are computed but not counted as tokens of text; samples a CPU second stand beside, because a branch prompt is shorter.
+Without --data-root the prompts are generated. Takes about 8 minutes of CPU; writes benchmarks/results/tuning.json.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -26,58 +24,81 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from lightning_sfubm.assets import resolve_model
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.datamodules.prompt_templates import load_template
+from lightning_sfubm.datamodules.prompts import PromptBuilder
 from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
 from lightning_sfubm.datamodules.readers.table import TableReader
+from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
 from lightning_sfubm.evaluation.environment import environment
+from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.modules.llm_head import LLMHead
+from lightning_sfubm.seeds import torch_generator
 
 RESULTS = Path(__file__).parent / "results" / "tuning.json"
 LIMIT = 1.5
-LAYERS, BATCH, CANDIDATES = 15, 8, 8
+TEMPLATE, TARGETS, RANK, ALPHA, RATE = "beauty", r".*\.(q|k|v|o)_proj", 8, 32, 2e-3
+HISTORY, TITLE_TOKENS = 6, 10
+CANDIDATES = {"branch": 8, "list": 20}
 
 
-class Usual:
-    """A transformers + PEFT loop."""
+def samples(root: str | None, candidates: int) -> RankingDataModule:
+    """The samples of the experiment; text vectors by hashing, because their values do not change the time."""
+    reader = TableReader("beauty") if root else SyntheticReader(0, num_users=600, num_items=2000)
+    settings: dict[str, Any] = {"max_users": 10000, "stage2_users": 2000} if root else {"k_core": 0}
+    source = DomainDataModule(
+        "beauty", reader, root=root, text_encoder=HashingTextEncoder(dim=384), stage2_positions=1, **settings
+    )
+    data = RankingDataModule(source, batch_size=8, train_candidates=candidates, max_train_users=600)
+    data.prepare_data()
+    data.setup("fit")
+    return data
 
-    def __init__(self, layers: int) -> None:
+
+def head_of(form: str, layers: int, data: RankingDataModule) -> LLMHead:
+    """SF-UBM's head (`branch`), or the head of a list prompt without soft tokens."""
+    head = LLMHead(
+        form=form,
+        template=TEMPLATE,
+        num_layers=layers,
+        history_length=HISTORY,
+        title_tokens=TITLE_TOKENS,
+        adapter_rank=RANK,
+        adapter_alpha=ALPHA,
+        adapter_targets=TARGETS,
+        adapter_dropout=0.0,
+        adapter_learning_rate=RATE,
+    )
+    stage1 = None
+    if form == "branch":
+        stage1 = FKDDistiller(SASRec(hidden_dim=64, num_layers=2, num_heads=2, max_length=50), num_experts=1)
+        stage1.bind(data.catalogue)
+    head.attach_stage1(stage1, data.catalogue)
+    return head
+
+
+class PaddedLoop(L.Callback):
+    """Takes a step of the common loop after every step of the Trainer, and times both."""
+
+    def __init__(self, head: LLMHead, layers: int, rows: list[tuple[Tensor, int]]) -> None:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        from lightning_sfubm.assets import resolve_model
-
-        model = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m"), dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m"), dtype=torch.float32)
         model.model.layers = model.model.layers[:layers]
-        config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
-        self.model = get_peft_model(model, config).train()
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 3e-4, fused=True)
-
-    def step(self, rows: list[Tensor], answers: list[int], pad: int) -> None:
-        """One step on rows of token ids whose last ``answers`` tokens are learned."""
-        width = max(map(len, rows))
-        tokens = torch.full((len(rows), width), pad)
-        labels = torch.full((len(rows), width), -100)
-        for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            tokens[number, : len(row)] = row
-            labels[number, len(row) - answer : len(row)] = row[-answer:]
-        mask = (torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]).long()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = self.model(input_ids=tokens, attention_mask=mask).logits
-        F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-class InTurn(L.Callback):
-    """Take a step of the usual loop after every step of the Trainer, on samples as they come, and time both."""
-
-    def __init__(self, head: LLMHead, usual: Usual, samples: list[dict[str, Tensor]]) -> None:
-        self.head, self.usual, self.samples = head, usual, samples
-        self.rates: dict[str, list[float]] = {"product": [], "usual": []}
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+        self.model: Any = get_peft_model(model, config).train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, RATE, fused=True)
+        self.head = head
+        self.batches = [rows[start : start + 8] for start in range(0, len(rows), 8)]
+        self.ours: list[dict[str, float]] = []
+        self.padded: list[dict[str, float]] = []
 
     def on_train_start(self, *_: Any) -> None:
         """Start the Trainer's clock."""
@@ -86,50 +107,66 @@ class InTurn(L.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, data: Any, batch_idx: int) -> None:
         """Stop the Trainer's clock, take the other step, start it again."""
         spent = time.process_time() - self.start
-        self.rates["product"].append(self._text_tokens(data) / spent)
-        sample = self.samples[batch_idx]
-        rows, answers = self._rows(sample)
-        start = time.process_time()
-        self.usual.step(rows, answers, self.head.prompts.pad_id)
-        self.rates["usual"].append(self._text_tokens(sample) / (time.process_time() - start))
+        ends = data["target"].unsqueeze(1) if self.head.settings.form == "list" else None
+        prompts = self.head.prompts.build(data["history"], data["candidates"], ends)
+        taken = int((prompts.branch >= 0).sum())
+        text = int(((prompts.branch >= 0) & (prompts.tokens >= 0)).sum())
+        self.ours.append(
+            _step(spent, len(data["target"]), text, soft=taken - text, padding=prompts.tokens.numel() - taken)
+        )
+        self.padded.append(self._train(self.batches[batch_idx]))
         self.start = time.process_time()
 
-    def _prompts(self, sample: dict[str, Tensor]) -> Any:
-        branches = sample["target"].unsqueeze(1) if self.head.settings.form == "list" else None
-        return self.head.prompts.build(sample["history"], sample["candidates"], branches)
+    def _train(self, rows: list[tuple[Tensor, int]]) -> dict[str, float]:
+        start = time.process_time()
+        tokens = pad_sequence([tokens for tokens, _ in rows], batch_first=True)
+        mask = pad_sequence([torch.ones_like(tokens) for tokens, _ in rows], batch_first=True)
+        labels = [torch.where(torch.arange(len(tokens)) < prompt, -100, tokens) for tokens, prompt in rows]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.head.lm.bf16):
+            loss = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                labels=pad_sequence(labels, batch_first=True, padding_value=-100),
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        spent = time.process_time() - start
+        return _step(spent, len(rows), int(mask.sum()), soft=0, padding=mask.numel() - int(mask.sum()))
 
-    def _text_tokens(self, sample: dict[str, Tensor]) -> int:
-        return int((self._prompts(sample).branch >= 0).sum())
 
-    def _rows(self, sample: dict[str, Tensor]) -> tuple[list[Tensor], list[int]]:
-        """Every branch as a row of its own, after its prefix."""
-        prompts = self._prompts(sample)
-        rows, answers = [], []
+def _step(spent: float, rows: int, text: int, soft: int, padding: int) -> dict[str, float]:
+    return {"cpu_s": spent, "samples": rows, "text": text, "soft": soft, "padding": padding}
+
+
+def list_rows(head: LLMHead, batches: list[Any]) -> list[tuple[Tensor, int]]:
+    """Token ids of prompt and answer in the list template, and the prompt's length, shuffled over all batches."""
+    assert head.catalogue is not None
+    builder = PromptBuilder(
+        head.lm.tokenizer,
+        load_template(TEMPLATE, "list"),
+        head.catalogue.titles,
+        HISTORY,
+        TITLE_TOKENS,
+        user_token=False,
+        history_tokens=False,
+        candidate_tokens=False,
+    )
+    rows = []
+    for batch in batches:
+        prompts = builder.build(batch["history"], batch["candidates"], batch["target"].unsqueeze(1))
         for tokens, branch in zip(prompts.tokens, prompts.branch, strict=True):
-            for number in range(1, int(branch.max()) + 1):
-                rows.append(tokens[(branch == 0) | (branch == number)].clamp_min(0))
-                answers.append(int((branch == number).sum()))
-        return rows, answers
+            rows.append((tokens[branch >= 0], int((branch == 0).sum())))
+    order = torch.randperm(len(rows), generator=torch_generator(0, "order"))
+    return [rows[index] for index in order.tolist()]
 
 
-def compare(form: str, root: str, layers: int, steps: int) -> dict[str, Any]:
-    """Rates of both loops on prompts of one form."""
-    source = DomainDataModule("beauty", TableReader("beauty"), root=root, max_users=10_000, stage2_positions=1)
-    data = RankingDataModule(source, batch_size=BATCH, train_candidates=CANDIDATES, max_train_users=600)
-    data.prepare_data()
-    data.setup("fit")
-    head = LLMHead(form=form, template="beauty", num_layers=layers)
-    head.attach_stage1(None, data.catalogue)
-    plain = source.rank_dataloader("train2", BATCH, CANDIDATES, 600, data.seed, shuffle=False)
-    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
-    whole = {key: [row for batch in plain for row in batch[key]] for key in ("history", "candidates", "target")}
-    samples = []
-    for chosen in order.split(BATCH)[:steps]:
-        histories = [whole["history"][i] for i in chosen.tolist()]
-        width = max(map(len, histories))
-        sample = {key: torch.stack([whole[key][i] for i in chosen.tolist()]) for key in ("candidates", "target")}
-        samples.append({**sample, "history": torch.stack([F.pad(h, (width - len(h), 0)) for h in histories])})
-    turn = InTurn(head, Usual(layers), samples)
+def compare(form: str, root: str | None, layers: int, steps: int) -> dict[str, Any]:
+    """Both loops over the same users and candidates; the first step of each warms up."""
+    data = samples(root, CANDIDATES[form])
+    head = head_of(form, layers, data)
+    loop = PaddedLoop(head, layers, list_rows(head, list(itertools.islice(data.train_dataloader(), steps))))
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -138,35 +175,67 @@ def compare(form: str, root: str, layers: int, steps: int) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
         gradient_clip_val=1.0,
-        limit_val_batches=0,
         use_distributed_sampler=False,
-        callbacks=[turn],
+        limit_val_batches=0,
+        callbacks=[loop],
     )
-    trainer.fit(head, data)
-    rates = {name: values[2:] for name, values in turn.rates.items()}  # the first steps warm up
+    trainer.fit(head, datamodule=data)
+    ours, padded = loop.ours[1:], loop.padded[1:]
     return {
-        "steps": len(rates["product"]),
-        "text_tokens_per_cpu_s": {name: round(statistics.median(values), 1) for name, values in rates.items()},
-        "ratio": round(statistics.median(rates["product"]) / statistics.median(rates["usual"]), 2),
+        "candidates": CANDIDATES[form],
+        "steps": len(ours),
+        "product": _summary(ours),
+        "padded loop": _summary(padded),
+        "ratio": round(_ratio(ours, padded, "text"), 2),
+        "ratio_of_samples": round(_ratio(ours, padded, "samples"), 2),
     }
+
+
+def _summary(steps: list[dict[str, float]]) -> dict[str, float]:
+    total = {key: sum(step[key] for step in steps) for key in steps[0]}
+    computed = total["text"] + total["soft"] + total["padding"]
+    return {
+        "text_tokens_a_sample": round(total["text"] / total["samples"], 1),
+        "soft_tokens_a_sample": round(total["soft"] / total["samples"], 1),
+        "padding_share": round(total["padding"] / computed, 4),
+        "text_tokens_per_cpu_s": round(statistics.median(step["text"] / step["cpu_s"] for step in steps), 1),
+        "samples_per_cpu_s": round(statistics.median(step["samples"] / step["cpu_s"] for step in steps), 3),
+    }
+
+
+def _ratio(ours: list[dict[str, float]], padded: list[dict[str, float]], unit: str) -> float:
+    """Median over the steps of the ratio of rates of two steps taken one after the other."""
+    pairs = zip(ours, padded, strict=True)
+    return statistics.median((a[unit] / a["cpu_s"]) / (b[unit] / b["cpu_s"]) for a, b in pairs)
 
 
 def main() -> None:
     """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", required=True, help="folder that holds beauty/")
-    parser.add_argument("--quick", action="store_true", help="two layers, four steps, nothing written")
+    parser.add_argument("--data-root", help="folder that holds beauty/")
+    parser.add_argument("--steps", type=int, default=11, help="steps of each loop, the first to warm up")
+    parser.add_argument("--only", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
+    parser.add_argument("--quick", action="store_true", help="2 layers, 3 steps, nothing is written")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    layers, steps = (2, 4) if arguments.quick else (LAYERS, 14)
-    result: dict[str, Any] = {form: compare(form, arguments.data_root, layers, steps) for form in ("list", "branch")}
-    result |= {"layers": layers, "batch": BATCH, "candidates": CANDIDATES, "limit": LIMIT}
-    result |= {"load_average": os.getloadavg()[0], "environment": environment()}
+    layers, steps = (2, 3) if arguments.quick else (15, arguments.steps)
+    result: dict[str, Any] = {
+        "prompts": "Amazon Beauty" if arguments.data_root else "generated",
+        "backbone": "smollm2-135m",
+        "layers": layers,
+        "batch_size": 8,
+        "load_average": {"before": os.getloadavg()[0]},
+    }
+    for form in arguments.only:
+        result[form] = compare(form, arguments.data_root, layers, steps)
+        print(form, json.dumps(result[form], indent=1), flush=True)
+    result["load_average"]["after"] = os.getloadavg()[0]
+    result["limit"] = LIMIT
+    result["environment"] = environment()
     if not arguments.quick:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "environment"}, indent=1))
 
 
 if __name__ == "__main__":
