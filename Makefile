@@ -49,6 +49,12 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/federated.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stage1.py --data-root $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/catalogue.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/text.py --data-root $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tuning.py --data-root $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/startup.py
+	@$(BIN)/python benchmarks/summary.py
 
 results: $(STAMP)
 	@status=0; for grid in configs/results/*.yaml; do \
