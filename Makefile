@@ -49,6 +49,7 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/federated.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stage1.py --data-root $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/catalogue.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/text.py --data-root $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tuning.py --data-root $(DATA)

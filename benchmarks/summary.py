@@ -19,6 +19,7 @@ FIGURES: list[tuple[str, str, Callable[[Any], float], float, bool]] = [
     ("GRU4Rec, one epoch of Beauty, CPU-s", "stage1", lambda d: d["epoch_cpu_s"]["GRU4Rec, chunked, auto"], 7.0, True),
     ("SASRec on Beauty, peak GB", "stage1", operator.itemgetter("peak_rss_gb"), 1.0, True),
     ("test NDCG@10 after 100 CPU-s, Beauty", "stage1", lambda d: d["trained"]["ndcg@10"], 0.050, False),
+    ("test NDCG@10 after 100 CPU-s, MovieLens-100K", "quality", operator.itemgetter("ndcg@10"), 0.096, False),
     ("full-catalogue evaluation, users a CPU-s", "stage1", operator.itemgetter("eval_users_per_cpu_s"), 8000, False),
     ("epoch with 1 M items over 10 k items", "catalogue", lambda d: d["rows"][-1]["ratio"], 1.5, True),
     ("1 M items, peak GB", "catalogue", lambda d: d["rows"][-1]["peak_gb"], 8.0, True),
