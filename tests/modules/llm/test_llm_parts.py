@@ -170,6 +170,37 @@ def test_batched_generation_equals_single_and_full_forward(backbones, catalogue,
     assert any(together)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gemma3"])
+def test_a_batch_in_parts_equals_the_whole(backbones, catalogue, make_batch, monkeypatch, architecture):
+    """Rows are computed a few at a time where no gradient is wanted: states, cache and what follows from it stay the same."""
+    backbone = backbones(architecture)
+    batch = make_batch(rows=5)
+    branching, _ = prompts_for(backbone, catalogue, batch, "branch")
+    listing, _ = prompts_for(backbone, catalogue, batch, "list", branches=torch.zeros(5, 0, dtype=torch.long))
+    eos = backbone.tokenizer.eos_token_id
+
+    def everything():
+        with torch.no_grad():
+            states = tree_states(backbone, backbone.embed(branching.tokens), branching)
+        return states, greedy(backbone, backbone.embed(listing.tokens), listing, 6, eos)
+
+    passes = []
+    plain = backbone._pass
+    monkeypatch.setattr(backbone, "_pass", lambda *args: passes.append(len(args[0])) or plain(*args))
+    states, answers = everything()
+    assert set(passes) == {5}
+    monkeypatch.setattr("lightning_sfubm.modules.llm.backbone.CPU_TOKENS", 2 * listing.tokens.shape[1])
+    passes.clear()
+    again, answers_again = everything()
+    assert min(passes) < 5
+    real = branching.branch >= 0
+    torch.testing.assert_close(again[real], states[real], atol=1e-5, rtol=1e-4)
+    assert answers_again == answers
+    passes.clear()
+    tree_states(backbone, backbone.embed(branching.tokens), branching)  # with gradients: whole
+    assert passes == [5]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_constrained_generation_yields_candidates_only(backbones, catalogue, make_batch, architecture):
     backbone = backbones(architecture)
