@@ -37,6 +37,7 @@ def catalogue() -> Catalogue:
 
 
 def batch(rows: int, candidates: int, history: int, seed: int) -> dict[str, torch.Tensor]:
+    """A ranking batch with histories and candidates drawn at random; the first candidate is the target."""
     generator = torch_generator(seed, "batch")
     chosen = torch.stack([torch.randperm(ITEMS, generator=generator)[:candidates] + 1 for _ in range(rows)])
     return {
@@ -112,6 +113,7 @@ class BareLoop(L.Callback):
 
 
 def tuning(layers: int | None, steps: int) -> dict[str, float]:
+    """Rates of the Trainer and of the faster bare loop, steps in turn."""
     head = LLMHead(form="list", template="movies", num_layers=layers, history_length=9)
     head.attach_stage1(None, catalogue())
     bare = BareLoop(head, layers)
@@ -144,6 +146,7 @@ def tuning(layers: int | None, steps: int) -> dict[str, float]:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each call, all calls in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
@@ -156,6 +159,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
 
 @torch.no_grad()
 def ranking(layers: int | None, rounds: int) -> dict[str, float]:
+    """Time of both ways to rank over one forward pass, and of separate rows over branches."""
     by_head = LLMHead(template="movies", num_layers=layers).eval()
     by_head.attach_stage1(None, catalogue())
     by_score = LLMHead(template="movies", num_layers=layers, rank_mode="score", tuning="frozen").eval()

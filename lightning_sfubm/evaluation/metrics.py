@@ -33,10 +33,10 @@ def user_blocks(users: int, items: int, device: torch.device) -> Iterator[slice]
         device: of the scores.
 
     Yields:
-        Slices of at most 2^20 scores (2^28 on an accelerator), but of 16 users at least.
+        Slices of at most 2^20 scores (2^28 on an accelerator), but of 16 users at least; an empty one where there is no user.
     """
     size = max(16, (_CACHED if device.type == "cpu" else _ON_DEVICE) // max(items, 1))
-    for start in range(0, users, size):
+    for start in range(0, max(users, 1), size):
         yield slice(start, min(start + size, users))
 
 
