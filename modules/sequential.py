@@ -208,12 +208,16 @@ class SequentialRecommender(CatalogueModule):
         """Refuse what sparse gradients do not have.
 
         Raises:
-            ConfigError: gradients are to be clipped.
+            ConfigError: gradients are to be clipped, or exchanged between processes.
         """
-        if self.item_updates == "rows" and self.trainer.gradient_clip_val:
+        if self.item_updates != "rows":
+            return
+        if self.trainer.gradient_clip_val:
             raise ConfigError(
                 "item_updates 'rows' has sparse gradients, which are not clipped: unset gradient_clip_val"
             )
+        if self.trainer.world_size > 1:
+            raise ConfigError("item_updates 'rows' has sparse gradients, which DDP does not exchange: set devices to 1")
 
     # ------------------------------------------------------------------ contracts
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -134,3 +135,10 @@ def test_clipping_is_refused(synthetic: DomainDataModule, make_trainer: Callable
     module = SequentialRecommender(SASRec(8, num_heads=1), loss="sampled", item_updates="rows")
     with pytest.raises(ConfigError, match="gradient_clip_val"):
         make_trainer(max_epochs=1, gradient_clip_val=1.0).fit(module, synthetic)
+
+
+def test_several_processes_are_refused() -> None:
+    module = SequentialRecommender(SASRec(8, num_heads=1), loss="sampled", item_updates="rows")
+    module._trainer = SimpleNamespace(gradient_clip_val=None, world_size=2)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="devices to 1"):
+        module.on_fit_start()
