@@ -68,7 +68,8 @@ class LLMHead(InjectedLM):
         warmup: share of the training steps with rising learning rate; it falls linearly to zero afterwards.
         stage1_checkpoint: checkpoint of a stage-1 module, loaded when the catalogue is known.
         projector_checkpoint: checkpoint of a :class:`~lightning_sfubm.modules.prompt_projector.PromptProjector`.
-        precision: ``auto``, ``bf16`` or ``32``; holds for training and inference under any Trainer precision.
+        precision: ``auto``, ``bf16``, ``32``, ``8bit`` or ``4bit`` (the last two: a quantised base, extra ``quantized``);
+            holds for training and inference under any Trainer precision.
         seed: root seed of initial values and of the curriculum.
 
     Example:

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import importlib, pkgutil, sys
 
-OPTIONAL = ("wandb", "flwr", "opacus", "cryptography")
+OPTIONAL = ("wandb", "flwr", "opacus", "cryptography", "bitsandbytes")
 sys.modules.update(dict.fromkeys(OPTIONAL))  # None: importing one raises ImportError
 import lightning_sfubm
 import lightning_sfubm.evaluation.evaluate, lightning_sfubm.evaluation.report, lightning_sfubm.evaluation.terminal

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_sfubm.assets import resolve_model
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.llm.quantized import QUANTIZED, keep_gradients, quantization_config
 from lightning_sfubm.precision import has_fast_bf16
 
 #: tokens that a CPU computes at a time without gradients: a large batch in parts is faster, as it stays in the caches
@@ -38,7 +39,8 @@ class Backbone(nn.Module):
         llm: an embedded default, a local folder or a hub id.
         num_layers: keep the first n decoder layers; ``None`` keeps all.
         precision: ``"32"``, ``"bf16"`` (base weights in bf16, computation under bf16 autocast, residual stream and
-            adapters in fp32) or ``"auto"``: bf16 where the hardware has it.
+            adapters in fp32), ``"auto"``: bf16 where the hardware has it, or ``"8bit"`` or ``"4bit"``: linear layers of
+            the base quantised by bitsandbytes (extra ``quantized``), all else as with ``"auto"``.
         adapter_rank: rank of the LoRA adapters (Hu et al., arXiv 2106.09685); 0 leaves the model frozen.
         adapter_alpha: LoRA scale is ``adapter_alpha / adapter_rank``.
         adapter_dropout: dropout in front of the adapters.
@@ -49,6 +51,7 @@ class Backbone(nn.Module):
         embedding_dim: d, width of the token embeddings.
         hidden_dim: width of the last hidden states (differs from d in some models).
         token_norm: mean norm of the token embeddings.
+        quantized: whether the base has weights of 8 or 4 bits.
     """
 
     def __init__(
@@ -62,14 +65,18 @@ class Backbone(nn.Module):
         adapter_targets: str = "all-linear",
     ) -> None:
         super().__init__()
-        if precision not in ("auto", "bf16", "32"):
-            raise ConfigError(f"LLM precision '{precision}' is not one of auto, bf16, 32")
+        if precision not in ("auto", "bf16", "32", *QUANTIZED):
+            raise ConfigError(f"LLM precision '{precision}' is not one of auto, bf16, 32, 8bit, 4bit")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-        model, self.tokenizer = _load(llm, num_layers, torch.bfloat16 if self.bf16 else torch.float32)
+        self.bf16 = precision == "bf16" or (precision != "32" and has_fast_bf16(device))
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        quantization = quantization_config(precision, dtype) if precision in QUANTIZED else None
+        model, self.tokenizer = _load(llm, num_layers, dtype, quantization)
         model.requires_grad_(False)
+        keep_gradients(model)
         self.config = model.config
         self.llm = llm
+        self.quantized = quantization is not None
         self.hidden_dim = int(model.get_output_embeddings().weight.shape[1])
         with torch.no_grad():
             rows = torch.arange(0, model.get_input_embeddings().num_embeddings, 7)
@@ -202,7 +209,7 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()[:24]
 
 
-def _load(llm: str, num_layers: int | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(llm: str, num_layers: int | None, dtype: torch.dtype, quantization: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = resolve_model(llm)
@@ -223,6 +230,8 @@ def _load(llm: str, num_layers: int | None, dtype: torch.dtype) -> tuple[Any, An
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     settings = {"config": config, "dtype": dtype, "use_safetensors": True}  # a .bin file is a pickle
+    if quantization is not None:
+        settings["quantization_config"] = quantization
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)  # the load report would list every weight of the layers left out

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.llm.backbone import Backbone
 
 #: entries into a head from outside its ``forward``: whole parameters outside the decoder layers are there within them
@@ -28,7 +29,14 @@ def shard(head: LightningModule, backbone: Backbone, mesh: DeviceMesh) -> None:
         head: of which ``backbone`` is a part; changed in place.
         backbone: its language model.
         mesh: one-dimensional, of the processes.
+
+    Raises:
+        ConfigError: the base is quantised.
     """
+    if backbone.quantized:
+        raise ConfigError(
+            "a quantised LLM cannot be divided among processes: set its precision to auto, or strategy to ddp"
+        )
     model = backbone.causal_lm
     kinds = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
