@@ -64,6 +64,8 @@ def test_trains_is_stored_and_read(llm, stage1, catalogue, make_batch, precision
     assert stored.keys() == {name for name, p in head.named_parameters() if p.requires_grad}
     again = LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", weights_only=True)
     again.attach_stage1(stage1, catalogue)
+    whole = LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", precision="32", weights_only=True)
+    assert not whole.lm.quantized
     batch = make_batch(rows=4, seed=9)
     torch.testing.assert_close(again.eval().rank(batch), head.eval().rank(batch), atol=1e-4, rtol=1e-4)
 
