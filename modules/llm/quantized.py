@@ -7,6 +7,9 @@ import torch
 
 from lightning_sfubm.errors import ConfigError
 
+# PEFT imports bitsandbytes where it is installed, which then warns of a kernel it could fetch; its 8-bit layers warn at every step.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 #: precisions in which the frozen base is quantised; adapters, projectors and head stay in fp32
 QUANTIZED = ("8bit", "4bit")
 
@@ -35,8 +38,6 @@ def quantization_config(precision: str, compute: torch.dtype) -> Any:
         raise ConfigError(
             f"LLM precision '{precision}' needs the package 'bitsandbytes': pip install 'lightning-sfubm[quantized]'"
         ) from None
-    # one line a layer and step, on casting bf16 to fp16
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if precision == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
