@@ -7,7 +7,8 @@ import torch
 
 from lightning_sfubm.errors import ConfigError
 
-# PEFT imports bitsandbytes where it is installed, which then warns of a kernel it could fetch; its 8-bit layers warn at every step.
+# PEFT imports bitsandbytes where it is installed, which then warns of a kernel it could fetch; its 8-bit layers warn
+# at every step.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 #: precisions in which the frozen base is quantised; adapters, projectors and head stay in fp32
