@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_sfubm.assets import cache_dir
-from lightning_sfubm.contracts import Catalogue, RankBatch, TextEncoder, TrainBatch
+from lightning_sfubm.contracts import Catalogue, RankBatch, TextEncoder, TrainBatch, TrainHistories
 from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler
 from lightning_sfubm.datamodules.card import DataCard
 from lightning_sfubm.datamodules.domain import Domain
@@ -127,6 +127,7 @@ class DomainDataModule(L.LightningDataModule):
             titles=domain.titles,
             text_embeddings=self._text_embeddings(domain),
             train_counts=torch.from_numpy(train_counts(domain, self._splits)),
+            histories=_histories(domain, self._splits),
         )
         self._domain = domain
         for split in ("val", "test"):
@@ -164,7 +165,8 @@ class DomainDataModule(L.LightningDataModule):
         twin.trainer = None
         twin._splits = retrained(self.splits, users, self.stage2_positions)
         counts = torch.from_numpy(train_counts(self.domain, twin._splits))
-        twin._catalogue = replace(self.catalogue, train_counts=counts)
+        histories = _histories(self.domain, twin._splits)
+        twin._catalogue = replace(self.catalogue, train_counts=counts, histories=histories)
         return twin
 
     @property
@@ -345,6 +347,10 @@ class DomainDataModule(L.LightningDataModule):
 
     def _root(self) -> Path | None:
         return Path(self.root) if self.root is not None else None
+
+
+def _histories(domain: Domain, splits: Splits) -> TrainHistories:
+    return TrainHistories(domain.items, splits.train_start, splits.train_end)
 
 
 def shard_of(datamodule: L.LightningDataModule) -> tuple[int, int]:

@@ -13,6 +13,7 @@ Item ids of a domain are ``1..N``; ``0`` is padding. Item tables have ``N + 1`` 
 from dataclasses import dataclass, field
 from typing import Protocol, TypedDict, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 from typing_extensions import NotRequired
 
@@ -37,6 +38,21 @@ class RankBatch(TypedDict):
 
 
 @dataclass(frozen=True)
+class TrainHistories:
+    """The training part of every user's sequence: of user u the positions ``starts[u]`` to ``ends[u] - 1``.
+
+    Attributes:
+        items: (M,) integer ids of all sequences, one after the other; what lies outside the bounds is not for training.
+        starts: (U,) int64.
+        ends: (U,) int64.
+    """
+
+    items: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+@dataclass(frozen=True)
 class Catalogue:
     """What a model may know of a domain's items. Built from training data only.
 
@@ -46,6 +62,7 @@ class Catalogue:
         titles: N + 1 strings, ``titles[0] == ""``.
         text_embeddings: (N + 1, D) float32, unit rows, row 0 zero; ``None`` where no text encoder is configured.
         train_counts: (N + 1,) int64 training interactions per item.
+        histories: training sequences, where they are of one domain; they stay in the process that trains.
     """
 
     name: str
@@ -53,6 +70,7 @@ class Catalogue:
     titles: list[str] = field(repr=False)
     text_embeddings: Tensor | None = field(repr=False)
     train_counts: Tensor = field(repr=False)
+    histories: TrainHistories | None = field(default=None, repr=False)
 
 
 @runtime_checkable

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
+from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch, TrainHistories
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors
 from lightning_sfubm.modules.layers.items import ItemTable
 from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_affinities
 from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs, full_cross_entropy
@@ -55,6 +56,8 @@ class SequentialRecommender(CatalogueModule):
         item_updates: ``"all"`` item vectors by AdamW in every step, or only the ``"rows"`` a step has touched
             (:class:`~lightning_sfubm.modules.row_adam.RowAdamW`), for ids of large catalogues under a loss on negatives.
         logits_precision: number format of products against the whole catalogue.
+        item_init: start the learned item vectors from ``"random"`` ones, or from the ``"cooccurrence"`` of items in training
+            sequences (:func:`~lightning_sfubm.modules.layers.cooccurrence.cooccurrence_vectors`).
         seed: root of the named streams (initial table, negatives, gate noise).
 
     Raises:
@@ -66,6 +69,7 @@ class SequentialRecommender(CatalogueModule):
     """
 
     negative_proposal: Tensor
+    items_started: Tensor
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class SequentialRecommender(CatalogueModule):
         text_dropout: float = 0.0,
         item_updates: Literal["all", "rows"] = "all",
         logits_precision: Precision = "auto",
+        item_init: Literal["random", "cooccurrence"] = "random",
         seed: int = 0,
     ) -> None:
         super().__init__(encoder_width(encoder), lr, weight_decay, warmup_steps)
@@ -105,6 +110,11 @@ class SequentialRecommender(CatalogueModule):
                 f"item_updates={item_updates!r} with features={features!r} and loss={loss!r}: choose 'all', or 'rows' with "
                 "features 'id' and a loss on negatives, since text and the full loss touch every item in every step."
             )
+        if item_init not in ("random", "cooccurrence") or (item_init == "cooccurrence" and "id" not in features):
+            raise ConfigError(
+                f"item_init={item_init!r} with features={features!r}: choose 'random', or 'cooccurrence' with features "
+                "'id' or 'id+text', which have learned item vectors."
+            )
         self.save_plain_hyperparameters()
         self.encoder = encoder
         self.features = features
@@ -119,6 +129,7 @@ class SequentialRecommender(CatalogueModule):
         self.num_experts = num_experts
         self.text_dropout = text_dropout
         self.item_updates = item_updates
+        self.item_init = item_init
         self._cumulative: Tensor | None = None
         self.logits_precision: Precision = logits_precision
         self.seed = seed
@@ -147,6 +158,8 @@ class SequentialRecommender(CatalogueModule):
             self.logits_precision,
         )
         self.register_buffer("negative_proposal", proposal(torch.zeros(num_items + 1), 0.0))
+        if self.item_init == "cooccurrence":
+            self.register_buffer("items_started", torch.zeros((), dtype=torch.bool))
 
     def load_catalogue(self, catalogue: Catalogue) -> None:
         """Take text vectors and the proposal of negatives from the catalogue."""
@@ -205,11 +218,13 @@ class SequentialRecommender(CatalogueModule):
         return self.with_warmup(RowAdamW) if self.item_updates == "rows" else super().configure_optimizers()
 
     def on_fit_start(self) -> None:
-        """Refuse what sparse gradients do not have.
+        """Start the item vectors, once, where asked for; refuse what sparse gradients do not have.
 
         Raises:
-            ConfigError: gradients are to be clipped, or exchanged between processes.
+            ConfigError: gradients are to be clipped, or exchanged between processes; or there are no sequences to start from.
         """
+        if self.item_init == "cooccurrence" and not bool(self.items_started):
+            self._start_items()
         if self.item_updates != "rows":
             return
         if self.trainer.gradient_clip_val:
@@ -218,6 +233,17 @@ class SequentialRecommender(CatalogueModule):
             )
         if self.trainer.world_size > 1:
             raise ConfigError("item_updates 'rows' has sparse gradients, which DDP does not exchange: set devices to 1")
+
+    def _start_items(self) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        histories: TrainHistories | None = None if datamodule is None else datamodule.catalogue.histories
+        if histories is None:
+            raise ConfigError("item_init 'cooccurrence' needs a datamodule whose catalogue has training sequences")
+        assert self.items.ids is not None
+        with torch.no_grad():
+            vectors = cooccurrence_vectors(histories, self.num_items, self.hidden_dim, self.seed)
+            self.items.ids.weight.copy_(vectors)
+        self.items_started.fill_(True)
 
     # ------------------------------------------------------------------ contracts
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from torch import nn
 
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors
 from lightning_sfubm.modules.sequential import SequentialRecommender
 
 official_gru = partial(GRU4Rec, 16, dropout=0.1, hidden_dropout=0.05, project=False)
@@ -26,6 +30,8 @@ CASES = {
     "sasrec_pre_norm_full": (original_sasrec, {"loss": "full"}),
     "sasrec_post_norm_bce": (post_norm, {"loss": "bce"}),
     "sasrec_post_norm_full": (post_norm, {"loss": "full"}),
+    "sasrec_cooccurrence": (post_norm, {"item_init": "cooccurrence"}),
+    "id_text_cooccurrence": (post_norm, {"features": "id+text", "item_init": "cooccurrence"}),
     "id_text": (post_norm, {"features": "id+text"}),
 }
 
@@ -44,3 +50,44 @@ def test_learns_the_planted_chain(
     scores = trainer.test(module, synthetic, verbose=False)[0]
     assert scores["test/hit@1"] > 0.45
     assert scores["test/full_ndcg@10"] > 0.5
+
+
+def test_items_start_from_their_cooccurrence_once(
+    synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """Before the first step the table is the embedding of the co-occurrences; a later fit and a resumed one keep theirs."""
+
+    def module() -> SequentialRecommender:
+        L.seed_everything(0, verbose=False)
+        return SequentialRecommender(SASRec(16, dropout=0.0), lr=1e-2, item_init="cooccurrence")
+
+    started = module()
+    make_trainer(max_epochs=0, limit_val_batches=0).fit(started, synthetic)
+    started.trainer.datamodule = synthetic  # type: ignore[attr-defined]
+    started.on_fit_start()
+    assert synthetic.catalogue.histories is not None
+    assert started.items.ids is not None
+    expected = cooccurrence_vectors(synthetic.catalogue.histories, synthetic.num_items, 16, 0)
+    assert torch.equal(started.items.ids.weight, expected)
+
+    whole, half, resumed = module(), module(), module()
+    make_trainer(max_epochs=4, limit_val_batches=0).fit(whole, synthetic)
+    first = make_trainer(max_epochs=2, limit_val_batches=0)
+    first.fit(half, synthetic)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    make_trainer(max_epochs=4, limit_val_batches=0).fit(resumed, synthetic, ckpt_path=tmp_path / "half.ckpt")
+    for (name, ours), theirs in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_cooccurrence_needs_learned_vectors_and_sequences(
+    synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer]
+) -> None:
+    with pytest.raises(ConfigError, match=r"item_init='cooccurrence' with features='text'"):
+        SequentialRecommender(SASRec(8), features="text", item_init="cooccurrence")
+    with pytest.raises(ConfigError, match="item_init='svd'"):
+        SequentialRecommender(SASRec(8), item_init="svd")  # type: ignore[arg-type]
+    module = SequentialRecommender(SASRec(8), item_init="cooccurrence")
+    module.bind(synthetic.catalogue)
+    with pytest.raises(ConfigError, match="training sequences"):
+        make_trainer(max_epochs=1, limit_val_batches=0).fit(module, synthetic.train_dataloader())
