@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch, TrainHistories
+from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors
 from lightning_sfubm.modules.layers.items import ItemTable
@@ -235,13 +235,9 @@ class SequentialRecommender(CatalogueModule):
             raise ConfigError("item_updates 'rows' has sparse gradients, which DDP does not exchange: set devices to 1")
 
     def _start_items(self) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        histories: TrainHistories | None = None if datamodule is None else datamodule.catalogue.histories
-        if histories is None:
-            raise ConfigError("item_init 'cooccurrence' needs a datamodule whose catalogue has training sequences")
         assert self.items.ids is not None
+        vectors = cooccurrence_vectors(self.train_histories(), self.num_items, self.hidden_dim, self.seed)
         with torch.no_grad():
-            vectors = cooccurrence_vectors(histories, self.num_items, self.hidden_dim, self.seed)
             self.items.ids.weight.copy_(vectors)
         self.items_started.fill_(True)
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
+from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch, TrainHistories
 from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics, user_blocks
 
@@ -109,6 +109,18 @@ class CatalogueModule(L.LightningModule):
             raise ConfigError(
                 f"{type(self).__name__} has no items: pass a datamodule with a catalogue or call bind(catalogue) first."
             )
+
+    def train_histories(self) -> TrainHistories:
+        """Training sequences of the datamodule in the trainer.
+
+        Raises:
+            ConfigError: there is no datamodule, or its catalogue has none (that of several domains together).
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        histories: TrainHistories | None = None if datamodule is None else datamodule.catalogue.histories
+        if histories is None:
+            raise ConfigError("a start from co-occurrences needs a datamodule whose catalogue has training sequences")
+        return histories
 
     # ------------------------------------------------------------------ scores
 

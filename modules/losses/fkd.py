@@ -150,3 +150,18 @@ def align(ids: Tensor, semantics: Tensor, tau: float = 0.07) -> Tensor:
         return 0.0 * ids.sum()
     logits = F.normalize(ids, dim=-1) @ F.normalize(semantics.detach(), dim=-1).T / tau
     return F.cross_entropy(logits, torch.arange(len(ids), device=ids.device))
+
+
+def prefixes(history: Tensor, predicting: Tensor) -> Tensor:
+    """What was known at each predicting position.
+
+    Args:
+        history: (B, L) item ids.
+        predicting: (B, L) boolean with V true entries.
+
+    Returns:
+        (V, L) the row's items up to and including the position, 0 after it.
+    """
+    rows, positions = predicting.nonzero(as_tuple=True)
+    later = torch.arange(history.shape[1], device=history.device) > positions[:, None]
+    return history[rows].masked_fill(later, 0)

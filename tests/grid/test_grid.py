@@ -80,11 +80,14 @@ def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
         load_grid(path, set(METHODS))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "results").glob("*.yaml")), ids=lambda p: p.stem)
+GRIDS = [*sorted((ROOT / "configs" / "results").glob("*.yaml")), ROOT / "benchmarks" / "stage1_grid.yaml"]
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.stem)
 def test_every_shipped_grid_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert load_grid(path, set(METHODS)).runs
-    assert path.read_text().startswith(f"# lightning-sfubm results --grid configs/results/{path.name}")
+    assert path.read_text().startswith(f"# lightning-sfubm results --grid {path.relative_to(ROOT)}")
 
 
 def test_runs_and_selection(tmp_path: Path) -> None:

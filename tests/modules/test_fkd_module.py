@@ -10,8 +10,10 @@ from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
-from lightning_sfubm.modules.fkd import FKDDistiller, prefixes
+from lightning_sfubm.modules.fkd import FKDDistiller
+from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors
 from lightning_sfubm.modules.layers.text_affinity import text_affinities
+from lightning_sfubm.modules.losses.fkd import prefixes
 from lightning_sfubm.modules.sequential import SequentialRecommender
 
 
@@ -183,6 +185,32 @@ def test_table_can_start_from_the_teacher_once(catalogue: Catalogue) -> None:
         module.ids.weight.add_(1.0)
     module.on_fit_start()
     torch.testing.assert_close(module.ids.weight.detach(), z + 1.0)
+
+
+@pytest.mark.parametrize("from_teacher", [True, False])
+def test_table_can_start_from_cooccurrences(
+    synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer], from_teacher: bool
+) -> None:
+    """Beside the teacher's vectors or alone, when the student starts; training then goes on from there."""
+    module = FKDDistiller(
+        SASRec(8, num_heads=1),
+        init_from_teacher=from_teacher,
+        cooccurrence=True,
+        phase="student",
+        logits_precision="fp32",
+    )
+    module.bind(synthetic.catalogue)
+    with pytest.raises(ConfigError, match="training sequences"):
+        make_trainer(max_epochs=0, limit_val_batches=0).fit(module, synthetic.train_dataloader())
+    assert not module.student_started
+    make_trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0).fit(module, synthetic)
+    assert synthetic.catalogue.histories is not None
+    expected = cooccurrence_vectors(synthetic.catalogue.histories, synthetic.num_items, 8, 0, length=1.0)
+    if from_teacher:
+        expected = expected + torch.nn.functional.normalize(module.item_tables()[1], dim=1)
+    module.trainer.datamodule = synthetic  # type: ignore[attr-defined]
+    module.on_fit_start()
+    torch.testing.assert_close(module.ids.weight.detach(), expected)
 
 
 def test_wrong_settings_are_named(catalogue: Catalogue) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from lightning_sfubm.contracts import TrainHistories
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
-from lightning_sfubm.modules.layers.cooccurrence import LENGTH, cooccurrence_vectors, cooccurrences
+from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors, cooccurrences
 
 NUM_ITEMS = 40
 
@@ -50,12 +50,12 @@ def test_vectors_are_the_leading_eigenvectors_of_the_normalised_weights(historie
     leading = np.argsort(-np.abs(values))[:8]
     expected = (vectors[:, leading] * np.abs(values[leading])) @ vectors[:, leading].T
     lengths = np.sqrt(np.maximum(np.diag(expected), 1e-12))
-    found = cooccurrence_vectors(histories, NUM_ITEMS, 8, seed=0)
+    found = cooccurrence_vectors(histories, NUM_ITEMS, 8, seed=0, length=3.0)
     assert found.shape == (NUM_ITEMS + 1, 8)
     assert found.dtype == torch.float32
-    cosines = (found[1:] @ found[1:].T).numpy() / LENGTH**2
+    cosines = (found[1:] @ found[1:].T).numpy() / 9
     np.testing.assert_allclose(cosines, expected / np.outer(lengths, lengths), atol=1e-3)
-    torch.testing.assert_close(found[1:NUM_ITEMS].norm(dim=1), torch.full((NUM_ITEMS - 1,), LENGTH))
+    torch.testing.assert_close(found[1:NUM_ITEMS].norm(dim=1), torch.full((NUM_ITEMS - 1,), 3.0))
 
 
 def test_padding_and_unseen_items_stay_zero_and_the_seed_only_turns(histories: TrainHistories) -> None:
