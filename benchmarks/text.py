@@ -1,4 +1,4 @@
-"""Speed of encoding item titles, and what a kill costs: `python benchmarks/text.py [--data-root DIR] [--titles 100000]`.
+"""Speed of encoding item titles, and what a kill costs: `python benchmarks/text.py [--data-root DIR] [--quick]`.
 
 (a) The product's sentence encoder against a bare transformers loop on the same titles: sorted by length, batches of 64, mean
 of the last states, normalised; in bf16 weights and under bf16 autocast, the faster one counts. Tokenisation is part of both.
@@ -174,12 +174,15 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=6000, help="titles of the comparison")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--titles", type=int, default=100_000, help="titles of the killed run")
+    parser.add_argument("--quick", action="store_true", help="256 and 8,192 titles, 2 rounds, nothing is written")
     parser.add_argument("--encode", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.encode:
         encode_all(arguments.encode)
         return
+    if arguments.quick:
+        arguments.sample, arguments.rounds, arguments.titles = 256, 2, 8192
     texts = real(arguments.data_root, arguments.sample) if arguments.data_root else generated(arguments.sample)
     result = {
         "texts": "Amazon Beauty" if arguments.data_root else "generated",
@@ -189,8 +192,9 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
         "environment": environment(),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    if not arguments.quick:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "environment"}, indent=1))
 
 

@@ -200,7 +200,8 @@ sends the same vector again, so that its repeated uploads reveal nothing more th
 <p>The ledger of the run holds {{ communication.messages|count }}
 message{{ "s" if communication.messages != 1 }}: {{ communication.totals.up|bytes }} up to the server,
 {{ communication.totals.down|bytes }} down.{% if communication.resent %} {{ communication.resent|count }} more were sent
-again, word for word, when the run went on after an interruption; they are not counted twice.{% endif %}</p>
+again, word for word, when the run went on after an interruption; they are not counted twice.{% endif %} Who received what,
+whether the ledger is whole, and what attacks reached: <a href="privacy_report.html">privacy report</a>, beside this file.</p>
 <div class="scroll"><table>
 <thead><tr><th>Client</th><th class="text">direction</th><th class="text">content</th><th>messages</th><th>bytes</th>
 <th class="text">tensors</th><th class="text">protection</th></tr></thead>
