@@ -124,6 +124,9 @@ def _process(
     if resumable and (folder / "checkpoints").exists():
         arguments += ["--ckpt_path", "last"]
     facts = environment()
+    threads = variables.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if threads.isdigit():  # those of the run, not of this process
+        facts["hardware"]["threads"] = int(threads)
     about = {"grid_hash": key, **{name: facts[name] for name in ("commit", "hardware", "versions")}}
     write_atomically(mark, json.dumps(about).encode())
     command = [sys.executable, "-m", "lightning_sfubm", "fit", *arguments]

@@ -281,6 +281,7 @@ def test_runs_side_by_side_share_the_threads(tmp_path: Path, fit: FakeFit, monke
     grid = load_grid(grid_file(tmp_path), set(METHODS))
     assert runner.run_grid(grid, tmp_path / "out", None, [], None, jobs=3) == []
     assert (len(fit.calls), fit.threads) == (3, "2")
+    assert {cell["hardware"]["threads"] for cell in all_cells(tmp_path / "out")} == {2}
     with pytest.raises(ConfigError, match="--jobs 0"):
         runner.run_grid(grid, tmp_path / "out", None, [], None, jobs=0)
 
