@@ -150,8 +150,9 @@ class Experiment:
         started = environment()
         run_dir.mkdir(parents=True, exist_ok=True)
         if ckpt_path is None and is_first():
-            for old in ("results", "local", "models", "data"):
-                shutil.rmtree(run_dir / old, ignore_errors=True)
+            for old in ("results", "local", "local-*", "models", "data"):
+                for folder in run_dir.glob(old):
+                    shutil.rmtree(folder, ignore_errors=True)
         with watch("data and text vectors"):
             first_prepares(datamodule)
             datamodule.setup("fit")

@@ -25,6 +25,7 @@ from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
+from lightning_sfubm.federated.twins import train_twins
 from lightning_sfubm.federated.workers import WorkerPool, import_ahead
 from lightning_sfubm.ranks import close_at_exit, first_prepares, is_first, wait_for_all
 from lightning_sfubm.safe_load import SafeCheckpointIO
@@ -67,7 +68,7 @@ class FederatedTrainer(L.Trainer):
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = SafeCheckpointIO()
         self.loop: FederatedLoop | None = None
-        self._local: FederatedLoop | None = None
+        self._twins: dict[int, dict[str, Client]] = {}
         self.config_text = ""  #: configuration of a federated run, where there is one to be kept
         self.client_loggers: dict[str, list[Logger]] = {}
 
@@ -181,25 +182,23 @@ class FederatedTrainer(L.Trainer):
         _quiet_lightning()
         self.loop = self.build_loop(model, datamodule)
 
-    def local_twin(self, model: L.LightningModule, client: str) -> Client:
-        """The client as trained by the same schedule without any message: the "no transfer" control.
+    def local_twin(self, model: L.LightningModule, client: str, number: int = 1) -> Client:
+        """The client as trained without any message, the "no transfer" control; trained at first use.
 
-        Trained at first use, below ``<run_dir>/local``, with the same seeds, data and numbers of optimiser steps per round.
+        Args:
+            model: template of the stage-1 module.
+            client: name.
+            number: 2 for a second twin, with a seed of its own, and so on; see
+                :func:`~lightning_sfubm.federated.twins.train_twins`.
+
+        Raises:
+            ConfigError: there is no federated run.
         """
         if self.loop is None or self.federation is None:
             raise ConfigError("a run without transfer needs the federated run to compare with: call fit first")
-        if self._local is None:
-            federation = copy.copy(self.federation)
-            federation.exchange = "nothing"
-            clients = {}
-            for name, other in self.loop.clients.items():
-                clients[name] = Client(name, copy.deepcopy(model), other.datamodule, other.make_trainer, self.seed)
-                clients[name].prepare()
-            self._local = FederatedLoop(federation, clients, [], self.run_dir / "local", self.seed)
-            if any(self._local.checkpoints.glob("state-*")):
-                self._local.resume(self._local.checkpoints)
-            self._local.run()
-        return self._local.clients[client]
+        if number not in self._twins:
+            self._twins[number] = train_twins(self.loop, model, self.run_dir, number)
+        return self._twins[number][client]
 
     def fit(  # type: ignore[override]
         self,

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from lightning_sfubm.experiment import Experiment
 
 
+#: stage-1 rows and the twins whose students rank in them; 0 is the federated client
+TWINS = {"stage1_local": (1,), "stage1": (0,), "stage1_beside_own": (0, 1), "stage1_local_twice": (1, 2)}
+
+
 @dataclass(frozen=True)
 class Method:
     """A row: its label, the heading it stands under, and how its ranker is made for one domain."""
@@ -111,11 +115,16 @@ class DomainRun:
         fusion.fit(self.data.rank_dataloader("train2", 256))
         return fusion
 
+    def twin(self, number: int) -> Client:
+        """The client itself (0), or as trained alone (1, 2 ...): see :meth:`FederatedTrainer.local_twin`."""
+        return self.trainer.local_twin(self.template, self.name, number) if number else self.client
+
     def train_cpu_s(self, key: str, cpu_s: float) -> float | None:
-        """CPU seconds a row's training took: for a stage-1 row those of its client, else what was measured."""
-        if key == "stage1":
-            return self.client.train_cpu_s
-        return self.trainer.local_twin(self.template, self.name).train_cpu_s if key == "stage1_local" else cpu_s
+        """CPU seconds a row's training took: for a stage-1 row those of its clients, else what was measured."""
+        if key not in TWINS:
+            return cpu_s
+        parts = [self.twin(number).train_cpu_s for number in TWINS[key]]
+        return None if None in parts else sum(part for part in parts if part is not None)
 
     @property
     def data_hashes(self) -> tuple[str, str]:

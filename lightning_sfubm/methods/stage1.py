@@ -1,6 +1,7 @@
 """Rows of the federated method's first stage, its upper bound, and the control that fuses it with text without an LLM."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -8,16 +9,23 @@ import torch
 from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.datamodules.union_datamodule import UnionDataModule
 from lightning_sfubm.federated.client import Client
-from lightning_sfubm.methods.base import DomainRun, Method
+from lightning_sfubm.methods.base import TWINS, DomainRun, Method
+from lightning_sfubm.modules.baselines.score_sum import ScoreSum
 from lightning_sfubm.seeds import derive_seed
 
 
-def _stage1(run: DomainRun) -> Ranker:
-    return run.stage1
+def _students(key: str) -> Callable[[DomainRun], Ranker]:
+    """The student of a row, or the sum of its students' scores, weighed on the held-out samples."""
 
+    def build(run: DomainRun) -> Ranker:
+        students = [run.twin(number).module for number in TWINS[key]]
+        if len(students) == 1:
+            return students[0]  # type: ignore[return-value]
+        both = ScoreSum(students)
+        both.fit(run.data.rank_dataloader("train2", 256))
+        return both
 
-def _stage1_local(run: DomainRun) -> Ranker:
-    return run.trainer.local_twin(run.template, run.name).module  # type: ignore[return-value]
+    return build
 
 
 def _stage1_pooled(run: DomainRun) -> Ranker:
@@ -71,9 +79,15 @@ def _late_fusion(run: DomainRun) -> Ranker:
     return run.fusion
 
 
+def _row(key: str, label: str, needs_stage1: bool) -> Method:
+    return Method(label, "{model}, stage 1", _students(key), needs_stage1=needs_stage1)
+
+
 STAGE1: dict[str, Method] = {
-    "stage1_local": Method("{model} stage 1 without federation", "{model}, stage 1", _stage1_local),
-    "stage1": Method("{model} stage 1", "{model}, stage 1", _stage1, needs_stage1=True),
+    "stage1_local": _row("stage1_local", "{model} stage 1 without federation", False),
+    "stage1_local_twice": _row("stage1_local_twice", "{model} stage 1 without federation, two students", False),
+    "stage1": _row("stage1", "{model} stage 1", True),
+    "stage1_beside_own": _row("stage1_beside_own", "{model} stage 1, beside the silo's own student", True),
     "stage1_pooled": Method(
         "{model} stage 1, teacher pre-trained on pooled behaviour",
         "Text, behaviour of all domains pooled",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_sfubm.contracts import RankBatch, Stage1
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.modules.layers.affinity import standardise
+from lightning_sfubm.modules.layers.conditional_logit import fit_conditional_logit
 
 
 class LateFusion(nn.Module):
@@ -54,17 +55,8 @@ class LateFusion(nn.Module):
             DataError: there are no samples.
         """
         features, target = self._features(batches)
-        weights = self.weights.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(features @ weights, target) + self.l2 * weights.square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
-
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-        self.weights.copy_(weights.detach())
+        weights = fit_conditional_logit(features, target, self.weights, torch.zeros_like(self.weights), self.l2)
+        self.weights.copy_(weights)
         return self.weights
 
     def rank(self, batch: RankBatch) -> Tensor:

@@ -1,0 +1,35 @@
+"""The same clients without any message: what a federation is compared with."""
+
+import copy
+from pathlib import Path
+
+from lightning.pytorch import LightningModule
+
+from lightning_sfubm.federated.client import Client
+from lightning_sfubm.federated.loop import FederatedLoop
+from lightning_sfubm.seeds import derive_seed
+
+
+def train_twins(loop: FederatedLoop, template: LightningModule, run_dir: Path, number: int) -> dict[str, Client]:
+    """Clients of the same data, trained by the same schedule with the same numbers of optimiser steps, alone.
+
+    An interrupted training goes on from its folder, ``local`` or ``local-<number>``.
+
+    Args:
+        loop: of the federated run.
+        template: the stage-1 module, untrained.
+        run_dir: of the run.
+        number: the first twins have the run's seed, further ones a seed of their own.
+    """
+    federation = copy.copy(loop.federation)
+    federation.exchange = "nothing"
+    seed = loop.seed if number == 1 else derive_seed(loop.seed, "local twin", number)
+    clients = {}
+    for name, other in loop.clients.items():
+        clients[name] = Client(name, copy.deepcopy(template), other.datamodule, other.make_trainer, seed)
+        clients[name].prepare()
+    twins = FederatedLoop(federation, clients, [], run_dir / ("local" if number == 1 else f"local-{number}"), seed)
+    if any(twins.checkpoints.glob("state-*")):
+        twins.resume(twins.checkpoints)
+    twins.run()
+    return clients

@@ -1,0 +1,75 @@
+"""A silo's own model beside the one it got by joining: their scores, weighed on samples that neither has seen."""
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sfubm.contracts import CatalogueRanker, RankBatch
+from lightning_sfubm.errors import ConfigError, DataError
+from lightning_sfubm.modules.layers.conditional_logit import fit_conditional_logit
+
+
+class ScoreSum(nn.Module):
+    """``sum_m w_m s_m`` over models that were trained by cross-entropy, so that their scores are of one scale [choice].
+
+    Weights start alike, ``1 / M``, and are chosen by conditional logit with a normal prior around that: few samples move
+    them little. What is summed are scores as they are, not standardised within the candidates, so that the same weights
+    rank the whole catalogue.
+
+    Args:
+        models: trained modules that rank; not copied, not changed.
+        deviation: of the prior; weights may differ from ``1 / M`` by about this much before samples insist.
+
+    Raises:
+        ConfigError: fewer than two models, or a deviation that is not positive.
+    """
+
+    weights: Tensor
+
+    def __init__(self, models: Sequence[nn.Module], deviation: float = 0.5) -> None:
+        super().__init__()
+        if len(models) < 2 or deviation <= 0:
+            raise ConfigError(
+                f"a sum of scores needs two models and a positive deviation, got {len(models)}, {deviation}"
+            )
+        self.models = nn.ModuleList(models)
+        self.deviation = deviation
+        self.register_buffer("weights", torch.full((len(models),), 1 / len(models)))
+
+    def _rankers(self) -> list[CatalogueRanker]:
+        return [cast(CatalogueRanker, model) for model in self.models]
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[RankBatch]) -> Tensor:
+        """Choose the weights (M,) by the targets among their candidates.
+
+        Args:
+            batches: samples that trained none of the models and are not tested: the held-out stage-2 samples.
+
+        Returns:
+            The weights.
+
+        Raises:
+            DataError: there are no samples.
+        """
+        rows = [(torch.stack([m.rank(b) for m in self._rankers()], -1).float(), b["target_index"]) for b in batches]
+        if not rows:
+            raise DataError("a sum of scores has no samples to choose its weights from: hold out stage-2 positions")
+        scores, target = torch.cat([s for s, _ in rows]), torch.cat([t for _, t in rows])
+        alike = torch.full_like(self.weights, 1 / len(self.models))
+        strength = 1 / (2 * self.deviation**2 * len(target))
+        self.weights.copy_(fit_conditional_logit(scores, target, alike, alike, strength))
+        return self.weights
+
+    def rank(self, batch: RankBatch) -> Tensor:
+        """Scores (B, C)."""
+        return torch.stack([model.rank(batch) for model in self._rankers()], -1) @ self.weights
+
+    def score_all(self, batch: RankBatch) -> Tensor:
+        """Scores (B, N + 1); column 0 (padding) is meaningless."""
+        total = self.weights[0] * self._rankers()[0].score_all(batch)
+        for weight, model in zip(self.weights[1:], self._rankers()[1:], strict=True):
+            total += weight * model.score_all(batch)
+        return total
