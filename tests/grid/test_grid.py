@@ -156,6 +156,21 @@ def test_tables_average_seeds_and_comparisons_pool_domains(tmp_path: Path) -> No
     assert "| p: pooled | Stage1 − Popularity | +0.375" in text
 
 
+def test_a_difference_is_shown_for_each_seed_too(tmp_path: Path) -> None:
+    """Also pooled, where each domain counts by its users, and where cells were published without their users."""
+    grid, _ = tables_of(tmp_path)
+    stored(tmp_path, "popularity", [0] * 12, domain="b")
+    stored(tmp_path, "popularity", [1] + [0] * 11, domain="b", seed=2)
+    stored(tmp_path, "stage1", [1] * 3 + [0] * 9, domain="b")
+    stored(tmp_path, "stage1", [0] * 12, domain="b", seed=2)
+    tables = ordered(grid, all_cells(tmp_path))
+    facts = comparisons(grid, tables)
+    public = ordered(grid, [without_users(cell) for cell in all_cells(tmp_path)])
+    for known in (tables, public):
+        lines = [line for line in markdown(grid, known, facts).splitlines() if "[" in line and "−" in line]
+        assert [line.split(" | ")[3] for line in lines] == ["+0.500, +0.250", "+0.250, -0.083", "+0.312, +0.000"]
+
+
 def test_cells_on_different_candidate_lists_are_not_put_into_one_table(tmp_path: Path) -> None:
     grid = load_grid(grid_file(tmp_path), set(METHODS))
     stored(tmp_path, "popularity", [0, 1], lists="x")
