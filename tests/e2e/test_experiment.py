@@ -80,6 +80,22 @@ def test_the_run_folder_and_the_report_say_what_happened(finished: Any) -> None:
     assert facts["communication"]["messages"] > 0
 
 
+def test_students_alone_have_seeds_of_their_own_and_sums_count_both_trainings(finished: Any) -> None:
+    trainer, _ = finished
+    first, second = (trainer.local_twin(small_distiller(), "alpha", number) for number in (1, 2))
+    assert (trainer.run_dir / "local-2").is_dir()
+    assert first.seed == trainer.loop.seed != second.seed
+    assert not first.module.ids.weight.equal(second.module.ids.weight)
+    rows = {m: PerUserResults.load(trainer.run_dir / "results" / "alpha" / f"{m}.parquet").meta for m in METHODS}
+    for row, parts in {
+        "stage1_beside_own": ("stage1", "stage1_local"),
+        "stage1_local_twice": ("stage1_local",),
+    }.items():
+        assert rows[row].trainable_params == 2 * rows["stage1"].trainable_params
+        assert rows[row].extra["train_cpu_s"] >= sum(rows[part].extra["train_cpu_s"] for part in parts)
+    assert rows["stage1_local_twice"].extra["train_cpu_s"] > rows["stage1_local"].extra["train_cpu_s"]
+
+
 def test_a_resumed_run_keeps_finished_rows(
     finished: Any, tmp_path: Path, federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
