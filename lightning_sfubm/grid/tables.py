@@ -73,7 +73,8 @@ def comparisons(
     Args:
         grid: names the comparisons.
         tables: see :func:`ordered`. Published cells have no per-user results and cannot be compared.
-        published: facts of an earlier call, kept where the cells at hand do not give them from as many seeds.
+        published: facts of an earlier call, kept where the cells at hand do not give them from as many seeds, unless a
+            cell they were made from has been replaced since.
     """
     facts: list[Json] = []
     for a, b in grid.comparisons:
@@ -95,7 +96,8 @@ def comparisons(
     best = {_key(fact): fact for fact in facts}
     for fact in published or []:
         here = best.get(_key(fact))
-        if (fact["pair"], fact["a"], fact["b"]) in wanted and (here is None or here["seeds"] < fact["seeds"]):
+        more_seeds = here is None or here["seeds"] < fact["seeds"]
+        if (fact["pair"], fact["a"], fact["b"]) in wanted and more_seeds and _is_of(tables, fact):
             best[_key(fact)] = fact
     facts = list(best.values())
     for fact, p in zip(facts, holm([fact["p_mcnemar"] for fact in facts]), strict=True):
@@ -221,6 +223,12 @@ def _by_seed(tables: dict[tuple[str, str], dict[str, list[Json]]], fact: Json) -
         sum(users * difference for users, difference in of_seed) / sum(users for users, _ in of_seed)
         for of_seed in ([part[seed] for part in parts] for seed in seeds)
     ]
+
+
+def _is_of(tables: dict[tuple[str, str], dict[str, list[Json]]], fact: Json) -> bool:
+    """Whether the cells, whose users need not be at hand, still give a published difference."""
+    of_seeds = _by_seed(tables, fact)[: fact["seeds"]]
+    return len(of_seeds) == fact["seeds"] and abs(statistics.mean(of_seeds) - fact["difference"]) < 1e-4
 
 
 def _hit1(cell: Json) -> float:

@@ -201,13 +201,39 @@ def test_published_cells_stay_in_the_table_and_published_comparisons_beside_them
     assert set(tables["p", "a"]) == {"popularity", "stage1"}
     assert summary(tables["p", "a"]["popularity"])["hit@1"] == pytest.approx(0.5)
     assert comparisons(grid, tables) == []
-    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_mcnemar": 0.25, "p_holm": 1.0, "seeds": 2}
+    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_mcnemar": 0.25, "p_holm": 1.0, "seeds": 1}
+    fact["difference"] = 0.5
     other = {**fact, "b": "sfubm"}  # no comparison of this grid any more
     assert comparisons(grid, tables, [fact, other]) == [{**fact, "p_holm": 0.25}]
-    stored(out, "popularity", [0, 1])  # now it can be computed, from one seed: the fact of two seeds stays
-    tables = ordered(grid, all_cells(out, public))
-    assert comparisons(grid, tables, [fact])[0]["seeds"] == 2
-    assert comparisons(grid, tables, [{**fact, "seeds": 1}])[0]["difference"] == pytest.approx(0.5)
+
+
+def test_a_published_comparison_stays_while_its_cells_are_there(tmp_path: Path) -> None:
+    """With more seeds than the users at hand give, and only as long as no cell behind it was replaced."""
+    out, public = tmp_path / "out", tmp_path / "public"
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+
+    def put(folder: Path, method: str, hits: list[int], seed: int = 1) -> None:
+        cell = json.loads(stored(tmp_path, method, hits, seed=seed).read_text())
+        path = cell_path(folder, "p", "a", method, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(without_users(cell) if folder == public else cell))
+
+    for seed, hits in ((1, [1, 1, 1, 0]), (2, [1, 0, 0, 0])):
+        put(public, "stage1", hits, seed)
+        put(public, "popularity", [0, 0, 1, 0], seed)
+    put(out, "stage1", [1, 1, 1, 0])
+    put(out, "popularity", [0, 0, 1, 0])
+    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_mcnemar": 0.25, "p_holm": 1.0, "seeds": 2}
+    fact["difference"] = 0.25
+    (of_one_seed,) = comparisons(grid, ordered(grid, all_cells(out, public)))
+    assert (of_one_seed["seeds"], of_one_seed["difference"]) == (1, pytest.approx(0.5))
+    assert comparisons(grid, ordered(grid, all_cells(out, public)), [fact])[0]["seeds"] == 2
+    put(out, "stage1", [0, 0, 1, 0])  # computed anew, with another outcome
+    (again,) = comparisons(grid, ordered(grid, all_cells(out, public)), [fact])
+    assert (again["seeds"], again["difference"]) == (1, 0.0)
+    cells = all_cells(tmp_path / "nothing", public)
+    assert [f["seeds"] for f in comparisons(grid, ordered(grid, cells), [fact])] == [2]
+    assert comparisons(grid, ordered(grid, cells), [{**fact, "difference": 0.3}]) == []
 
 
 def test_cells_of_other_settings_are_left_out_of_the_table(tmp_path: Path) -> None:
