@@ -78,6 +78,7 @@ def prepared(config: Path, folder: Path) -> list[str]:
 def test_config_runs_a_fast_step(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
     monkeypatch.chdir(tmp_path)
     if config.name != "demo.yaml":  # drawing is the larger part of a small experiment, and no config says how
         monkeypatch.setattr(report_plots, "svg_uri", lambda figure: "data:image/svg+xml,")
@@ -105,6 +106,11 @@ def test_config_runs_a_fast_step(config: Path, tmp_path: Path, monkeypatch: pyte
     if "FILE" in arguments:
         arguments[arguments.index("FILE")] = stage1_checkpoint(tmp_path)
     cli = SFUBMCLI(args=arguments)
+    if "WandbLogger" in text:
+        import wandb
+
+        wandb.finish()  # a run left open would be that of every later logger in this process
+        wandb.teardown()
     if "federation" in text:
         assert cli.trainer.loop is not None
         assert cli.trainer.loop.counters.round == 1
