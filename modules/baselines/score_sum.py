@@ -37,6 +37,7 @@ class ScoreSum(nn.Module):
         self.models = nn.ModuleList(models)
         self.deviation = deviation
         self.register_buffer("weights", torch.full((len(models),), 1 / len(models)))
+        self.training = any(model.training for model in models)  # whoever restores this mode restores the models' own
 
     def _rankers(self) -> list[CatalogueRanker]:
         return [cast(CatalogueRanker, model) for model in self.models]
@@ -54,7 +55,10 @@ class ScoreSum(nn.Module):
         Raises:
             DataError: there are no samples.
         """
+        was_training = self.training
+        self.eval()
         rows = [(torch.stack([m.rank(b) for m in self._rankers()], -1).float(), b["target_index"]) for b in batches]
+        self.train(was_training)
         if not rows:
             raise DataError("a sum of scores has no samples to choose its weights from: hold out stage-2 positions")
         scores, target = torch.cat([s for s, _ in rows]), torch.cat([t for _, t in rows])

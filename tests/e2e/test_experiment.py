@@ -84,6 +84,7 @@ def test_students_alone_have_seeds_of_their_own_and_sums_count_both_trainings(fi
     trainer, _ = finished
     first, second = (trainer.local_twin(small_distiller(), "alpha", number) for number in (1, 2))
     assert (trainer.run_dir / "local-2").is_dir()
+    assert not any(client.module.training for client in (first, second, trainer.loop.clients["alpha"]))
     assert first.seed == trainer.loop.seed != second.seed
     assert not first.module.ids.weight.equal(second.module.ids.weight)
     rows = {m: PerUserResults.load(trainer.run_dir / "results" / "alpha" / f"{m}.parquet").meta for m in METHODS}

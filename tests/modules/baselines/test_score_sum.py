@@ -96,6 +96,22 @@ def test_samples_come_in_any_batches() -> None:
     torch.testing.assert_close(one, three)
 
 
+def test_weights_are_chosen_and_models_left_in_evaluation_mode() -> None:
+    """A sum that is put into training mode and back must not leave the dropout of its models switched on."""
+    world = World(100)
+    noisy = [nn.Sequential(nn.Dropout(0.9)) for _ in world.models]
+    for model, dropout in zip(world.models, noisy, strict=True):
+        model.dropout = dropout
+        model.rank = lambda batch, m=model: m.dropout(m.score_all(batch).gather(1, batch["candidates"]))  # type: ignore[method-assign]
+        model.eval()
+    both = ScoreSum(world.models)
+    assert not both.training
+    expected = both.fit([world.batch(0, 100)]).clone()
+    both.train()
+    torch.testing.assert_close(both.fit([world.batch(0, 100)]), expected)
+    assert both.training
+
+
 def test_what_cannot_be_summed_is_named() -> None:
     world = World(4)
     with pytest.raises(ConfigError, match="needs two models and a positive deviation, got 1"):
