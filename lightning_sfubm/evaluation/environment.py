@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lightning_sfubm.precision import has_fast_bf16
+
 _PACKAGES = ("lightning-sfubm", "torch", "lightning", "transformers", "peft", "torchmetrics", "datasets", "numpy")
 
 
@@ -30,12 +32,14 @@ def environment() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory, threads and accelerators."""
+    """Processor, cores, memory, threads, vector instructions and accelerators."""
     facts: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": torch.get_num_threads(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "bf16": has_fast_bf16(torch.device("cpu")),  # decides what is computed in bf16, so figures depend on it
     }
     if torch.cuda.is_available():
         facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
