@@ -63,6 +63,7 @@ class Client:
         self.metrics: dict[str, float] = {}
         self.privacy: dict[str, Any] | None = None  #: guarantee of what the last round trained; ``None`` = none
         self.watch = Stopwatch()
+        self.restored = False  #: whether part of the training was done by an earlier process
 
     def prepare(self) -> None:
         """Bind the module to the catalogue: item tables get this domain's size, the text vectors become its input.
@@ -194,8 +195,8 @@ class Client:
 
     @property
     def train_cpu_s(self) -> float | None:
-        """CPU seconds of this client's training in this process; ``None`` where it was only restored."""
-        return self.watch.timings["training"]["cpu_s"] if self.watch.timings else None
+        """CPU seconds of this client's training; ``None`` where a part of it was done before a resume."""
+        return self.watch.timings["training"]["cpu_s"] if self.watch.timings and not self.restored else None
 
     def finish(self) -> None:
         """Leave the module in its last local phase, ready to rank, also where a resumed run had nothing left to train."""

@@ -143,6 +143,7 @@ class RunState:
         for name, client in self.clients.items():
             client.phases_done = list(self.counters.phases.get(name, []))
             client.rounds_done = self.counters.rounds_done.get(name, 0)
+            client.restored = bool(client.rounds_done or client.phases_done)
         for callback in self.callbacks:
             if callback.state_key in stored["callbacks"]:
                 callback.load_state_dict(stored["callbacks"][callback.state_key])

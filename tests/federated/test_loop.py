@@ -79,6 +79,8 @@ def test_a_run_resumed_after_a_round_equals_one_that_never_stopped(
         first, second = (torch.load(s / "clients" / f"{name}.ckpt", weights_only=True) for s in last)
         assert first["global_step"] == second["global_step"] > 0
         assert same(first["state_dict"], second["state_dict"])
+        assert straight.loop.clients[name].train_cpu_s > 0
+        assert resumed.loop.clients[name].train_cpu_s is None  # what the first process spent is not known
 
 
 def test_optimizer_and_counters_go_on_over_rounds(federated_data: Any, federated_trainer: Any) -> None:
