@@ -36,7 +36,9 @@ class LateFusion(nn.Module):
     def _features(self, batches: Iterable[RankBatch]) -> tuple[Tensor, Tensor]:
         rows = [(self._stage1[0].affinities(b), b["target_index"]) for b in batches]
         if not rows:
-            raise DataError("late fusion has no samples to choose its weights from: set the data's stage2_positions to 1 or more")
+            raise DataError(
+                "late fusion has no samples to choose its weights from: set the data's stage2_positions to 1 or more"
+            )
         width = max(a.shape[1] for a, _ in rows)
         if any(a.shape[1] != width for a, _ in rows):
             raise DataError("late fusion needs the same number of candidates in every sample")

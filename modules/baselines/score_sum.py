@@ -60,7 +60,9 @@ class ScoreSum(nn.Module):
         rows = [(torch.stack([m.rank(b) for m in self._rankers()], -1).float(), b["target_index"]) for b in batches]
         self.train(was_training)
         if not rows:
-            raise DataError("a sum of scores has no samples to choose its weights from: set the data's stage2_positions to 1 or more")
+            raise DataError(
+                "a sum of scores has no samples to choose its weights from: set the data's stage2_positions to 1 or more"
+            )
         scores, target = torch.cat([s for s, _ in rows]), torch.cat([t for _, t in rows])
         alike = torch.full_like(self.weights, 1 / len(self.models))
         strength = 1 / (2 * self.deviation**2 * len(target))
