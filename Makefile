@@ -33,11 +33,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	@echo "The demo fetches two small models and MovieLens-100K once (about 180 MB), then works for about 10 minutes on 2 cores (16 CPU-minutes)."
+	@echo "The demo fetches two small models and MovieLens-100K once (about 180 MB), then works for about 10 minutes on 2 cores (16 CPU-minutes); on a CPU without bf16 instructions an hour or more."
 	@$(BIN)/lightning-sfubm fit --config configs/experiment/demo.yaml --trainer.default_root_dir $(RUN_DIR)
 
 test: $(STAMP)
-	@echo "Running the tests: about 20 minutes on 2 cores; small models and an environment for Flower are fetched once."
+	@echo "Running the tests: about 20 minutes on 2 cores, 45 on a CPU without bf16 instructions; small models and an environment for Flower are fetched once."
 	@$(BIN)/python -m pytest tests
 
 lint: $(STAMP)
