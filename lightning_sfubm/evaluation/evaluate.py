@@ -16,6 +16,7 @@ from lightning_sfubm.contracts import Catalogue, CatalogueRanker, RankBatch, Ran
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.metrics import Ties, candidate_ranks, catalogue_ranks, user_blocks
 from lightning_sfubm.evaluation.results import COLUMNS, PerUserResults, ResultMeta
+from lightning_sfubm.modules.layers.modes import evaluating
 
 
 @runtime_checkable
@@ -82,9 +83,8 @@ def evaluate_ranker(
         SFUBMError: a score is NaN.
     """
     module = ranker if isinstance(ranker, torch.nn.Module) else None
-    was_training = module is not None and module.training
     if module is not None:
-        module.to(device).eval()
+        module.to(device)
         if trainable_params is None:
             trainable_params = sum(p.numel() for p in module.parameters() if p.requires_grad)
     train_counts = catalogue.train_counts.to("cpu")
@@ -92,25 +92,21 @@ def evaluate_ranker(
     num_candidates = 0
     total = len(batches) if isinstance(batches, Sized) else None
     wall, cpu = time.perf_counter(), time.process_time()
-    try:
-        with torch.no_grad():
-            for host in tqdm(
-                batches,
-                total=total,
-                desc=f"{domain}: {label or method}",
-                leave=False,
-                disable=None if progress else True,
-            ):
-                batch: RankBatch = {key: value.to(device) for key, value in host.items()}  # type: ignore[assignment, attr-defined]
-                with _autocast(precision, device):
-                    row = _rank_batch(ranker, batch, catalogue, method, ties, full)
-                row["target_train_count"] = train_counts[host["target"].cpu()]
-                for name, value in row.items():
-                    columns[name].append(value.cpu().numpy())
-                num_candidates = max(num_candidates, batch["candidates"].shape[1])
-    finally:
-        if module is not None:
-            module.train(was_training)
+    with torch.no_grad(), nullcontext() if module is None else evaluating(module):
+        for host in tqdm(
+            batches,
+            total=total,
+            desc=f"{domain}: {label or method}",
+            leave=False,
+            disable=None if progress else True,
+        ):
+            batch: RankBatch = {key: value.to(device) for key, value in host.items()}  # type: ignore[assignment, attr-defined]
+            with _autocast(precision, device):
+                row = _rank_batch(ranker, batch, catalogue, method, ties, full)
+            row["target_train_count"] = train_counts[host["target"].cpu()]
+            for name, value in row.items():
+                columns[name].append(value.cpu().numpy())
+            num_candidates = max(num_candidates, batch["candidates"].shape[1])
     meta = ResultMeta(
         method=method,
         domain=domain,

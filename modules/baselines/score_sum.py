@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_sfubm.contracts import CatalogueRanker, RankBatch
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.modules.layers.conditional_logit import fit_conditional_logit
+from lightning_sfubm.modules.layers.modes import evaluating
 
 
 class ScoreSum(nn.Module):
@@ -37,7 +38,6 @@ class ScoreSum(nn.Module):
         self.models = nn.ModuleList(models)
         self.deviation = deviation
         self.register_buffer("weights", torch.full((len(models),), 1 / len(models)))
-        self.training = any(model.training for model in models)  # whoever restores this mode restores the models' own
 
     def _rankers(self) -> list[CatalogueRanker]:
         return [cast(CatalogueRanker, model) for model in self.models]
@@ -55,10 +55,8 @@ class ScoreSum(nn.Module):
         Raises:
             DataError: there are no samples.
         """
-        was_training = self.training
-        self.eval()
-        rows = [(torch.stack([m.rank(b) for m in self._rankers()], -1).float(), b["target_index"]) for b in batches]
-        self.train(was_training)
+        with evaluating(self):
+            rows = [(torch.stack([m.rank(b) for m in self._rankers()], -1).float(), b["target_index"]) for b in batches]
         if not rows:
             raise DataError(
                 "a sum of scores has no samples to choose its weights from: set the data's stage2_positions to 1 or more"

@@ -105,11 +105,13 @@ def test_weights_are_chosen_and_models_left_in_evaluation_mode() -> None:
         model.rank = lambda batch, m=model: m.dropout(m.score_all(batch).gather(1, batch["candidates"]))  # type: ignore[method-assign]
         model.eval()
     both = ScoreSum(world.models)
-    assert not both.training
+    assert both.training
     expected = both.fit([world.batch(0, 100)]).clone()
+    assert both.training
+    assert not any(model.training for model in world.models)
     both.train()
     torch.testing.assert_close(both.fit([world.batch(0, 100)]), expected)
-    assert both.training
+    assert all(model.training for model in world.models)
 
 
 def test_what_cannot_be_summed_is_named() -> None:
