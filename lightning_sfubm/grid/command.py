@@ -9,7 +9,7 @@ from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.grid.cells import Json, all_cells, cell_path, without_users
 from lightning_sfubm.grid.runner import run_grid
 from lightning_sfubm.grid.spec import load_grid
-from lightning_sfubm.grid.tables import comparisons, markdown, ordered
+from lightning_sfubm.grid.tables import FACT_KEYS, comparisons, markdown, ordered
 from lightning_sfubm.methods import METHODS
 
 
@@ -76,4 +76,8 @@ def _published_facts(folder: Path | None) -> list[Json]:
         facts: list[Json] = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is no JSON ({error}); restore it or delete it") from error
+    if not isinstance(facts, list) or not all(isinstance(fact, dict) and fact.keys() >= FACT_KEYS for fact in facts):
+        raise DataError(
+            f"{file} is no list of comparisons with {', '.join(sorted(FACT_KEYS))}; restore it or delete it"
+        )
     return facts

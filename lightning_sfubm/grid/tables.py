@@ -14,6 +14,9 @@ from lightning_sfubm.grid.cells import Json, results_of
 from lightning_sfubm.grid.spec import Grid
 
 COLUMNS = ("hit@1", "ndcg@10", "full_ndcg@10", "valid_ratio")
+FACT_KEYS = frozenset(
+    ("pair", "domain", "a", "b", "label_a", "label_b", "difference", "low", "high", "users", "seeds", "p_mcnemar")
+)
 SLICES = ("cold target", "short history", "long history")
 
 

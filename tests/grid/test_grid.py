@@ -236,6 +236,24 @@ def test_a_published_comparison_stays_while_its_cells_are_there(tmp_path: Path) 
     assert comparisons(grid, ordered(grid, cells), [{**fact, "difference": 0.3}]) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is no JSON"),
+        ('{"a": 1}', "is no list of comparisons"),
+        ('[{"a": "x"}]', "is no list of comparisons with a, b, diff"),
+    ],
+)
+def test_a_bad_file_of_published_comparisons_is_named(tmp_path: Path, fit: "FakeFit", text: str, words: str) -> None:
+    public = tmp_path / "public"
+    public.mkdir()
+    (public / "comparisons.json").write_text(text)
+    arguments = ["--grid", str(grid_file(tmp_path)), "--out", str(tmp_path / "out"), "--publish", str(public)]
+    with pytest.raises(DataError, match=rf"comparisons\.json {words}"):
+        results([*arguments, "--tables-only"])
+    assert [file.name for file in public.iterdir()] == ["comparisons.json"]
+
+
 def test_cells_of_other_settings_are_left_out_of_the_table(tmp_path: Path) -> None:
     stored(tmp_path, "popularity", [0, 1])
     grid = load_grid(grid_file(tmp_path), set(METHODS))
