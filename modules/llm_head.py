@@ -1,7 +1,6 @@
 """The LLM stage: a causal LM ranks candidates, reading titles and, through soft tokens, what stage 1 has learned."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning_sfubm.datamodules.prompts import PromptBatch
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, ranking_metrics
 from lightning_sfubm.evaluation.parsing import TitleParser
+from lightning_sfubm.modules.layers.modes import evaluating
 from lightning_sfubm.modules.llm.calibration import fit_factor
 from lightning_sfubm.modules.llm.injected import InjectedLM
 from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
@@ -57,6 +57,8 @@ class LLMHead(InjectedLM):
         semantic_token: inject semantic embeddings.
         affinity_token: add the standardised affinities to the candidates' soft tokens.
         residual: add the residual on the affinities (``branch`` with ``head``).
+        count_affinities: affinities of words and buyers in common and of popularity besides those of stage 1; see
+            :class:`~lightning_sfubm.modules.layers.count_affinity.CountAffinities`.
         history_length: the newest items that are mentioned.
         title_tokens: longest title.
         curriculum: share of the training steps over which prompts move from text-only to hybrid, 0 for none
@@ -96,6 +98,7 @@ class LLMHead(InjectedLM):
         semantic_token: bool = True,
         affinity_token: bool = False,
         residual: bool = True,
+        count_affinities: bool = False,
         history_length: int = 10,
         title_tokens: int = 12,
         curriculum: float = 0.0,
@@ -212,7 +215,7 @@ class LLMHead(InjectedLM):
             raise ConfigError("only a head with a residual can be calibrated (form branch, rank_mode head, stage 1)")
         added, base, targets = [], [], []
         weights = whole(self.residual_weights)
-        with self._evaluating():
+        with evaluating(self), torch.no_grad():
             for batch in batches:
                 affinities = self._affinities(batch)
                 assert affinities is not None
@@ -226,16 +229,6 @@ class LLMHead(InjectedLM):
 
     # ------------------------------------------------------------------------------------------------ ranking
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.train(was_training)
-
     def rank(self, batch: RankBatch) -> Tensor:
         """Scores (B, C). ``generate`` and ``constrained`` give 1 to the chosen candidate and 0 to the others."""
         return self._rank(batch)[0]
@@ -248,7 +241,7 @@ class LLMHead(InjectedLM):
         return self._rank(batch)
 
     def _rank(self, batch: RankBatch) -> tuple[Tensor, Tensor, Tensor]:
-        with self._evaluating():
+        with evaluating(self), torch.no_grad():
             if self.rank_mode in ("generate", "constrained"):
                 choice, valid = self._answer(batch)
                 scores = F.one_hot(choice, batch["candidates"].shape[1]).float() * valid.unsqueeze(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_sfubm.contracts import Ranker
+from lightning_sfubm.contracts import Ranker, Stage1
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
 from lightning_sfubm.evaluation.evaluate import evaluate_ranker
@@ -17,6 +17,7 @@ from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.modules.baselines.late_fusion import LateFusion
+from lightning_sfubm.modules.layers.count_affinity import WithCounts
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.training import Stopwatch, fit_to_early_stopping
 
@@ -111,7 +112,15 @@ class DomainRun:
     @cached_property
     def fusion(self) -> LateFusion:
         """Late fusion fitted on all held-out samples, more than the LLM may get; the LLM head starts from its weights."""
-        fusion = LateFusion(self.stage1)
+        return self._fused(self.stage1)
+
+    @cached_property
+    def count_fusion(self) -> LateFusion:
+        """The same with count affinities of the positions that trained stage 1; held-out ones are not counted."""
+        return self._fused(WithCounts(self.stage1, self.data.catalogue))
+
+    def _fused(self, stage1: Stage1) -> LateFusion:
+        fusion = LateFusion(stage1)
         fusion.fit(self.data.rank_dataloader("train2", 256))
         return fusion
 

@@ -101,7 +101,8 @@ def _sfubm(key: str = "sfubm", **changes: Any) -> Callable[[DomainRun], Ranker]:
         head = _head(run, projector_checkpoint=_align(run), **changes)
         head.attach_stage1(run.stage1, run.data.catalogue)
         if head.residual_weights is not None:
-            head.init_residual(run.fusion.weights)
+            fusion = run.count_fusion if head.hparams["count_affinities"] else run.fusion
+            head.init_residual(fusion.weights)
         return tune(run, head, key)
 
     return build
@@ -118,6 +119,13 @@ LLM: dict[str, Method] = {
     "zero_shot_prior": Method("Zero-shot LLM, less the title's prior", "LLM", _zero_shot(True), needs_llm=True),
     "text_lora": Method("Text-only LoRA", "LLM", _text_lora, needs_llm=True),
     "sfubm": Method("{model}", "{model}, both stages", _sfubm(), needs_llm=True, needs_stage1=True),
+    "sfubm_counts": Method(
+        "{model}, counts in its residual",
+        "{model}, both stages",
+        _sfubm("sfubm_counts", count_affinities=True),
+        needs_llm=True,
+        needs_stage1=True,
+    ),
     "sfubm_no_user_token": _ablation("sfubm_no_user_token", "no user token", user_token=False),
     "sfubm_no_item_tokens": _ablation("sfubm_no_item_tokens", "no ID embeddings", item_tokens=False),
     "sfubm_no_semantic_token": _ablation("sfubm_no_semantic_token", "no semantic embeddings", semantic_token=False),

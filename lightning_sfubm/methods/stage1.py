@@ -79,6 +79,10 @@ def _late_fusion(run: DomainRun) -> Ranker:
     return run.fusion
 
 
+def _late_fusion_counts(run: DomainRun) -> Ranker:
+    return run.count_fusion
+
+
 def _row(key: str, label: str, needs_stage1: bool) -> Method:
     return Method(label, "{model}, stage 1", _students(key), needs_stage1=needs_stage1)
 
@@ -95,5 +99,8 @@ STAGE1: dict[str, Method] = {
     ),
     "late_fusion": Method(
         "Late fusion of stage 1 and text", "Controls without an LLM", _late_fusion, needs_stage1=True
+    ),
+    "late_fusion_counts": Method(
+        "Late fusion of stage 1, text and counts", "Controls without an LLM", _late_fusion_counts, needs_stage1=True
     ),
 }

@@ -13,6 +13,7 @@ from lightning_sfubm.datamodules.prompt_templates import PromptTemplate
 from lightning_sfubm.datamodules.prompts import CANDIDATE, USER, PromptBatch, PromptBuilder
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.layers.affinity import standardise
+from lightning_sfubm.modules.layers.count_affinity import WithCounts
 from lightning_sfubm.modules.llm.backbone import Backbone
 from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.sharding import is_sharded, shard
@@ -105,9 +106,12 @@ class InjectedLM(L.LightningModule):
 
         Raises:
             CheckpointError: if this head was loaded from a checkpoint that belongs to another stage 1.
+            ConfigError: count affinities are asked for, but the catalogue has no training sequences.
         """
         self.configure_model()
         self.catalogue = catalogue
+        if stage1 is not None and self.settings.get("count_affinities"):
+            stage1 = WithCounts(stage1, catalogue)
         self._stage1 = [] if stage1 is None else [stage1]
         if stage1 is not None:
             if isinstance(stage1, nn.Module):

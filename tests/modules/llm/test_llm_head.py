@@ -3,11 +3,14 @@ import sys
 from dataclasses import replace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
+from lightning_sfubm.contracts import TrainHistories
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.parsing import TitleParser
+from lightning_sfubm.modules.layers.count_affinity import COUNT_AFFINITIES
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm.tree import separate_states
 from lightning_sfubm.modules.llm_head import LLMHead
@@ -42,6 +45,24 @@ def test_untrained_head_ranks_as_stage1(llm, stage1, catalogue, make_batch):
     head.init_residual(torch.tensor([-2.0, 5.0]))
     assert torch.equal(head.rank(batch).argsort(1), (-affinity).argsort(1))
     torch.testing.assert_close(head.rank(batch).std(1, correction=0), torch.full((3,), 2.0))
+
+
+def test_count_affinities_join_the_residual(llm, stage1, catalogue, make_batch, tmp_path):
+    """Columns of the domain's counts beside those of stage 1; a checkpoint asks for them again."""
+    histories = TrainHistories(np.arange(1, 31), np.array([0]), np.array([30]))
+    shop = replace(catalogue, histories=histories, train_counts=torch.arange(31))
+    head = make(llm, stage1, shop, count_affinities=True)
+    assert head.residual_weights.shape == (2 + len(COUNT_AFFINITIES),)
+    batch = make_batch()
+    assert torch.equal(head.rank(batch).argsort(1), stage1.affinities(batch)[..., 0].argsort(1))
+    head.init_residual(torch.tensor([0.0] * 6 + [1.0]))  # popularity alone: the item's own number here
+    assert torch.equal(head.rank(batch).argsort(1), batch["candidates"].argsort(1))
+    train(head, [batch]).save_checkpoint(tmp_path / "head.ckpt", weights_only=True)
+    again = LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", weights_only=True)
+    again.attach_stage1(stage1, shop)
+    torch.testing.assert_close(again.rank(batch), head.rank(batch))
+    with pytest.raises(ConfigError, match="'tiny'.*training sequences|training sequences.*'tiny'"):
+        make(llm, stage1, catalogue, count_affinities=True)
 
 
 @pytest.mark.parametrize(("form", "mode"), FORMS)
