@@ -22,11 +22,11 @@ _WORD = re.compile(r"\w+")
 class CountAffinities(nn.Module):
     """Five columns for each candidate that cost nothing to learn [choice; figures in docs/results.md].
 
-    ``term_mean`` and ``term_last``: cosine of TF-IDF vectors of titles (a word counts once a title, words of one title alone are
-    left out), mean over the history and that of the last item: the brand, the kind and the size that a sentence vector blurs.
-    ``cooccurrence_sum`` and ``cooccurrence_last``: how often candidate and item of the history stand near each other in training
-    sequences, over the root of both items' degrees; sum over the history and the last item. ``popularity``: logarithm of one
-    more than the training interactions.
+    ``term_mean`` and ``term_last``: cosine of TF-IDF vectors of titles (a word counts once a title, words of one title alone
+    are left out), mean over the history and that of the last item: brand, kind and size, which a sentence vector blurs.
+    ``cooccurrence_sum`` and ``cooccurrence_last``: how often candidate and item of the history stand near each other in
+    training sequences, over the root of both items' degrees; sum over the history and the last item. ``popularity``:
+    logarithm of one more than the training interactions.
 
     Everything is of the domain's own training data and stays there: no buffer is written to checkpoints.
 
