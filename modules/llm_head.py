@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_sfubm.contracts import RankBatch
@@ -216,7 +217,8 @@ class LLMHead(InjectedLM):
         added, base, targets = [], [], []
         weights = whole(self.residual_weights)
         with evaluating(self), torch.no_grad():
-            for batch in batches:
+            for given in batches:
+                batch: RankBatch = move_data_to_device(given, self.device)
                 affinities = self._affinities(batch)
                 assert affinities is not None
                 base.append(affinities @ weights)

@@ -51,6 +51,7 @@ def tune(run: DomainRun, head: LLMHead, key: str, list_form: bool = False) -> LL
         users = run.data.rank_dataloader(
             "val", run.experiment.llm_eval_batch_size, max_users=run.experiment.calibration_users, seed=run.data.seed
         )
+        head.to(run.trainer.strategy.root_device)  # a trainer leaves its module on the CPU
         factor = head.calibrate(users)
         Console(highlight=False, quiet=not is_first()).print(
             f"  what the LLM adds, weighed on validation users: times {factor:.2f}"

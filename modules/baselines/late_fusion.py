@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_sfubm.contracts import RankBatch, Stage1
@@ -32,9 +33,16 @@ class LateFusion(nn.Module):
         first[0] = 1.0
         self.register_buffer("weights", first)
 
+    def _standardised(self, batch: RankBatch) -> Tensor:
+        """(B, C, F) on the weights' device, to which stage 1 follows: it may have been left on another by its training."""
+        stage1 = self._stage1[0]
+        if isinstance(stage1, nn.Module):
+            stage1.to(self.weights.device)
+        return standardise(stage1.affinities(move_data_to_device(batch, self.weights.device)))
+
     @torch.no_grad()
     def _features(self, batches: Iterable[RankBatch]) -> tuple[Tensor, Tensor]:
-        rows = [(self._stage1[0].affinities(b), b["target_index"]) for b in batches]
+        rows = [(self._standardised(b), b["target_index"].to(self.weights.device)) for b in batches]
         if not rows:
             raise DataError(
                 "late fusion has no samples to choose its weights from: set the data's stage2_positions to 1 or more"
@@ -42,7 +50,7 @@ class LateFusion(nn.Module):
         width = max(a.shape[1] for a, _ in rows)
         if any(a.shape[1] != width for a, _ in rows):
             raise DataError("late fusion needs the same number of candidates in every sample")
-        return torch.cat([standardise(a) for a, _ in rows]), torch.cat([t for _, t in rows])
+        return torch.cat([a for a, _ in rows]), torch.cat([t for _, t in rows])
 
     def fit(self, batches: Iterable[RankBatch]) -> Tensor:
         """Choose the weights (F,) by maximum likelihood of the target among its candidates, with L-BFGS.
@@ -63,4 +71,4 @@ class LateFusion(nn.Module):
 
     def rank(self, batch: RankBatch) -> Tensor:
         """Scores (B, C)."""
-        return standardise(self._stage1[0].affinities(batch)) @ self.weights
+        return self._standardised(batch) @ self.weights

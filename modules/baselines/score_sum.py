@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lightning_sfubm.contracts import CatalogueRanker, RankBatch
@@ -55,8 +56,12 @@ class ScoreSum(nn.Module):
         Raises:
             DataError: there are no samples.
         """
+        self.to(self.weights.device)  # the models may have been left on different devices
+        rows = []
         with evaluating(self):
-            rows = [(torch.stack([m.rank(b) for m in self._rankers()], -1).float(), b["target_index"]) for b in batches]
+            for batch in batches:
+                here: RankBatch = move_data_to_device(batch, self.weights.device)
+                rows.append((torch.stack([m.rank(here) for m in self._rankers()], -1).float(), here["target_index"]))
         if not rows:
             raise DataError(
                 "a sum of scores has no samples to choose its weights from: set the data's stage2_positions to 1 or more"

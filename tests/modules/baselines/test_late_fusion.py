@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,3 +68,39 @@ def test_what_cannot_be_fitted_is_named() -> None:
     with pytest.raises(DataError, match="no samples to choose its weights from"):
         LateFusion(stage1).fit([])
     assert sum(p.numel() for p in LateFusion(stage1).parameters()) == 0
+
+
+class Elsewhere(torch.nn.Module):
+    """A stage 1 left on another device (one without values: it needs no hardware), which notes where it is asked."""
+
+    hidden_dim = 4
+    affinity_names = ("score", "text", "noise")
+
+    def __init__(self, stage1: Stage1) -> None:
+        super().__init__()
+        self.data = stage1
+        self.register_buffer("place", torch.zeros(1, device="meta"))
+        self.asked: list[str] = []
+
+    def to(self, device: Any) -> "Elsewhere":  # type: ignore[override]
+        self.place = torch.zeros(1, device=device)
+        return self
+
+    def affinities(self, batch: RankBatch) -> Tensor:
+        assert {x.device for x in batch.values()} == {self.place.device}  # type: ignore[attr-defined]
+        self.asked.append(self.place.device.type)
+        return self.data.affinities(batch)
+
+
+def test_stage1_follows_to_the_device_of_the_fusion() -> None:
+    """On an accelerator the federated client's module stays where it was evaluated, while held-out samples are on the CPU."""
+    stage1 = Elsewhere(Stage1(300))
+    fusion = LateFusion(stage1)
+    fusion.fit(stage1.data.batches(0, 300))
+    assert stage1.asked == ["cpu"] * 3
+    fusion.rank(stage1.data.batches(0, 100)[0])
+    assert stage1.asked[-1] == "cpu"
+    fusion.weights = torch.ones(3, device="meta")
+    with pytest.raises(RuntimeError, match=r"meta|device"):  # the stand-in's affinities are on the CPU
+        fusion.rank(stage1.data.batches(0, 100)[0])
+    assert stage1.place.device.type == "meta"
