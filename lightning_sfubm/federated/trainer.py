@@ -13,8 +13,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_sfubm.callbacks.progress import LabelledProgressBar
 from lightning_sfubm.callbacks.round_logger import RoundLogger
@@ -23,11 +21,12 @@ from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.checkpoint import find_state, load_state
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.hooks import FederatedCallback
+from lightning_sfubm.federated.launch import run_together
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
 from lightning_sfubm.federated.twins import train_twins
 from lightning_sfubm.federated.workers import WorkerPool, import_ahead
-from lightning_sfubm.ranks import close_at_exit, first_prepares, is_first, wait_for_all
+from lightning_sfubm.ranks import first_prepares, is_first, wait_for_all
 from lightning_sfubm.safe_load import SafeCheckpointIO
 from lightning_sfubm.seeds import derive_seed
 from lightning_sfubm.training import CloseAtExit, RankSeed
@@ -221,35 +220,8 @@ class FederatedTrainer(L.Trainer):
         self.together(self._fit_federation, model, datamodule, ckpt_path)
 
     def together(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Call a function in all processes of the trainer's strategy, which are started here where Lightning starts them.
-
-        From then on each knows its rank, so that the first alone writes files. Called within itself it only calls.
-
-        Raises:
-            ConfigError: the strategy sends what it runs to new processes instead of starting the program again, or divides
-                a model among them.
-        """
-        launcher = self.strategy.launcher
-        if isinstance(self.strategy, (ModelParallelStrategy, FSDPStrategy)):
-            raise ConfigError(
-                f"trainer.strategy: {type(self.strategy).__name__} divides a model among processes, which serves a fit of "
-                "the LLM head alone: set it to ddp or ddp_find_unused_parameters_true for a federated run or an experiment"
-            )
-        if self.world_size == 1 or launcher is None:
-            return function(*args, **kwargs)
-        if not isinstance(launcher, _SubprocessScriptLauncher):
-            raise ConfigError(
-                f"trainer.strategy: {type(self.strategy).__name__} starts processes that do not run this program from its "
-                "beginning, as a federated run needs: set it to ddp or ddp_find_unused_parameters_true"
-            )
-        return launcher.launch(self._as_one_rank, function, *args, trainer=self, **kwargs)  # type: ignore[no-any-return]
-
-    def _as_one_rank(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        self.strategy.setup_environment()
-        close_at_exit()
-        if not is_first():
-            logging.getLogger("lightning_sfubm").setLevel(logging.ERROR)  # the first process says it
-        return function(*args, **kwargs)
+        """Call a function in all processes of the strategy; see :func:`~lightning_sfubm.federated.launch.run_together`."""
+        return run_together(self, function, *args, **kwargs)
 
     def _fit_federation(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | Path | None) -> None:
         self.prepare(model, datamodule)
