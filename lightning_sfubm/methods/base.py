@@ -119,8 +119,13 @@ class DomainRun:
         """The same with count affinities of the positions that trained stage 1; held-out ones are not counted."""
         return self._fused(WithCounts(self.stage1, self.data.catalogue))
 
-    def _fused(self, stage1: Stage1) -> LateFusion:
-        fusion = LateFusion(stage1)
+    @cached_property
+    def product_fusion(self) -> LateFusion:
+        """The same with the products of features, of which there are many: the penalty is ten times as strong."""
+        return self._fused(WithCounts(self.stage1, self.data.catalogue), l2=1e-2, products=True)
+
+    def _fused(self, stage1: Stage1, **settings: Any) -> LateFusion:
+        fusion = LateFusion(stage1, **settings)
         fusion.fit(self.data.rank_dataloader("train2", 256))
         return fusion
 

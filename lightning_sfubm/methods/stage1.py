@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 
 import torch
 
@@ -75,12 +76,9 @@ def _pooled_teacher(run: DomainRun) -> dict[str, torch.Tensor]:
     return run.shared["pooled teacher"]
 
 
-def _late_fusion(run: DomainRun) -> Ranker:
-    return run.fusion
-
-
-def _late_fusion_counts(run: DomainRun) -> Ranker:
-    return run.count_fusion
+def _fusion(label: str, fusion: str) -> Method:
+    """A fusion that the run has under this name."""
+    return Method(label, "Controls without an LLM", attrgetter(fusion), needs_stage1=True)
 
 
 def _row(key: str, label: str, needs_stage1: bool) -> Method:
@@ -97,10 +95,7 @@ STAGE1: dict[str, Method] = {
         "Text, behaviour of all domains pooled",
         _stage1_pooled,
     ),
-    "late_fusion": Method(
-        "Late fusion of stage 1 and text", "Controls without an LLM", _late_fusion, needs_stage1=True
-    ),
-    "late_fusion_counts": Method(
-        "Late fusion of stage 1, text and counts", "Controls without an LLM", _late_fusion_counts, needs_stage1=True
-    ),
+    "late_fusion": _fusion("Late fusion of stage 1 and text", "fusion"),
+    "late_fusion_counts": _fusion("Late fusion of stage 1, text and counts", "count_fusion"),
+    "late_fusion_products": _fusion("Late fusion of stage 1, text, counts and their products", "product_fusion"),
 }

@@ -11,6 +11,10 @@ from lightning_sfubm.errors import DataError
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.layers.conditional_logit import fit_conditional_logit
 
+PRODUCT_SCALE = (
+    3.0  #: products are divided by this, so that the penalty weighs on them more than on the features [choice]
+)
+
 
 class LateFusion(nn.Module):
     """``sum_f w_f z_f``: affinity features standardised within each row, weights by conditional logit [choice].
@@ -21,24 +25,34 @@ class LateFusion(nn.Module):
     Args:
         stage1: trained module whose ``affinities`` are fused; not changed.
         l2: strength of the penalty on the weights.
+        products: weigh the products of each two features, and the squares, besides: what one says can then depend on what
+            another says. F (F + 3) / 2 weights instead of F.
     """
 
     weights: Tensor
 
-    def __init__(self, stage1: Stage1, l2: float = 1e-3) -> None:
+    def __init__(self, stage1: Stage1, l2: float = 1e-3, products: bool = False) -> None:
         super().__init__()
         self._stage1 = [stage1]  # in a list: not a sub-module, its parameters are not this method's
-        self.l2 = l2
-        first = torch.zeros(len(stage1.affinity_names))
+        self.l2, self.products = l2, products
+        features = len(stage1.affinity_names)
+        first = torch.zeros(features * (features + 3) // 2 if products else features)
         first[0] = 1.0
         self.register_buffer("weights", first)
 
     def _standardised(self, batch: RankBatch) -> Tensor:
-        """(B, C, F) on the weights' device, to which stage 1 follows: it may have been left on another by its training."""
+        """(B, C, F), with products where asked for, on the weights' device.
+
+        Stage 1 follows to that device: its training or evaluation may have left it on another.
+        """
         stage1 = self._stage1[0]
         if isinstance(stage1, nn.Module):
             stage1.to(self.weights.device)
-        return standardise(stage1.affinities(move_data_to_device(batch, self.weights.device)))
+        features = standardise(stage1.affinities(move_data_to_device(batch, self.weights.device)))
+        if not self.products:
+            return features
+        first, second = torch.triu_indices(features.shape[-1], features.shape[-1], device=features.device)
+        return torch.cat([features, features[..., first] * features[..., second] / PRODUCT_SCALE], -1)
 
     @torch.no_grad()
     def _features(self, batches: Iterable[RankBatch]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_sfubm.contracts import RankBatch
 from lightning_sfubm.errors import DataError
-from lightning_sfubm.modules.baselines.late_fusion import LateFusion
+from lightning_sfubm.modules.baselines.late_fusion import PRODUCT_SCALE, LateFusion
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.seeds import torch_generator
 
@@ -104,3 +104,22 @@ def test_stage1_follows_to_the_device_of_the_fusion() -> None:
     with pytest.raises(RuntimeError, match=r"meta|device"):  # the stand-in's affinities are on the CPU
         fusion.rank(stage1.data.batches(0, 100)[0])
     assert stage1.place.device.type == "meta"
+
+
+def test_products_find_what_one_feature_says_of_another() -> None:
+    """T32: the text counts only where the score is high, which no weighted sum can say."""
+    stage1 = Stage1(4000)
+    chance = (2.0 * stage1.table[..., 0] * stage1.table[..., 1]).softmax(1)
+    stage1.target = torch.multinomial(chance, 1, generator=torch_generator(1, "fusion")).squeeze(1)
+    (new,) = stage1.batches(3000, 4000, size=1000)
+    found = []
+    for products in (False, True):
+        fusion = LateFusion(stage1, l2=1e-4, products=products)
+        weights = fusion.fit(stage1.batches(0, 3000))
+        found.append(hits(fusion.rank(new), new["target_index"]))
+    assert fusion.weights.shape == (9,)
+    planted = torch.zeros(9)
+    planted[4] = 2.0 * PRODUCT_SCALE  # features 0, 1, 2, then 00, 01, 02, 11, 12, 22
+    torch.testing.assert_close(weights, planted, atol=0.4, rtol=0)
+    assert found[1] > found[0] + 0.2
+    assert found[1] == pytest.approx(hits(chance[3000:], new["target_index"]), abs=0.02)
