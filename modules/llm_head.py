@@ -14,6 +14,7 @@ from lightning_sfubm.datamodules.prompts import PromptBatch
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, ranking_metrics
 from lightning_sfubm.evaluation.parsing import TitleParser
+from lightning_sfubm.modules.layers.affinity import num_products, with_products
 from lightning_sfubm.modules.layers.modes import evaluating
 from lightning_sfubm.modules.llm.calibration import fit_factor
 from lightning_sfubm.modules.llm.injected import InjectedLM
@@ -60,6 +61,8 @@ class LLMHead(InjectedLM):
         residual: add the residual on the affinities (``branch`` with ``head``).
         count_affinities: affinities of words and buyers in common and of popularity besides those of stage 1; see
             :class:`~lightning_sfubm.modules.layers.count_affinity.CountAffinities`.
+        residual_products: weigh products of affinities in the residual besides, as
+            :class:`~lightning_sfubm.modules.baselines.late_fusion.LateFusion` with ``products`` does.
         history_length: the newest items that are mentioned.
         title_tokens: longest title.
         curriculum: share of the training steps over which prompts move from text-only to hybrid, 0 for none
@@ -100,6 +103,7 @@ class LLMHead(InjectedLM):
         affinity_token: bool = False,
         residual: bool = True,
         count_affinities: bool = False,
+        residual_products: bool = False,
         history_length: int = 10,
         title_tokens: int = 12,
         curriculum: float = 0.0,
@@ -142,7 +146,9 @@ class LLMHead(InjectedLM):
         self.head = nn.Linear(self.lm.hidden_dim, 1, bias=False, device=self.device)
         nn.init.zeros_(self.head.weight)
         if num_affinities and self.settings.residual:
-            self.residual_weights = nn.Parameter(torch.eye(num_affinities, device=self.device)[0].clone())
+            terms = num_products(num_affinities) if self.settings.residual_products else num_affinities
+            self.residual_weights = nn.Parameter(torch.zeros(terms, device=self.device))
+            nn.init.ones_(self.residual_weights.data[:1])
 
     def _build(self, batch: RankBatch, **options: Any) -> PromptBatch:
         if self.catalogue is None:
@@ -160,7 +166,7 @@ class LLMHead(InjectedLM):
         return draw.item() >= progress
 
     def init_residual(self, weights: Tensor) -> None:
-        """Set the residual's weights (F,), one per affinity, for instance those of a late fusion fitted beforehand."""
+        """Set the residual's weights, one per affinity (and product), for instance those of a late fusion fitted beforehand."""
         if self.residual_weights is None:
             raise ConfigError(
                 "this head has no residual: it needs an attached stage 1, residual=True and rank_mode head"
@@ -173,6 +179,10 @@ class LLMHead(InjectedLM):
         with torch.no_grad():
             self.residual_weights.copy_(weights)
 
+    def _residual(self, affinities: Tensor, weights: Tensor) -> Tensor:
+        """(B, C) weighted sum of the affinities (B, C, F), or of them and their products."""
+        return (with_products(affinities) if self.settings.residual_products else affinities) @ weights
+
     def forward(self, batch: RankBatch) -> Tensor:
         """Differentiable scores (B, C) by the head or by title likelihood."""
         affinities = self._affinities(batch)
@@ -184,7 +194,7 @@ class LLMHead(InjectedLM):
         ends = states.gather(1, prompts.branch_end.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
         scores = self.head(ends).squeeze(-1).float()
         if self.residual_weights is not None and affinities is not None:
-            scores = scores + affinities @ self.residual_weights
+            scores = scores + self._residual(affinities, self.residual_weights)
         return scores
 
     def loss(self, batch: RankBatch) -> Tensor:
@@ -221,7 +231,7 @@ class LLMHead(InjectedLM):
                 batch: RankBatch = move_data_to_device(given, self.device)
                 affinities = self._affinities(batch)
                 assert affinities is not None
-                base.append(affinities @ weights)
+                base.append(self._residual(affinities, weights))
                 added.append(self(batch) - base[-1])
                 targets.append(batch["target_index"])
         factor = fit_factor(torch.cat(base), torch.cat(added), torch.cat(targets))

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from rich.console import Console
 from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.datamodules.item_datamodule import ItemDataModule
 from lightning_sfubm.methods.base import DomainRun, Method
+from lightning_sfubm.modules.baselines.late_fusion import LateFusion
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.modules.prompt_projector import PromptProjector
 from lightning_sfubm.ranks import is_first
 from lightning_sfubm.seeds import derive_seed
+
+BOTH = "{model}, both stages"  #: heading of the rows that are the whole method
 
 
 def _head(run: DomainRun, **changes: Any) -> LLMHead:
@@ -95,42 +99,52 @@ def _align(run: DomainRun) -> str | None:
     return str(path)
 
 
-def _sfubm(key: str = "sfubm", **changes: Any) -> Callable[[DomainRun], Ranker]:
-    """Both stages, or an ablation of the second: the head with some settings changed."""
+def _sfubm(
+    key: str = "sfubm", fusion: Callable[[DomainRun], LateFusion] = attrgetter("fusion"), **changes: Any
+) -> Callable[[DomainRun], Ranker]:
+    """Both stages, or a form of the second: the head with some settings changed, its residual that of a fusion."""
 
     def build(run: DomainRun) -> Ranker:
         head = _head(run, projector_checkpoint=_align(run), **changes)
         head.attach_stage1(run.stage1, run.data.catalogue)
         if head.residual_weights is not None:
-            fusion = run.count_fusion if head.hparams["count_affinities"] else run.fusion
-            head.init_residual(fusion.weights)
+            head.init_residual(fusion(run).weights)
         return tune(run, head, key)
 
     return build
 
 
-def _ablation(key: str, label: str, **changes: Any) -> Method:
-    return Method(
-        f"{{model}}, {label}", "Ablations of stage 2", _sfubm(key, **changes), needs_llm=True, needs_stage1=True
-    )
+def _form(
+    key: str,
+    label: str,
+    fusion: Callable[[DomainRun], LateFusion] = attrgetter("fusion"),
+    group: str = "Ablations of stage 2",
+    **changes: Any,
+) -> Method:
+    """Both stages with another residual, or with a part of the second left out."""
+    return Method(f"{{model}}, {label}", group, _sfubm(key, fusion, **changes), needs_llm=True, needs_stage1=True)
 
 
 LLM: dict[str, Method] = {
     "zero_shot": Method("Zero-shot LLM", "LLM", _zero_shot(False), needs_llm=True),
     "zero_shot_prior": Method("Zero-shot LLM, less the title's prior", "LLM", _zero_shot(True), needs_llm=True),
     "text_lora": Method("Text-only LoRA", "LLM", _text_lora, needs_llm=True),
-    "sfubm": Method("{model}", "{model}, both stages", _sfubm(), needs_llm=True, needs_stage1=True),
-    "sfubm_counts": Method(
-        "{model}, counts in its residual",
-        "{model}, both stages",
-        _sfubm("sfubm_counts", count_affinities=True),
-        needs_llm=True,
-        needs_stage1=True,
+    "sfubm": Method("{model}", BOTH, _sfubm(), needs_llm=True, needs_stage1=True),
+    "sfubm_counts": _form(
+        "sfubm_counts", "counts in its residual", attrgetter("count_fusion"), BOTH, count_affinities=True
     ),
-    "sfubm_no_user_token": _ablation("sfubm_no_user_token", "no user token", user_token=False),
-    "sfubm_no_item_tokens": _ablation("sfubm_no_item_tokens", "no ID embeddings", item_tokens=False),
-    "sfubm_no_semantic_token": _ablation("sfubm_no_semantic_token", "no semantic embeddings", semantic_token=False),
-    "sfubm_affinity_token": _ablation("sfubm_affinity_token", "affinities as tokens", affinity_token=True),
-    "sfubm_no_residual": _ablation("sfubm_no_residual", "no stage-1 score", residual=False),
-    "sfubm_frozen": _ablation("sfubm_frozen", "LLM frozen", tuning="frozen"),
+    "sfubm_products": _form(
+        "sfubm_products",
+        "counts and products in its residual",
+        attrgetter("product_fusion"),
+        BOTH,
+        count_affinities=True,
+        residual_products=True,
+    ),
+    "sfubm_no_user_token": _form("sfubm_no_user_token", "no user token", user_token=False),
+    "sfubm_no_item_tokens": _form("sfubm_no_item_tokens", "no ID embeddings", item_tokens=False),
+    "sfubm_no_semantic_token": _form("sfubm_no_semantic_token", "no semantic embeddings", semantic_token=False),
+    "sfubm_affinity_token": _form("sfubm_affinity_token", "affinities as tokens", affinity_token=True),
+    "sfubm_no_residual": _form("sfubm_no_residual", "no stage-1 score", residual=False),
+    "sfubm_frozen": _form("sfubm_frozen", "LLM frozen", tuning="frozen"),
 }

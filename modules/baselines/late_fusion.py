@@ -8,12 +8,8 @@ from torch import Tensor, nn
 
 from lightning_sfubm.contracts import RankBatch, Stage1
 from lightning_sfubm.errors import DataError
-from lightning_sfubm.modules.layers.affinity import standardise
+from lightning_sfubm.modules.layers.affinity import num_products, standardise, with_products
 from lightning_sfubm.modules.layers.conditional_logit import fit_conditional_logit
-
-PRODUCT_SCALE = (
-    3.0  #: products are divided by this, so that the penalty weighs on them more than on the features [choice]
-)
 
 
 class LateFusion(nn.Module):
@@ -36,7 +32,7 @@ class LateFusion(nn.Module):
         self._stage1 = [stage1]  # in a list: not a sub-module, its parameters are not this method's
         self.l2, self.products = l2, products
         features = len(stage1.affinity_names)
-        first = torch.zeros(features * (features + 3) // 2 if products else features)
+        first = torch.zeros(num_products(features) if products else features)
         first[0] = 1.0
         self.register_buffer("weights", first)
 
@@ -49,10 +45,7 @@ class LateFusion(nn.Module):
         if isinstance(stage1, nn.Module):
             stage1.to(self.weights.device)
         features = standardise(stage1.affinities(move_data_to_device(batch, self.weights.device)))
-        if not self.products:
-            return features
-        first, second = torch.triu_indices(features.shape[-1], features.shape[-1], device=features.device)
-        return torch.cat([features, features[..., first] * features[..., second] / PRODUCT_SCALE], -1)
+        return with_products(features) if self.products else features
 
     @torch.no_grad()
     def _features(self, batches: Iterable[RankBatch]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,9 @@
 """Affinity features on one scale."""
 
+import torch
 from torch import Tensor
+
+PRODUCT_SCALE = 3.0  #: divides products, so that a penalty on weights bears on them more than on features [choice]
 
 
 def standardise(affinities: Tensor) -> Tensor:
@@ -11,3 +14,17 @@ def standardise(affinities: Tensor) -> Tensor:
     affinities = affinities.float()
     centred = affinities - affinities.mean(dim=1, keepdim=True)
     return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def num_products(features: int) -> int:
+    """Columns of :func:`with_products`: F (F + 3) / 2."""
+    return features * (features + 3) // 2
+
+
+def with_products(features: Tensor) -> Tensor:
+    """Features, their squares and the products of each two: (..., F) -> (..., F (F + 3) / 2), the features first.
+
+    A weighted sum of these can say that one feature counts more where another is high.
+    """
+    first, second = torch.triu_indices(features.shape[-1], features.shape[-1], device=features.device)
+    return torch.cat([features, features[..., first] * features[..., second] / PRODUCT_SCALE], -1)

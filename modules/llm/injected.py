@@ -110,7 +110,7 @@ class InjectedLM(L.LightningModule):
         """
         self.configure_model()
         self.catalogue = catalogue
-        if stage1 is not None and self.settings.get("count_affinities"):
+        if stage1 is not None and self.settings.count_affinities:
             stage1 = WithCounts(stage1, catalogue)
         self._stage1 = [] if stage1 is None else [stage1]
         if stage1 is not None:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from lightning_sfubm.contracts import RankBatch
 from lightning_sfubm.errors import DataError
-from lightning_sfubm.modules.baselines.late_fusion import PRODUCT_SCALE, LateFusion
-from lightning_sfubm.modules.layers.affinity import standardise
+from lightning_sfubm.modules.baselines.late_fusion import LateFusion
+from lightning_sfubm.modules.layers.affinity import PRODUCT_SCALE, standardise
 from lightning_sfubm.seeds import torch_generator
 
 CANDIDATES, TRUE = 20, torch.tensor([0.8, 1.5, 0.0])

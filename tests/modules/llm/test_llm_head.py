@@ -10,6 +10,7 @@ import torch
 from lightning_sfubm.contracts import TrainHistories
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.parsing import TitleParser
+from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.layers.count_affinity import COUNT_AFFINITIES
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm.tree import separate_states
@@ -63,6 +64,18 @@ def test_count_affinities_join_the_residual(llm, stage1, catalogue, make_batch, 
     torch.testing.assert_close(again.rank(batch), head.rank(batch))
     with pytest.raises(ConfigError, match=r"training sequences.*'tiny'"):
         make(llm, stage1, catalogue, count_affinities=True)
+
+
+def test_products_join_the_residual(llm, stage1, catalogue, make_batch):
+    head, batch = make(llm, stage1, catalogue, residual_products=True), make_batch()
+    assert head.residual_weights.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+    score = standardise(stage1.affinities(batch))[..., 0]
+    assert torch.equal(head.rank(batch).argsort(1), score.argsort(1))
+    head.init_residual(torch.tensor([0.0, 0.0, 3.0, 0.0, 0.0]))  # the square of the score
+    torch.testing.assert_close(head.rank(batch), score.square(), atol=1e-5, rtol=0)
+    train(head, [batch])
+    assert head.residual_weights[2] != 3.0
+    head.calibrate([make_batch(seed=1)])
 
 
 @pytest.mark.parametrize(("form", "mode"), FORMS)
