@@ -256,6 +256,11 @@ class PromptBuilder:
         """Token ids of each candidate's answer, (B, C) nested lists; in the ``list`` form they end in EOS."""
         return [[self._answers[item] for item in row] for row in candidates]
 
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest answer, the EOS of the ``list`` form among them."""
+        return max(map(len, self._answers))
+
     def build(
         self,
         history: Tensor,

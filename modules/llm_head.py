@@ -1,6 +1,7 @@
 """The LLM stage: a causal LM ranks candidates, reading titles and, through soft tokens, what stage 1 has learned."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from lightning_sfubm.modules.llm.calibration import fit_factor
 from lightning_sfubm.modules.llm.injected import InjectedLM
 from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
 from lightning_sfubm.modules.llm.optim import adamw_with_warmup
-from lightning_sfubm.modules.llm.sharding import settle, whole
-from lightning_sfubm.modules.losses.ranks import mean_over_ranks
+from lightning_sfubm.modules.llm.sharding import is_sharded, settle, whole
+from lightning_sfubm.modules.losses.ranks import any_rank, mean_over_ranks, union_over_ranks
 from lightning_sfubm.seeds import torch_generator
 
 RANK_MODES = {"branch": ("head", "score"), "list": ("score", "generate", "constrained")}
@@ -199,12 +200,16 @@ class LLMHead(InjectedLM):
 
     def loss(self, batch: RankBatch) -> Tensor:
         """Cross-entropy over the candidates (``branch``) or on the answer's tokens (``list``)."""
+        return self._loss_and_terms(batch)[0]
+
+    def _loss_and_terms(self, batch: RankBatch) -> tuple[Tensor, int]:
+        """The loss and the number of terms it is the mean of: samples, or tokens of their answers."""
         if self.settings.form == "branch":
-            return F.cross_entropy(self(batch), batch["target_index"])
+            return F.cross_entropy(self(batch), batch["target_index"]), len(batch["target_index"])
         prompts = self._build(batch, branches=batch["target"].unsqueeze(1))
         states = self._states(prompts, self._embed(prompts, batch, self._affinities(batch)))
         sums, counts = branch_log_likelihood(self.lm, states, prompts)
-        return -sums.sum() / counts.sum()
+        return -sums.sum() / counts.sum(), int(counts.sum())
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[RankBatch]) -> float:
@@ -267,7 +272,9 @@ class LLMHead(InjectedLM):
         """(B, C) length-normalised likelihoods without a history, computed once per item until training goes on."""
         if self._prior is None:
             self._prior = torch.full((self.prompts.num_items + 1,), float("nan"), device=self.device)
-        missing = torch.unique(candidates[self._prior[candidates].isnan()])
+        missing = candidates[self._prior[candidates].isnan()]
+        # A divided model computes in step: every rank takes the items that any of them needs.
+        missing = union_over_ranks(missing, len(self._prior)) if is_sharded(self) else torch.unique(missing)
         for items in missing.split(64) if len(missing) else ():
             row = items.unsqueeze(0)
             prompts = self.text_prompts.build(row.new_zeros(1, 1), row[:, :0], row, with_history=False).to(self.device)
@@ -285,8 +292,9 @@ class LLMHead(InjectedLM):
         tries = None
         if self.rank_mode == "constrained":
             tries = [TitleTrie(answers) for answers in self.prompts.answers(candidates)]
-        length = self.settings.title_tokens + 4
-        answers = greedy(self.lm, embeddings, prompts, length, tokenizer.eos_token_id, tries)
+        length = max(self.settings.title_tokens + 4, self.prompts.longest_answer)
+        anyone = partial(any_rank, device=self.device) if is_sharded(self) else bool
+        answers = greedy(self.lm, embeddings, prompts, length, tokenizer.eos_token_id, tries, anyone)
         if tries is not None:
             picked: list[int | None] = [trie.candidate(answer) for trie, answer in zip(tries, answers, strict=True)]
         else:
@@ -309,11 +317,11 @@ class LLMHead(InjectedLM):
 
     def training_step(self, batch: RankBatch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
-        loss = self.loss(batch)
+        loss, terms = self._loss_and_terms(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["target"]))
         if self.residual_weights is not None:
             self.log("train/residual", self.residual_weights[0], batch_size=len(batch["target"]))
-        return mean_over_ranks(loss, len(batch["target"]))
+        return mean_over_ranks(loss, terms)
 
     def _evaluate(self, stage: str, batch: RankBatch) -> None:
         scores, _, _ = self._rank(batch)

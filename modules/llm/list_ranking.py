@@ -1,5 +1,7 @@
 """Ranking by the words of the LLM: likelihood of titles, greedy generation, generation among the candidates only."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,6 +61,7 @@ def greedy(
     max_tokens: int,
     eos_id: int,
     tries: list["TitleTrie"] | None = None,
+    anyone: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Greedy continuation of B left-padded prompts, all rows at once, keys and values cached.
 
@@ -71,6 +74,8 @@ def greedy(
         max_tokens: longest answer.
         eos_id: ends an answer; it is not part of the result.
         tries: one per row: only its continuations are allowed. ``None``: anything.
+        anyone: from whether a row here still runs to whether one does on any rank. A model that is divided among ranks
+            computes in step: none may stop before the others have.
 
     Returns:
         B lists of token ids.
@@ -84,7 +89,7 @@ def greedy(
     running = [True] * len(answers)
     if tries is not None:
         _complete(answers, running, tries)
-    for _ in range(max_tokens if any(running) else 0):
+    for _ in range(max_tokens if anyone(any(running)) else 0):
         logits = backbone.logits(backbone.states(embeddings, mask, positions, cache)[:, -1])
         if tries is not None:
             allowed = torch.zeros_like(logits, dtype=torch.bool)
@@ -99,7 +104,7 @@ def greedy(
                     answers[row].append(token)
         if tries is not None:
             _complete(answers, running, tries)
-        if not any(running):
+        if not anyone(any(running)):
             break
         embeddings = backbone.embed(chosen.unsqueeze(1))
         mask = F.pad(mask, (0, 1), value=True)

@@ -247,15 +247,16 @@ def distil(
     """
     if len(states) == 0:
         return states.sum() + 0.0 * table.sum(), {name: states.new_zeros(()) for name in TERMS}
-    loss, values = _Distil.apply(
-        states,
-        table,
-        teacher_states,
-        teacher_table,
-        targets,
-        without_repeats(exclude, targets),
-        weights,
-        temperature,
-        matmul_dtype(precision, states.device),
-    )
+    with torch.autocast(states.device.type, enabled=False):  # the format of the products is the one asked for
+        loss, values = _Distil.apply(
+            states,
+            table,
+            teacher_states,
+            teacher_table,
+            targets,
+            without_repeats(exclude, targets),
+            weights,
+            temperature,
+            matmul_dtype(precision, states.device),
+        )
     return loss, dict(zip(TERMS, values, strict=True))

@@ -28,6 +28,20 @@ def mean_over_ranks(loss: Tensor, count: int) -> Tensor:
     return loss * (count * ranks / total.clamp_min(1.0))
 
 
+def any_rank(here: bool, device: torch.device) -> bool:
+    """Whether something holds on this rank or on another. Every rank has to ask.
+
+    Args:
+        here: whether it holds on this one.
+        device: of the model, which the ranks' backend can send from.
+    """
+    if num_ranks() == 1:
+        return here
+    flag = torch.tensor(int(here), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def union_over_ranks(ids: Tensor, size: int) -> Tensor:
     """The distinct ids of all ranks, in rising order.
 

@@ -31,7 +31,11 @@ def strategy(name: str) -> Any:
 def main(llm: str, out: Path, name: str, form: str) -> None:
     processes = 1 if name == "one" else 2
     settings = {"adapter_dropout": 0.0, "adapter_learning_rate": 1e-2, "head_learning_rate": 1e-2, "warmup": 0.0}
-    head = LLMHead(llm, template="movies", history_length=4, title_tokens=8, precision="32", form=form, **settings)
+    if form == "constrained":
+        settings["rank_mode"] = form
+    shape = "branch" if form == "branch" else "list"
+    # Titles are not cut, so that answers differ in length, and with them the terms that the ranks hold.
+    head = LLMHead(llm, template="movies", history_length=4, title_tokens=24, precision="32", form=shape, **settings)
     head.attach_stage1(FixedStage1(), tiny_catalogue())
     grads = Grads()
     trainer = L.Trainer(
@@ -44,6 +48,9 @@ def main(llm: str, out: Path, name: str, form: str) -> None:
     shards = [{k: v[rank::processes] for k, v in batch.items()} for batch in batches]
     trainer.fit(head, torch.utils.data.DataLoader(shards, batch_size=None))
     factor = head.calibrate(batches) if form == "branch" else 1.0
+    if form == "constrained":  # users of its own on each rank, whose answers take more or fewer steps
+        for seed in range(6):
+            head.rank(batch_of(rows=1, seed=20 + seed + 100 * rank))
     scores = head.rank(batch_of(rows=4, seed=9))
     trainer.save_checkpoint(out / f"{name}-{form}.ckpt", weights_only=True)
     if rank == 0:

@@ -27,7 +27,7 @@ def run(llm: Path, out: Path, name: str, form: str) -> dict[str, Any]:
     return torch.load(out / f"{name}-{form}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("form", ["branch", "list"])
+@pytest.mark.parametrize("form", ["branch", "list", "constrained"])
 def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path, form: str) -> None:
     llm = write_tiny_llm(tmp_path / "llm")
     one = run(llm, tmp_path, "one", form)

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -6,6 +7,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from lightning_sfubm.contracts import TrainHistories
 from lightning_sfubm.errors import CheckpointError, ConfigError
@@ -64,6 +66,43 @@ def test_count_affinities_join_the_residual(llm, stage1, catalogue, make_batch, 
     torch.testing.assert_close(again.rank(batch), head.rank(batch))
     with pytest.raises(ConfigError, match=r"training sequences.*'tiny'"):
         make(llm, stage1, catalogue, count_affinities=True)
+
+
+@pytest.mark.parametrize("mode", ["constrained", "generate"])
+def test_an_answer_may_have_words_before_its_title(llm, stage1, catalogue, make_batch, tmp_path, mode):
+    """The longest answer is that of the template, whose words count too."""
+    template = tmp_path / "wordy.yaml"
+    words = "{noun: film, nouns: films, verb: watch, past: watched, service: a film service}"
+    template.write_text(
+        json.dumps({**yaml.safe_load(words), "list": {"answer": " The right one of these is: {title}"}})
+    )
+    head = make(llm, stage1, catalogue, form="list", rank_mode=mode, template=str(template))
+    assert head.prompts.longest_answer > head.settings.title_tokens + 4
+    if mode == "constrained":
+        _, choice, valid = head.rank_with_validity(make_batch(rows=4))
+        assert valid.all()
+        assert (choice < 5).all()
+        return
+    batch = make_batch(rows=1)
+    said = head.prompts.answers(batch["candidates"].numpy())[0][2][:-1]
+    with pytest.MonkeyPatch.context() as patched:  # a model that says just this
+        patched.setattr("lightning_sfubm.modules.llm_head.greedy", lambda *a, **k: [said[: a[3]]])
+        _, choice, valid = head.rank_with_validity(batch)
+    assert valid.all()
+    assert choice.tolist() == [2]
+
+
+def test_loss_tells_how_many_terms_it_is_the_mean_of(llm, stage1, catalogue, make_batch):
+    """T9: ranks weigh their losses by these; titles, and so answers, differ in length."""
+    batch = make_batch(rows=4)
+    assert make(llm, stage1, catalogue)._loss_and_terms(batch)[1] == 4
+    head = make(llm, stage1, catalogue, form="list", title_tokens=24)
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
+    (first, n), (second, m) = (head._loss_and_terms(part) for part in parts)
+    whole, total = head._loss_and_terms(batch)
+    assert n != m
+    assert n + m == total
+    torch.testing.assert_close((first * n + second * m) / total, whole)
 
 
 def test_products_join_the_residual(llm, stage1, catalogue, make_batch):

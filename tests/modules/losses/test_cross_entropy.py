@@ -55,6 +55,17 @@ def test_bf16_is_close() -> None:
         assert (a - b).abs().max() < 0.02 * b.abs().max()
 
 
+def test_autocast_changes_nothing() -> None:
+    """Products in float32 are asked for and given, under a trainer of whatever precision."""
+    states, table, targets = inputs(200, 300, 1.0, 0)
+    plainly = full_cross_entropy(states, table, targets, "fp32")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = full_cross_entropy(states, table, targets, "fp32")
+    assert torch.equal(cast, plainly)
+    for a, b in zip(*(torch.autograd.grad(x, (states, table)) for x in (cast, plainly)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_padding_row_takes_no_probability_and_no_gradient() -> None:
     states, table, targets = inputs(5, 4, 1.0, 0)
     with torch.no_grad():

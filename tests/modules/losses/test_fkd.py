@@ -151,6 +151,17 @@ def test_chunked_distillation_equals_the_definitions(
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_autocast_changes_no_distillation() -> None:
+    c = case()
+    weights = DistilWeights(1, 1, 1, 0.5)
+    plainly, _ = distil(**c, weights=weights, precision="fp32")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, _ = distil(**c, weights=weights, precision="fp32")
+    assert torch.equal(cast, plainly)
+    for a, b in zip(*(torch.autograd.grad(x, (c["states"], c["table"])) for x in (cast, plainly)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_distillation_in_bf16_is_close() -> None:
     c = case()
     weights = DistilWeights(1, 1, 1, 0.5)
