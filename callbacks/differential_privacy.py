@@ -17,11 +17,12 @@ from lightning_sfubm.datamodules.sequences import TrainSequences
 from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.privacy.accounting import Mechanism, PrivacyAccountant, noise_multiplier_for
+from lightning_sfubm.privacy.noise import NoiseStream
 from lightning_sfubm.privacy.per_user import Method, PerUserGradients, private_gradient
 from lightning_sfubm.privacy.poisson import PoissonSampler
 from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.privacy.teacher_loss import TeacherLoss
-from lightning_sfubm.seeds import seeded, torch_generator
+from lightning_sfubm.seeds import seeded
 
 
 class DifferentialPrivacy(Callback):
@@ -216,7 +217,7 @@ class DifferentialPrivacy(Callback):
                 clip_norm=self.clip_norm,
                 noise_multiplier=self._sigma,
                 expected_users=self._expected,
-                generator=torch_generator(self._root, "gradient noise", self._client, step),
+                noise=NoiseStream(str(self._root).encode(), "gradient noise", self._client, step),
             )
         self.accountant.step(self._sigma, rate)
         clipped = (private.norms > self.clip_norm).float().mean() if len(private.norms) else torch.zeros(())
@@ -294,7 +295,8 @@ def _refuse_trainer(trainer: Trainer) -> None:
         raise ConfigError(
             "accumulate_grad_batches does not go together with DifferentialPrivacy: raise expected_batch_size"
         )
-    if str(trainer.precision).startswith("16"):
+    if str(trainer.precision) not in ("32-true", "bf16-mixed", "64-true"):
         raise ConfigError(
-            f"precision {trainer.precision} rescales gradients: DifferentialPrivacy needs 32-true or bf16-mixed"
+            f"precision {trainer.precision} rescales or rounds gradients, so that a bound on them does not hold: "
+            "DifferentialPrivacy needs 32-true or bf16-mixed"
         )

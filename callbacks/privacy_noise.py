@@ -1,5 +1,7 @@
 """The privacy noise as a callback of the federated loop."""
 
+import hashlib
+
 from torch import Tensor
 
 from lightning_sfubm.federated.hooks import FederatedCallback
@@ -47,7 +49,12 @@ class PrivacyNoise(FederatedCallback):
 
     def mechanism(self, seed: int, client: str, sigma: float | None = None) -> GaussianPerturbation:
         """The perturbation of one client, at this callback's sigma or another (for sweeps)."""
-        return GaussianPerturbation(self.sigma if sigma is None else sigma, self._secret(seed, client))
+        sigma = self.sigma if sigma is None else sigma
+        secret = self._secret(seed, client)
+        if self.secret_dir is not None:
+            # The same noise at two sigmas would be two equations for one vector: whoever holds both uploads solves them.
+            secret = hashlib.blake2b(repr(float(sigma)).encode(), key=secret[:64]).digest()
+        return GaussianPerturbation(sigma, secret)
 
     def _secret(self, seed: int, client: str) -> bytes:
         if self.secret_dir is None:

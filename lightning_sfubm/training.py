@@ -61,6 +61,20 @@ class EpochRecorder(Callback):
             self._record(trainer.current_epoch + 1, metrics)
 
 
+class PatientStopping(EarlyStopping):
+    """Early stopping that says nothing before the trainer's ``min_epochs``.
+
+    Lightning's own raises a signal that nothing lowers: patience that ran out on a plateau before ``min_epochs`` would end the
+    training there, even if every epoch since had been better than the one before.
+    """
+
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
+        before = trainer.should_stop
+        super()._run_early_stopping_check(trainer)
+        if trainer.current_epoch + 1 < (trainer.min_epochs or 1):
+            trainer.should_stop = before
+
+
 def fit_to_early_stopping(
     make_trainer: TrainerFactory,
     module: LightningModule,
@@ -106,7 +120,7 @@ def fit_to_early_stopping(
         save_weights_only=True,
         enable_version_counter=False,
     )
-    stopping = EarlyStopping(monitor=monitor, mode="max", patience=patience, check_on_train_epoch_end=False)
+    stopping = PatientStopping(monitor=monitor, mode="max", patience=patience, check_on_train_epoch_end=False)
     extra = [EpochRecorder(record)] if record is not None else []
     trainer = make_trainer(
         label=label,

@@ -142,7 +142,7 @@ def _rank_batch(
         _check_shape(method, "scores", scores, tuple(batch["candidates"].shape))
         rank = candidate_ranks(scores.float(), target_index, ties)
         valid = valid.bool()
-        hit1 = valid & (choice == target_index)
+        hit1 = valid & (choice == target_index) & (rank <= 1)  # of tied candidates the first is the choice, by chance
     else:
         scores = ranker.rank(batch)
         _check_shape(method, "scores", scores, tuple(batch["candidates"].shape))

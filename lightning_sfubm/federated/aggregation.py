@@ -48,14 +48,15 @@ class KNNMix:
     the item itself, enters its answer. Weights are ``softmax(cosine / tau)`` over the k neighbours.
 
     Args:
-        k: neighbours, at least 5, so that no answer equals one foreign item.
+        k: neighbours, at least 5, so that an answer is a mixture. The nearest weighs most: where two silos sell the same item,
+            the answer can come close to the other's upload of it, noise and all.
         tau: temperature of the weights.
     """
 
     def __init__(self, k: int = 5, tau: float = 0.07) -> None:
         if k < 5:
             raise ConfigError(
-                f"KNNMix: k = {k}, but at least 5 neighbours must be mixed so that none is disclosed alone"
+                f"KNNMix: k = {k}, but at least 5 neighbours are to be mixed, so that no answer is one silo's vector"
             )
         if tau <= 0:
             raise ConfigError(f"KNNMix: tau = {tau} must be positive")

@@ -167,6 +167,8 @@ class Federation:
             "exchange": self.exchange,
             "seed": seed,
             "participation": self.participation,
+            "secure_aggregation": self.secure_aggregation is not None,
+            "weighting": self.weighting,
             "client_epochs": dict(sorted(self.client_epochs.items())),
             "joins": dict(sorted(self.joins.items())),
             "leaves": dict(sorted(self.leaves.items())),

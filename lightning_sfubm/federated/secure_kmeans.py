@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -16,6 +15,7 @@ from lightning_sfubm.federated.secure import Record, SecureAggregation
 from lightning_sfubm.federated.server import SERVER
 from lightning_sfubm.privacy.attacks import nearest_matches
 from lightning_sfubm.privacy.gaussian import gaussian_sigma
+from lightning_sfubm.privacy.noise import NoiseStream
 from lightning_sfubm.privacy.secagg.primitives import require_cryptography
 from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.privacy.secure_kmeans import (
@@ -46,12 +46,10 @@ class _Noise:
     def __call__(self, client: str, step: int, tensors: dict[str, Tensor], sensitivity: float) -> dict[str, Tensor]:
         if not self.scale:
             return tensors
-        seed = int.from_bytes(self.secrets[client][:32], "big")
-        generator = torch_generator(seed, "secure k-means noise", *self.names, step)
+        noise = NoiseStream(self.secrets[client], "secure k-means noise", *self.names, step)
         std = self.scale * sensitivity / math.sqrt(self.shares)
         return {
-            name: value + std * torch.randn(value.shape, generator=generator, dtype=value.dtype)
-            for name, value in sorted(tensors.items())
+            name: value + std * noise.normal(tuple(value.shape), value.dtype) for name, value in sorted(tensors.items())
         }
 
 

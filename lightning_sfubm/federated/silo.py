@@ -96,6 +96,7 @@ class Silo(FederatedLoop):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(self.run_dir / ".flower.lock"):  # an abandoned request may still be at work in another process
             self._check_terms(request)
+            self._check_due(request)
             self._open(request)
             if request.action == "hello":
                 return self._hello()
@@ -126,6 +127,23 @@ class Silo(FederatedLoop):
             raise PrivacyError(
                 f"the noise of {', '.join(self._simulated)} is derived from the run's seed, which the server knows: set its "
                 "secret_dir to a folder of this silo"
+            )
+
+    def _check_due(self, request: Request) -> None:
+        """Refuse what the agreed terms do not ask of this silo in this round: terms alone bound nothing that is sent."""
+        own, number = self.agreed, request.round
+        if request.action == "semantics":
+            if not own.sends_semantics:
+                raise ConfigError(f"the run asks for item vectors, which exchange: {own.exchange} does not send")
+            due = number == 0 or number in own.joins.values()
+        elif request.action == "train":
+            due = 1 <= number <= own.rounds
+        else:
+            return
+        if not due or number > own.rounds or not own.active([self.name], number):
+            raise ConfigError(
+                f"the run asks for '{request.action}' in round {number}, which this silo did not agree to: it takes part in "
+                f"rounds {own.joins.get(self.name, 1)} to {min(own.rounds, own.leaves.get(self.name, own.rounds))}"
             )
 
     def _open(self, request: Request) -> None:

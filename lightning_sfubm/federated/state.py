@@ -139,7 +139,13 @@ class RunState:
             raise CheckpointError(
                 f"{path}: was written by the schedule {stored['schedule']}, this run has {self.federation.schedule(self.seed)}"
             )
-        self.counters = Counters(**stored["counters"])
+        counters = Counters(**stored["counters"])
+        if counters.spent and not self._private:
+            raise PrivacyError(
+                f"{path}: was trained with differential privacy and this run would go on without: add the callback "
+                "DifferentialPrivacy again, or start anew in another trainer.default_root_dir"
+            )
+        self.counters = counters
         for name, client in self.clients.items():
             client.phases_done = list(self.counters.phases.get(name, []))
             client.rounds_done = self.counters.rounds_done.get(name, 0)

@@ -37,7 +37,8 @@ def _unisrec(key: str, mode: str, pretrain: bool = True) -> Callable[[DomainRun]
 
 def _pretrained(run: DomainRun, template: UniSRec) -> dict[str, torch.Tensor]:
     """Weights pre-trained on the union of all domains, once for all rows of a run that share the settings."""
-    settings = (template.num_experts, template.text_dropout, template.tau, template.lr)
+    encoder = str(template.hparams["encoder"])  # its class and arguments
+    settings = (encoder, template.num_experts, template.text_dropout, template.tau, template.lr)
     name = f"unisrec {settings}"
     if name not in run.shared:
         clients = run.trainer.loop.clients if run.trainer.loop is not None else {}

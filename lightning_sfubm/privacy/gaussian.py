@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.privacy.noise import NoiseStream
 
 Neighbours = Literal["replacement", "add_remove"]
 
@@ -115,12 +116,12 @@ class GaussianMechanism:
         self.sensitivity = clip_norm * (2.0 if neighbours == "replacement" else 1.0)
         self.sigma = gaussian_sigma(epsilon, delta, self.sensitivity * math.sqrt(releases))
 
-    def __call__(self, tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, tensors: Mapping[str, Tensor], noise: NoiseStream) -> dict[str, Tensor]:
         """Clip and perturb a message.
 
         Args:
             tensors: by name; their shapes are public.
-            generator: CPU stream of the noise, unknown to the receiver and never used for another message.
+            noise: stream unknown to the receiver and never used for another message.
 
         Returns:
             Tensors of the same names and shapes.
@@ -139,7 +140,7 @@ class GaussianMechanism:
         factor = min(1.0, self.clip_norm / norm) if norm else 1.0
         return {
             name: tensor.detach() * factor
-            + (torch.randn(tensor.shape, generator=generator) * self.sigma).to(tensor.device, tensor.dtype)
+            + (noise.normal(tuple(tensor.shape)) * self.sigma).to(tensor.device, tensor.dtype)
             for name, tensor in tensors.items()
         }
 

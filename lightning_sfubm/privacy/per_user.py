@@ -29,6 +29,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.privacy.noise import NoiseStream
 from lightning_sfubm.privacy.teacher_loss import TeacherLoss
 
 Method = Literal["auto", "microbatch", "vectorized"]
@@ -195,13 +196,13 @@ def clipped_sum(gradients: PerUserGradients, history: Tensor, targets: Tensor, c
     return ClippedSum(zeros | total, norms)
 
 
-def add_noise(total: Gradients, std: float, generator: torch.Generator) -> Gradients:
+def add_noise(total: Gradients, std: float, noise: NoiseStream) -> Gradients:
     """Add independent N(0, std^2) to every coordinate of a sum.
 
     Args:
         total: by name.
         std: noise multiplier times clipping norm; 0 returns the sum as it is.
-        generator: CPU stream of this release alone.
+        noise: stream of this release alone.
 
     Returns:
         Tensors of the same shapes. The noise is that of floating-point numbers, not of the continuous Gaussian the proofs are
@@ -210,7 +211,7 @@ def add_noise(total: Gradients, std: float, generator: torch.Generator) -> Gradi
     if std == 0:
         return dict(total)
     return {
-        name: value + (torch.randn(value.shape, generator=generator) * std).to(value.device, value.dtype)
+        name: value + (noise.normal(tuple(value.shape)) * std).to(value.device, value.dtype)
         for name, value in total.items()
     }
 
@@ -223,7 +224,7 @@ def private_gradient(
     clip_norm: float,
     noise_multiplier: float,
     expected_users: float,
-    generator: torch.Generator,
+    noise: NoiseStream,
 ) -> ClippedSum:
     """Clip each user, sum, add noise, divide by the *expected* number of users.
 
@@ -236,7 +237,7 @@ def private_gradient(
         clip_norm: C.
         noise_multiplier: standard deviation of the noise over C.
         expected_users: sample rate times number of users.
-        generator: of this step's noise.
+        noise: stream of this step alone.
 
     Returns:
         The private gradient as ``total``, and the (not private) norms.
@@ -252,5 +253,5 @@ def private_gradient(
     if noise_multiplier and not math.isfinite(clip_norm):
         raise ConfigError("noise is a multiple of clip_norm: give a finite clip_norm or noise_multiplier 0")
     clipped = clipped_sum(gradients, history, targets, clip_norm)
-    noisy = add_noise(clipped.total, noise_multiplier * clip_norm if noise_multiplier else 0.0, generator)
+    noisy = add_noise(clipped.total, noise_multiplier * clip_norm if noise_multiplier else 0.0, noise)
     return ClippedSum({name: value / expected_users for name, value in noisy.items()}, clipped.norms)

@@ -1,6 +1,7 @@
 """Late fusion: a weighted sum of an encoder's scores and untrained text similarities. The control without an LLM."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -10,6 +11,7 @@ from lightning_sfubm.contracts import RankBatch, Stage1
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.modules.layers.affinity import num_products, standardise, with_products
 from lightning_sfubm.modules.layers.conditional_logit import fit_conditional_logit
+from lightning_sfubm.modules.layers.modes import evaluating
 
 
 class LateFusion(nn.Module):
@@ -44,7 +46,8 @@ class LateFusion(nn.Module):
         stage1 = self._stage1[0]
         if isinstance(stage1, nn.Module):
             stage1.to(self.weights.device)
-        features = standardise(stage1.affinities(move_data_to_device(batch, self.weights.device)))
+        with evaluating(stage1) if isinstance(stage1, nn.Module) else nullcontext():
+            features = standardise(stage1.affinities(move_data_to_device(batch, self.weights.device)))
         return with_products(features) if self.products else features
 
     @torch.no_grad()

@@ -106,14 +106,16 @@ class UniSRecPretraining(SequentialRecommender):
         table = self._adapt(ids, self.items.text)
         states = self._states(F.embedding(places[0], table), history)
         predicting = targets != 0
-        loss = seq_item = sequence_item_loss(states[predicting], table, places[1][predicting], self.tau)
+        seq_item = sequence_item_loss(states[predicting], table, places[1][predicting], self.tau)
         terms = {"seq_item": seq_item}
+        loss, weighed = seq_item, mean_over_ranks(seq_item, int(predicting.sum()))
         if self.seq_seq_weight:
             augmented = self._augmented_states(history, places[0], ids, table)
             terms["seq_seq"] = sequence_sequence_loss(states[:, -1], augmented[:, -1], targets[:, -1], self.tau)
             loss = loss + self.seq_seq_weight * terms["seq_seq"]
+            weighed = weighed + self.seq_seq_weight * mean_over_ranks(terms["seq_seq"], len(history))
         self.log_losses(batch, loss=loss, **terms)
-        return mean_over_ranks(loss, len(history))
+        return weighed
 
     def _adapt(self, ids: Tensor, text: Tensor) -> Tensor:
         """Vectors (M, H) of items (M,), zero for padding."""

@@ -131,8 +131,11 @@ class InjectedLM(L.LightningModule):
             self.register_buffer("semantic_table", semantics.detach().float().to(self.device), persistent=False)
         self._build_prompts()
 
-    def _build_trainables(self, hidden_dim: int, affinity_names: tuple[str, ...]) -> None:
-        """Projectors and residual for a stage 1 of this shape (H = 0: none). Keeps those already there."""
+    def _build_trainables(self, hidden_dim: int, affinity_names: tuple[str, ...], restored: bool = False) -> None:
+        """Projectors and residual for a stage 1 of this shape (H = 0: none). Keeps those already there.
+
+        Where they are ``restored``, a checkpoint holds their values, aligned projectors among them.
+        """
         if self._shape is not None:
             return
         hp = self.settings
@@ -152,7 +155,7 @@ class InjectedLM(L.LightningModule):
                     hp.semantic_token,
                     affinities,
                 ).to(self.device)
-            if hp.projector_checkpoint:
+            if hp.projector_checkpoint and not restored:
                 self._load_projector(hp.projector_checkpoint)
 
     def _load_projector(self, path: str) -> None:
@@ -161,6 +164,9 @@ class InjectedLM(L.LightningModule):
             state = load_checkpoint(path)["state_dict"]
             own = self.projector.state_dict()
             aligned = {k.removeprefix("tokens."): v for k, v in state.items() if k.startswith("tokens.")}
+            lacking = sorted(k for k in own.keys() - aligned.keys() if not k.startswith("affinity_map."))
+            if lacking:
+                raise KeyError(f"it has no parameter '{lacking[0]}'")
             self.projector.load_state_dict({**own, **{k: v for k, v in aligned.items() if k in own}})
         except (CheckpointError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
@@ -303,7 +309,7 @@ class InjectedLM(L.LightningModule):
             raise CheckpointError(
                 f"the checkpoint expects a stage 1 of (hidden_dim, affinities) {shape}, not {self._shape}"
             )
-        self._build_trainables(*shape)
+        self._build_trainables(*shape, restored=True)
 
     def export_adapter(self, folder: str | Path) -> None:
         """Write the LoRA adapters as a PEFT folder (projectors, head and residual stay in the checkpoint).

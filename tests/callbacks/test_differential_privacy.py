@@ -351,6 +351,9 @@ def test_federated_rounds_add_up_and_local_phases_spend_nothing(federated_data: 
 
     with pytest.raises(KeyboardInterrupt):
         run("broken", StopAfter(2))
+    bare = federated_trainer("broken", rounds=3, exchange="teacher", callbacks=[])
+    with pytest.raises(PrivacyError, match="would go on without"):
+        bare.fit(small_distiller(), datamodule=federated_data(), ckpt_path="last")
     resumed = run("broken", ckpt_path="last")
     for client in ("alpha", "beta"):
         first, second = (t.loop.clients[client].module.state_dict() for t in (straight, resumed))
@@ -430,6 +433,7 @@ def test_a_batch_of_more_users_than_there_are_is_refused(domain: Any) -> None:
         ({"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
         ({"strategy": "ddp", "devices": 2}, "one process"),
         ({"precision": "16-true"}, "precision 16-true"),
+        ({"precision": "bf16-true"}, "precision bf16-true"),
     ],
 )
 def test_a_trainer_that_changes_what_a_step_is_is_refused(flags: dict, message: str, domain: Any) -> None:

@@ -61,7 +61,16 @@ class Answering(ByPrice):
     """Answers with the candidate of the right position for even users, nonsense for odd ones."""
 
     def rank_with_validity(self, batch):
-        return self.rank(batch), batch["target_index"], batch["user"] % 2 == 0
+        scores = torch.nn.functional.one_hot(batch["target_index"], batch["candidates"].shape[1]).float()
+        return scores, batch["target_index"], batch["user"] % 2 == 0
+
+
+class Undecided(ByPrice):
+    """One score for all candidates; the first is the choice, as ``argmax`` has it."""
+
+    def rank_with_validity(self, batch):
+        scores = torch.zeros(batch["candidates"].shape)
+        return scores, scores.argmax(1), torch.ones(len(scores), dtype=torch.bool)
 
 
 def run(ranker, batches, catalogue, **settings):
@@ -186,3 +195,7 @@ def test_broken_rankers_get_one_clear_error(catalogue):
     assert model.training, "the mode is restored after an error too"
     with pytest.raises(DataError, match="more than once"):
         run(ByPrice(), make_batches() * 2, catalogue)
+
+
+def test_a_tie_counts_against_a_method_that_answers_too(catalogue):
+    assert not run(Undecided(), make_batches(), catalogue).hit1.any()

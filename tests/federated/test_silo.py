@@ -64,6 +64,27 @@ def test_a_silo_sends_no_semantics_unprotected(hello: Any, monkeypatch: pytest.M
     assert {e["kind"] for e in read_ledger(tmp_path / "silo/alpha/ledger.jsonl")} == {"teacher"}
 
 
+@pytest.mark.parametrize("exchange", ["teacher", "nothing"])
+def test_a_silo_sends_no_vectors_where_it_agreed_to_none(exchange: str, hello: Any, tmp_path: Path) -> None:
+    """Terms that fit are not enough: what is asked for must be among them."""
+    make, request = hello([PrivacyNoise(0.1, str(tmp_path / "keys"))], exchange=exchange)
+    make().answer(request)
+    with pytest.raises(ConfigError, match=f"exchange: {exchange} does not send"):
+        make().answer(replace(request, action="semantics"))
+    assert "semantics" not in {e["kind"] for e in read_ledger(tmp_path / "silo/alpha/ledger.jsonl")}
+
+
+def test_a_silo_trains_and_sends_in_the_rounds_it_agreed_to_only(hello: Any, tmp_path: Path) -> None:
+    make, request = hello(rounds=2, leaves={"alpha": 1})
+    make().answer(request)
+    assert make().answer(replace(request, action="train", round=1)).teacher
+    before = len(read_ledger(tmp_path / "silo/alpha/ledger.jsonl"))
+    for action, number in (("train", 2), ("train", 3), ("train", 50), ("train", 0), ("semantics", 1), ("semantics", 9)):
+        with pytest.raises(ConfigError, match=f"'{action}' in round {number}, which .* rounds 1 to 1"):
+            make().answer(replace(request, action=action, round=number))
+    assert len(read_ledger(tmp_path / "silo/alpha/ledger.jsonl")) == before
+
+
 def test_a_silo_refuses_strangers_and_replays(hello: Any) -> None:
     make, request = hello()
     with pytest.raises(MessageError, match="never said hello"):

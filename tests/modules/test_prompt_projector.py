@@ -105,6 +105,12 @@ def test_alignment_learns_and_feeds_the_head(llm, catalogue, tmp_path):
     head = LLMHead(llm, user_token=False, affinity_token=True, projector_checkpoint=str(tmp_path / "projector.ckpt"))
     head.attach_stage1(stage1, catalogue)
     assert torch.equal(head.projector.item_map[0].weight, projector.tokens.item_map[0].weight)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(head)
+    trainer.save_checkpoint(tmp_path / "head.ckpt", weights_only=True)
+    (tmp_path / "projector.ckpt").unlink()  # what it held is in the head's checkpoint
+    restored = LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", weights_only=True)
+    assert torch.equal(restored.projector.item_map[0].weight, head.projector.item_map[0].weight)
 
 
 def test_only_projectors_are_trained_and_stored(llm, catalogue):
@@ -122,6 +128,9 @@ def test_errors(llm, catalogue, tmp_path):
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "foreign.ckpt")
     with pytest.raises(CheckpointError, match="not a checkpoint of a prompt projector"):
         PromptProjector.load_from_checkpoint(tmp_path / "foreign.ckpt", weights_only=True)
+    head = LLMHead(llm, projector_checkpoint=str(tmp_path / "foreign.ckpt"))
+    with pytest.raises(CheckpointError, match=r"foreign.ckpt does not fit this head.*no parameter"):
+        head.attach_stage1(Informative(catalogue.titles), catalogue)
     head = LLMHead(llm, projector_checkpoint=str(tmp_path / "absent.ckpt"))
     with pytest.raises(CheckpointError, match="does not fit"):
         head.attach_stage1(Informative(catalogue.titles), catalogue)

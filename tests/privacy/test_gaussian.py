@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.privacy.gaussian import GaussianMechanism, gaussian_delta, gaussian_sigma
+from lightning_sfubm.privacy.noise import NoiseStream
 
 #: epsilon, delta and the least sigma at sensitivity 1, by dp-accounting 0.6.0 (get_sigma_gaussian).
 LITERALS = [
@@ -89,28 +90,28 @@ def test_several_releases_share_the_budget() -> None:
     """k releases are a Gaussian with sqrt(k) times the sensitivity: mu of Gaussian DP adds up in squares."""
     mechanism = GaussianMechanism(2.0, 1e-5, clip_norm=1.0, releases=9)
     assert mechanism.sigma == pytest.approx(3 * GaussianMechanism(2.0, 1e-5, clip_norm=1.0).sigma)
-    generator = torch.Generator().manual_seed(0)
+    noise = NoiseStream(b"0")
     for _ in range(9):
-        mechanism(message(), generator)
+        mechanism(message(), noise)
     with pytest.raises(PrivacyError, match="9 releases"):
-        mechanism(message(), generator)
+        mechanism(message(), noise)
 
 
 def test_the_whole_message_is_clipped_and_then_perturbed() -> None:
     mechanism = GaussianMechanism(1e6, 1e-5, clip_norm=0.5)  # next to no noise
-    sent = mechanism(message(), torch.Generator().manual_seed(0))
+    sent = mechanism(message(), NoiseStream(b"0"))
     assert norm(sent) == pytest.approx(0.5, rel=0.02)
     scale = 0.5 / norm(message())
     torch.testing.assert_close(sent["a"], message()["a"] * scale, atol=5e-3, rtol=0)
 
     short = {name: tensor * scale / 2 for name, tensor in message().items()}
-    sent = GaussianMechanism(1e6, 1e-5, clip_norm=0.5)(short, torch.Generator().manual_seed(0))
+    sent = GaussianMechanism(1e6, 1e-5, clip_norm=0.5)(short, NoiseStream(b"0"))
     assert norm(sent) == pytest.approx(0.25, rel=0.05)  # under the bound nothing is scaled
 
 
 def test_noise_has_the_stated_size_and_is_the_stream_s() -> None:
     def send(seed: int) -> dict[str, torch.Tensor]:
-        return mechanism(zeros, torch.Generator().manual_seed(seed))
+        return mechanism(zeros, NoiseStream(str(seed).encode()))
 
     mechanism = GaussianMechanism(1.0, 1e-5, clip_norm=1.0, releases=3)
     zeros = {"a": torch.zeros(200, 100)}
@@ -124,7 +125,7 @@ def test_noise_has_the_stated_size_and_is_the_stream_s() -> None:
 
 def test_a_message_that_is_not_finite_is_refused() -> None:
     with pytest.raises(PrivacyError, match="not finite"):
-        GaussianMechanism(1.0, 1e-5, clip_norm=1.0)({"a": torch.tensor([math.nan])}, torch.Generator())
+        GaussianMechanism(1.0, 1e-5, clip_norm=1.0)({"a": torch.tensor([math.nan])}, NoiseStream(b"0"))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.modules.semantic import SemanticTeacher
 from lightning_sfubm.privacy import per_user
+from lightning_sfubm.privacy.noise import NoiseStream
 from lightning_sfubm.privacy.per_user import (
     PerUserGradients,
     add_noise,
@@ -188,7 +189,7 @@ def without_protection(method: str, history: Tensor, targets: Tensor) -> dict[st
         clip_norm=math.inf,
         noise_multiplier=0.0,
         expected_users=len(history),
-        generator=torch_generator(0, "noise"),
+        noise=NoiseStream(b"0", "noise"),
     ).total
 
 
@@ -269,19 +270,19 @@ def test_a_gradient_that_is_not_finite_is_refused() -> None:
 # ---------------------------------------------------------------------- noise and divisor
 
 
-def private(generator: torch.Generator, rows: slice = slice(None), **settings: float) -> dict[str, Tensor]:
+def private(noise: NoiseStream, rows: slice = slice(None), **settings: float) -> dict[str, Tensor]:
     history, targets = users()
     return private_gradient(
         PerUserGradients(TeacherLoss(make_teacher().eval(), "fp32")),
         history[rows],
         targets[rows],
-        generator=generator,
+        noise=noise,
         **{"clip_norm": 0.5, "noise_multiplier": 2.0, "expected_users": 4.0, **settings},
     ).total
 
 
 def test_an_empty_batch_is_noise_of_the_stated_size() -> None:
-    noise = private(torch_generator(0, "noise"), slice(0, 0))
+    noise = private(NoiseStream(b"0", "noise"), slice(0, 0))
     values = torch.cat([g.flatten() for g in noise.values()]).double()
     # n squared standard normals have mean n and standard deviation sqrt(2 n); six of them.
     std, count = 2.0 * 0.5 / 4.0, len(values)
@@ -294,10 +295,10 @@ def test_an_empty_batch_is_noise_of_the_stated_size() -> None:
 
 
 def test_noise_is_the_stream_s_and_lies_on_top_of_the_clipped_sum() -> None:
-    first, again, other = (private(torch_generator(0, "noise", step)) for step in (1, 1, 2))
+    first, again, other = (private(NoiseStream(b"0", "noise", step)) for step in (1, 1, 2))
     empty, quiet = (
-        private(torch_generator(0, "noise", 1), slice(0, 0)),
-        private(torch_generator(0), noise_multiplier=0.0),
+        private(NoiseStream(b"0", "noise", 1), slice(0, 0)),
+        private(NoiseStream(b"0"), noise_multiplier=0.0),
     )
     for name, value in first.items():
         assert torch.equal(value, again[name])
@@ -306,14 +307,14 @@ def test_noise_is_the_stream_s_and_lies_on_top_of_the_clipped_sum() -> None:
 
 
 def test_the_divisor_is_the_expected_number_of_users() -> None:
-    few, many = (private(torch_generator(0), noise_multiplier=0.0, expected_users=n) for n in (1.0, 64.0))
+    few, many = (private(NoiseStream(b"0"), noise_multiplier=0.0, expected_users=n) for n in (1.0, 64.0))
     for name, value in few.items():
         torch.testing.assert_close(many[name], value / 64)
 
 
 def test_no_noise_leaves_the_sum_as_it_is() -> None:
     total = {"a": torch.randn(5)}
-    assert torch.equal(add_noise(total, 0.0, torch_generator(0))["a"], total["a"])
+    assert torch.equal(add_noise(total, 0.0, NoiseStream(b"0"))["a"], total["a"])
 
 
 # ---------------------------------------------------------------------- choices and refusals
@@ -358,6 +359,6 @@ def test_a_layer_that_mixes_users_is_refused() -> None:
 )
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="clip_norm"):
-        private(torch_generator(0), **settings)
+        private(NoiseStream(b"0"), **settings)
     with pytest.raises(ConfigError, match="'hooks'"):
         PerUserGradients(TeacherLoss(make_teacher()), "hooks")  # type: ignore[arg-type]

@@ -106,6 +106,28 @@ def test_stage1_follows_to_the_device_of_the_fusion() -> None:
     assert stage1.place.device.type == "meta"
 
 
+def test_stage1_is_asked_in_evaluation_mode() -> None:
+    """A module fresh from its training would rank with dropout on."""
+
+    class Dropping(torch.nn.Module):
+        hidden_dim, affinity_names = 4, ("score", "text", "noise")
+
+        def __init__(self, stage1: Stage1) -> None:
+            super().__init__()
+            self.table, self.dropout = stage1.table, torch.nn.Dropout(0.5)
+
+        def affinities(self, batch: RankBatch) -> Tensor:
+            return self.dropout(self.table[batch["user"]])
+
+    stage1 = Stage1(300)
+    fusion = LateFusion(Dropping(stage1))  # type: ignore[arg-type]
+    plain = LateFusion(stage1)
+    torch.testing.assert_close(fusion.fit(stage1.batches(0, 300)), plain.fit(stage1.batches(0, 300)))
+    (batch,) = stage1.batches(0, 100)
+    assert torch.equal(fusion.rank(batch), fusion.rank(batch))
+    assert fusion._stage1[0].training  # type: ignore[attr-defined]
+
+
 def test_products_find_what_one_feature_says_of_another() -> None:
     """T32: the text counts only where the score is high, which no weighted sum can say."""
     stage1 = Stage1(4000)
