@@ -16,7 +16,8 @@ from rich.console import Console
 from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.callbacks.dashboard import log_privacy, log_results_table
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
-from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.datamodules.prompt_templates import load_template
+from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.facts import result_rows
 from lightning_sfubm.evaluation.report import build_report
@@ -149,13 +150,14 @@ class Experiment:
         watch, run_dir = Stopwatch(), trainer.run_dir
         started = environment()
         run_dir.mkdir(parents=True, exist_ok=True)
-        if ckpt_path is None and is_first():
-            for old in ("results", "local", "local-*", "models", "data"):
-                for folder in run_dir.glob(old):
-                    shutil.rmtree(folder, ignore_errors=True)
         with watch("data and text vectors"):
             first_prepares(datamodule)
             datamodule.setup("fit")
+        self._check_templates()
+        if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
+            for old in ("results", "local", "local-*", "models", "data"):
+                for folder in run_dir.glob(old):
+                    shutil.rmtree(folder, ignore_errors=True)
         self._write_cards(datamodule, run_dir, console)
         if any(METHODS[key].needs_stage1 for key in self.methods):
             domains = len(datamodule.domains)  # type: ignore[attr-defined]
@@ -163,6 +165,10 @@ class Experiment:
             trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         else:
             trainer.prepare(model, datamodule)
+            if ckpt_path is None and is_first():  # no message is sent: what lies here is of another run
+                for old in ("ledger.jsonl", "history.jsonl", "audit.json"):
+                    (run_dir / old).unlink(missing_ok=True)
+                shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
             trainer.write_config()
         assert trainer.loop is not None
         with watch("privacy figures"):
@@ -222,10 +228,21 @@ class Experiment:
         cpu = domain.watch.timings[f"train {key}"]["cpu_s"] - before
         extra = {"config_hash": config_hash, "train_cpu_s": domain.train_cpu_s(key, cpu)}
         with domain.watch(f"evaluate {key}"):
-            _save(domain.evaluate(ranker, key, method, order, extra), path)
+            few = domain.evaluate(ranker, key, method, order, extra)
             if not method.needs_llm and domain.has_larger_test:
                 everyone = domain.evaluate(ranker, key, method, order, extra, all_users=True)
                 _save(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
+            _save(few, path)  # last: where it is, the row is whole
+
+    def _check_templates(self) -> None:
+        """Read every prompt template now, not after stage 1 has been trained.
+
+        Raises:
+            ConfigError: one cannot be read.
+        """
+        if self.llm is not None and any(METHODS[key].needs_llm for key in self.methods):
+            for template in {self.llm.hparams["template"], *self.templates.values()}:
+                load_template(template, "branch")
 
     def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:
         for name, card in datamodule.data_cards.items():
@@ -265,7 +282,10 @@ def _finished(path: Path, domain: DomainRun, config_hash: str) -> bool:
     """Whether a row is there, computed with these settings on these data."""
     if not path.exists() or not config_hash:
         return False
-    meta = PerUserResults.load(path).meta
+    try:
+        meta = PerUserResults.load(path).meta
+    except DataError:  # cut off between its two files
+        return False
     same_data = (meta.data_fingerprint, meta.candidate_hash) == domain.data_hashes
     return same_data and meta.extra.get("config_hash") == config_hash
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -120,6 +121,8 @@ def _process(
     """
     mark = folder / MARK
     resumable = _mark_of(mark) == key
+    if not resumable:  # what lies here is of other settings or data, and must not be taken for this run's
+        shutil.rmtree(folder, ignore_errors=True)
     arguments = _arguments(run, root, folder)
     if resumable and (folder / "checkpoints").exists():
         arguments += ["--ckpt_path", "last"]

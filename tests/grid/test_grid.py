@@ -327,6 +327,18 @@ def test_a_run_that_died_keeps_what_it_had_and_goes_on(tmp_path: Path, fit: Fake
     assert "--ckpt_path" in fit.calls[-1]
 
 
+def test_rows_of_other_settings_do_not_pass_for_those_of_a_run_that_died_at_once(
+    tmp_path: Path, fit: FakeFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    out = tmp_path / "out"
+    assert runner.run_grid(grid, out, None, ["p/main/1"], None) == []
+    monkeypatch.setattr(runner, "sources", lambda config, root: {"a": "2", "b": "1"})  # the data changed
+    fit.rows_before_death = 0
+    assert runner.run_grid(grid, out, None, ["p/main/1"], None) == ["p/main/1"]
+    assert not list((out / "runs" / "p" / "main" / "1").rglob("*.parquet"))
+
+
 def test_no_run_starts_when_the_budget_is_used_up(tmp_path: Path, fit: FakeFit) -> None:
     grid = load_grid(grid_file(tmp_path), set(METHODS))
     assert runner.run_grid(grid, tmp_path / "out", None, [], 0.0) == ["p/main/1", "p/main/2", "p/v/1"]
