@@ -14,13 +14,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     sizes = ["--rows", "2", "--steps", "3", "--users", "200", "--matrix", "64"]
-    command = [sys.executable, str(ROOT / "benchmarks/gpu/run.py"), "--device", "cpu", "--models", "tiny", *sizes]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/gpu/run.py"),
+        "--device",
+        "cpu",
+        "--models",
+        "absent",
+        "tiny",
+        *sizes,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SFUBM_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment["HF_HUB_OFFLINE"] = "1"
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "gpu.json")], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "not measured: absent" in done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["models"]["absent"]["failed"]  # and what comes after it is measured all the same
     tiny = found["models"]["tiny"]
     assert tiny["tuning_tokens_per_s"] > 0
     assert tiny["ranked_users_per_s"] > 0

@@ -13,6 +13,7 @@ activations; frozen weights have none of their own). Attention and adapters are 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import torch
 from lightning_sfubm.contracts import Catalogue
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
+from lightning_sfubm.errors import SFUBMError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
@@ -42,6 +44,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {},
 }
 HEADS = {"1b": {"num_key_value_heads": 8, "head_dim": 64}, "7b": {"num_key_value_heads": 32, "head_dim": 128}}
+
+#: samples a step where 16 would not fit 80 GB: 16 of 500 tokens leave some 90 GB of activations at 7b, beside 13 GB of weights
+#: (counted on one and two layers on a CPU)
+ROWS = {"7b": 8}
 
 
 def synchronised(device: torch.device) -> float:
@@ -129,6 +135,8 @@ def llm(name: str, device: torch.device, rows: int, steps: int, rate: float) -> 
         ranker.attach_stage1(None, catalogue())
         weights = sum(p.numel() for p in head.parameters() if not p.requires_grad)
         weights -= head.lm.causal_lm.get_input_embeddings().weight.numel()  # looked up, not multiplied
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # else the peak is that of the largest model so far
     timer, batches = StepTimer(), [batch(rows, seed) for seed in range(steps)]
     trainer(device, steps, [timer]).fit(head, torch.utils.data.DataLoader(batches, batch_size=None))
     warm = slice(steps // 3, None)
@@ -178,12 +186,18 @@ def stage1(device: torch.device, users: int, epochs: int) -> dict[str, Any]:
     return {"users": users, "items": data.catalogue.num_items, "epochs_per_s": epochs / (synchronised(device) - start)}
 
 
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Store what there is so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", default=["smollm2-135m", "1b", "7b"])
-    parser.add_argument("--rows", type=int, default=16, help="samples a step")
+    parser.add_argument("--rows", type=int, default=16, help="samples a step, at most (7b: 8)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--users", type=int, default=22_000, help="of the generated data for stage 1")
     parser.add_argument("--matrix", type=int, default=8192, help="rows of the square product")
@@ -198,14 +212,26 @@ def main() -> None:
         "matrix_rate_bf16_flops": rate,
         "models": {},
     }
-    for name in arguments.models:
-        result["models"][name] = llm(name, device, arguments.rows, arguments.steps, rate)
-        print(name, json.dumps(result["models"][name]), flush=True)
-    result["stage1"] = stage1(device, arguments.users, epochs=3)
     result["environment"] = environment()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    failed = []
+    for name in arguments.models:
+        rows = min(arguments.rows, ROWS.get(name, arguments.rows))
+        try:
+            result["models"][name] = llm(name, device, rows, arguments.steps, rate)
+        except (
+            RuntimeError,
+            OSError,
+            SFUBMError,
+        ) as error:  # too large, or not to be had: what was measured before it is kept
+            result["models"][name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            failed.append(name)
+        print(name, json.dumps(result["models"][name]), flush=True)
+        write(arguments.out, result)
+    result["stage1"] = stage1(device, arguments.users, epochs=3)
+    write(arguments.out, result)
     print(json.dumps(result["stage1"]))
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}; the reasons stand in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -115,14 +115,18 @@ class DomainRun:
         return self._fused(self.stage1)
 
     @cached_property
+    def _stage1_with_counts(self) -> WithCounts:
+        return WithCounts(self.stage1, self.data.catalogue)
+
+    @cached_property
     def count_fusion(self) -> LateFusion:
         """The same with count affinities of the positions that trained stage 1; held-out ones are not counted."""
-        return self._fused(WithCounts(self.stage1, self.data.catalogue))
+        return self._fused(self._stage1_with_counts)
 
     @cached_property
     def product_fusion(self) -> LateFusion:
         """The same with the products of features, of which there are many: the penalty is ten times as strong."""
-        return self._fused(WithCounts(self.stage1, self.data.catalogue), l2=1e-2, products=True)
+        return self._fused(self._stage1_with_counts, l2=1e-2, products=True)
 
     def _fused(self, stage1: Stage1, **settings: Any) -> LateFusion:
         fusion = LateFusion(stage1, **settings)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
@@ -41,6 +42,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
             trainer, small_distiller(), small_federation(), command="lightning-sfubm fit", config_hash="h"
         )
     return trainer, report
+
+
+def test_a_run_that_is_refused_leaves_the_results_of_the_one_before(finished: Any, tmp_path: Path) -> None:
+    trainer, _ = finished
+    before = {p: p.read_bytes() for p in trainer.run_dir.rglob("*") if p.is_file()}
+    again = quiet_trainer(trainer.run_dir, rounds=1)
+    with pytest.raises(ConfigError, match=r"no prompt template at .*absent"):
+        experiment(tmp_path, templates={"alpha": "absent"}).run(again, small_distiller(), small_federation())
+    broken = small_federation()
+    broken.setup = lambda stage=None: broken.absent  # type: ignore[method-assign, attr-defined]
+    with pytest.raises(AttributeError, match="absent"):
+        experiment(tmp_path).run(again, small_distiller(), broken)
+    assert {p: p.read_bytes() for p in trainer.run_dir.rglob("*") if p.is_file()} == before
+
+
+def test_messages_of_an_earlier_run_are_not_told_of_one_that_sends_none(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints/state-000001").mkdir(parents=True)
+    for name in ("ledger.jsonl", "history.jsonl", "audit.json"):
+        (tmp_path / "run" / name).write_text("{}\n")
+    experiment(tmp_path, methods=["popularity"]).run(
+        quiet_trainer(tmp_path / "run", rounds=1), small_distiller(), small_federation()
+    )
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert not left & {"ledger.jsonl", "history.jsonl", "audit.json", "checkpoints", "privacy_report.html"}
 
 
 def test_every_method_ranks_the_same_candidates_of_the_same_users(finished: Any) -> None:
