@@ -166,7 +166,13 @@ class Experiment:
         else:
             trainer.prepare(model, datamodule)
             if ckpt_path is None and is_first():  # no message is sent: what lies here is of another run
-                for old in ("ledger.jsonl", "history.jsonl", "audit.json"):
+                for old in (
+                    "ledger.jsonl",
+                    "history.jsonl",
+                    "audit.json",
+                    "privacy_report.html",
+                    "privacy_report.json",
+                ):
                     (run_dir / old).unlink(missing_ok=True)
                 shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
             trainer.write_config()
