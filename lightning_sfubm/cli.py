@@ -11,11 +11,13 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
 from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
+from lightning_sfubm.federated.settings import lasting_settings
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.safe_load import load_checkpoint
 
@@ -103,6 +105,8 @@ class SFUBMCLI(LightningCLI):
             super().instantiate_classes()
         except SFUBMError:
             raise
+        except MisconfigurationException as error:  # a trainer this machine cannot have, such as one on GPUs
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         except ValueError as error:
             # The parser tries a class in turn with the other types an option admits and lists every failure.
             if "Errors:" not in str(error):
@@ -123,6 +127,12 @@ class SFUBMCLI(LightningCLI):
         """Hand a federated run its resolved configuration, and how to run it again, to be kept in its folder."""
         if isinstance(self.trainer, FederatedTrainer) and self.trainer.federation is not None:
             self.trainer.config_text = f"# lightning-sfubm {' '.join(self._argv)}\n{self._resolved}"
+            self.trainer.settings = self.lasting_settings
+
+    @property
+    def lasting_settings(self) -> dict[str, Any]:
+        """Settings that a run that goes on must share with the one before."""
+        return lasting_settings(yaml.safe_load(self._resolved))
 
     @cached_property
     def _resolved(self) -> str:

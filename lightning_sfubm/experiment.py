@@ -7,6 +7,7 @@ data, is not computed again when a run is resumed.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,9 @@ class Experiment:
             name: DomainRun(self, trainer, model, name, client, watch, run_dir, shared)
             for name, client in trainer.loop.clients.items()
         }
+        if is_first():
+            _drop_stale(run_dir / "results", runs, config_hash)
+        wait_for_all()
         for order, key in enumerate(self.methods):
             for name, domain in runs.items():
                 self._row(domain, key, order, name, config_hash, console)
@@ -294,6 +298,15 @@ def _finished(path: Path, domain: DomainRun, config_hash: str) -> bool:
         return False
     same_data = (meta.data_fingerprint, meta.candidate_hash) == domain.data_hashes
     return same_data and meta.extra.get("config_hash") == config_hash
+
+
+def _drop_stale(results: Path, runs: Mapping[str, DomainRun], config_hash: str) -> None:
+    """Remove rows of other settings or data, also those that are not asked for: one report holds one configuration."""
+    for path in sorted(results.glob("*/*.parquet")):
+        domain = runs.get(path.parent.name.removesuffix(", all users"))
+        if config_hash and not (domain and _finished(path, domain, config_hash)):
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _save(results: PerUserResults, path: Path) -> None:

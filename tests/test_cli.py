@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lightning_sfubm.__main__ import main
@@ -79,6 +80,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["fly"], "unknown command 'fly'"),
         (["report", "no/such/run"], "no/such/run"),
+        (["report", "."], "nothing to report"),
         (["fit", "--config", SYNTHETIC, "--experiment.init_args.methods", "[nonsense]"], "nonsense"),
         (["fit", "--config", SYNTHETIC, "--trainer.federation.init_args.rounds", "-1"], "rounds = -1"),
         (["test", "--config", SYNTHETIC, "--trainer.default_root_dir", "nowhere", "--ckpt_path", "last"], "nowhere"),
@@ -99,6 +101,16 @@ def test_user_errors_are_one_sentence_and_exit_code_2(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in message
     assert "Traceback" not in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_trainer_that_the_machine_cannot_have_is_refused_in_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "--config", SYNTHETIC, "--trainer.accelerator", "gpu"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "lightning-sfubm: error: trainer: No supported gpu backend found!"
+    )
 
 
 @pytest.mark.parametrize("flag", ["--model.init_args.nonsense=1", "--trainer.nonsense=1", "--nonsense=1"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_sfubm.errors import SFUBMError
+from lightning_sfubm.errors import DataError, SFUBMError
 from lightning_sfubm.evaluation.facts import run_facts
 from lightning_sfubm.evaluation.report_template import CSS, TEMPLATE
 from lightning_sfubm.evaluation.results import COLD_BELOW, SHORT_UP_TO, write_atomically
@@ -31,11 +31,16 @@ def build_report(run_dir: str | os.PathLike[str]) -> Path:
         The path of ``report.html``.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: there is no such folder, or it holds no federated run and no results.
     """
     from lightning_sfubm.evaluation.report_plots import figures, svg_uri  # matplotlib only where a report is made
 
     folder = RunFolder.read(run_dir)
+    if not (folder.run or folder.results or folder.history):
+        raise DataError(
+            f"{folder.path}: nothing to report: neither run.json nor results nor history.jsonl; give the folder of a "
+            "federated run or experiment (trainer.default_root_dir)"
+        )
     facts = run_facts(folder)
     html = render_html(facts, {name: svg_uri(figure) for name, figure in figures(facts).items()})
     write_atomically(folder.path / "report.json", json.dumps(facts, indent=1, allow_nan=False).encode())

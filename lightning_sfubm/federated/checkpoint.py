@@ -22,7 +22,7 @@ from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.safe_load import load_checkpoint
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 def state_folder(root: Path, step: int) -> Path:
@@ -66,6 +66,7 @@ def save_state(
     torch.save(server.state_dict(), temporary / "server.ckpt")
     files["server.ckpt"] = _sha256(temporary / "server.ckpt")
     loop = {"format": _FORMAT, "step": step, "linked": linked, "stored": stored, "files": files}
+    loop["data"] = {name: client.datamodule.state_dict() for name, client in sorted(clients.items())}
     loop["sha256"] = _content(loop)
     (temporary / "loop.json").write_text(json.dumps(loop, indent=1, sort_keys=True))
     for file in (temporary / "server.ckpt", temporary / "loop.json"):
@@ -132,12 +133,14 @@ def load_state(state: Path, server: Server, clients: dict[str, Client]) -> dict[
     """Restore server and clients from a state folder and return what the loop stored.
 
     Raises:
-        CheckpointError: torn, of other clients, or of another model.
+        CheckpointError: torn, of other clients, of other data, or of another model.
     """
     loop = read_loop(state)
     stored = sorted(f.stem for f in (state / "clients").glob("*.ckpt"))
     if stored != sorted(clients):
         raise CheckpointError(f"{state}: holds the clients {stored}, this run has {sorted(clients)}")
+    for name, client in clients.items():
+        client.datamodule.load_state_dict(loop["data"][name])  # refuses those of other data
     stored_server = load_checkpoint(state / "server.ckpt")
     try:
         server.load_state_dict(stored_server)

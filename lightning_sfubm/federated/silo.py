@@ -49,6 +49,7 @@ class Silo(FederatedLoop):
         run_dir: where states, the ledger and the history are kept between requests.
         seed: root seed, the same for all.
         loggers: experiment loggers that callbacks may write to.
+        settings: of its configuration; see :func:`~lightning_sfubm.federated.settings.lasting_settings`.
 
     Raises:
         ConfigError: the schedule cannot be carried across machines.
@@ -62,6 +63,7 @@ class Silo(FederatedLoop):
         run_dir: Path,
         seed: int,
         loggers: Any = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         check_across_machines(federation)
         self.agreed, self.name = federation, client.name
@@ -69,7 +71,7 @@ class Silo(FederatedLoop):
         for entry in ("client_epochs", "joins", "leaves"):
             given: dict[str, int] = getattr(federation, entry)
             setattr(own, entry, {name: value for name, value in given.items() if name == client.name})
-        super().__init__(own, {client.name: client}, callbacks, run_dir, seed, loggers)
+        super().__init__(own, {client.name: client}, callbacks, run_dir, seed, loggers, settings)
         self._simulated = [
             type(c).__name__
             for c in callbacks
@@ -286,5 +288,11 @@ def open_silo(configs: Sequence[str], name: str) -> Silo:
     data.domains = {name: domains[name]}  # whatever else there is, it is not this silo's
     clients = trainer.build_clients(cli.model, data)
     return Silo(
-        trainer.federation, clients[name], trainer.loop_callbacks, trainer.run_dir, trainer.seed, trainer.shared_loggers
+        trainer.federation,
+        clients[name],
+        trainer.loop_callbacks,
+        trainer.run_dir,
+        trainer.seed,
+        trainer.shared_loggers,
+        cli.lasting_settings,
     )

@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.messages import ReplayGuard
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
+from lightning_sfubm.federated.settings import difference
 from lightning_sfubm.federated.workers import WorkerPool
 from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
@@ -69,6 +70,7 @@ class RunState:
         run_dir: where checkpoints, the message ledger and the history are written.
         seed: root seed.
         loggers: experiment loggers that callbacks may write to.
+        settings: the :func:`~lightning_sfubm.federated.settings.lasting_settings` of a configuration, where there is one.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class RunState:
         run_dir: Path,
         seed: int,
         loggers: Iterable[Logger] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         if not clients:
             raise ConfigError("a federation needs at least one client: give data.domains at least one domain")
@@ -98,6 +101,7 @@ class RunState:
         #: whether this is a run cut off before its first state: what it had sent stays in the ledger
         self.goes_on = False
         self.loggers = list(loggers)
+        self.settings = dict(settings or {})
         self.counters = Counters()
         #: of the server to the clients. It need not outlive the process: rounds that are over are refused by their number
         self.answers = ReplayGuard()
@@ -132,12 +136,18 @@ class RunState:
         """Go on from the newest whole state under ``path``. The history is cut back to it; the ledger is never cut.
 
         Raises:
-            CheckpointError: none is whole, or it belongs to another model, other clients or another schedule.
+            CheckpointError: none is whole, or it belongs to another model, other clients, data or settings, or another
+                schedule.
         """
         stored = load_state(find_state(path), self.server, self.clients)
         if stored["schedule"] != self.federation.schedule(self.seed):
             raise CheckpointError(
                 f"{path}: was written by the schedule {stored['schedule']}, this run has {self.federation.schedule(self.seed)}"
+            )
+        if changed := difference(stored["settings"], self.settings):
+            raise CheckpointError(
+                f"{path}: was trained with other settings: {changed}; set them back, or start anew in another "
+                "trainer.default_root_dir"
             )
         counters = Counters(**stored["counters"])
         if counters.spent and not self._private:
@@ -213,5 +223,6 @@ class RunState:
             "callbacks": {c.state_key: state for c in self.callbacks if (state := c.state_dict())},
             "history": lines,
             "ledger": self.ledger.entries,
+            "settings": self.settings,
         }
         save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)

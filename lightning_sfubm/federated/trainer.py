@@ -3,7 +3,6 @@
 import copy
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_sfubm.callbacks.progress import LabelledProgressBar
 from lightning_sfubm.callbacks.round_logger import RoundLogger
+from lightning_sfubm.checkpoints import resolve
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.checkpoint import find_state, load_state
@@ -26,6 +26,7 @@ from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
 from lightning_sfubm.federated.twins import train_twins
 from lightning_sfubm.federated.workers import WorkerPool, import_ahead
+from lightning_sfubm.quiet import quiet_lightning
 from lightning_sfubm.ranks import first_prepares, is_first, wait_for_all
 from lightning_sfubm.safe_load import SafeCheckpointIO
 from lightning_sfubm.seeds import derive_seed
@@ -69,6 +70,7 @@ class FederatedTrainer(L.Trainer):
         self.loop: FederatedLoop | None = None
         self._twins: dict[int, dict[str, Client]] = {}
         self.config_text = ""  #: configuration of a federated run, where there is one to be kept
+        self.settings: dict[str, Any] = {}  #: those of it that a run that goes on must share
         self.client_loggers: dict[str, list[Logger]] = {}
 
     @property
@@ -114,7 +116,7 @@ class FederatedTrainer(L.Trainer):
             flags["enable_checkpointing"] = False
         flags["use_distributed_sampler"] = False  # the batch samplers shard by rank themselves
         flags["enable_model_summary"] = flags.get("enable_model_summary") or False
-        _quiet_lightning()
+        quiet_lightning()
         return L.Trainer(
             max_epochs=max_epochs,
             min_epochs=min_epochs,
@@ -147,7 +149,9 @@ class FederatedTrainer(L.Trainer):
         if federation is None:
             raise ConfigError(_NEEDS)
         clients = self.build_clients(model, datamodule)
-        loop = FederatedLoop(federation, clients, self.loop_callbacks, self.run_dir, self.seed, self.shared_loggers)
+        loop = FederatedLoop(
+            federation, clients, self.loop_callbacks, self.run_dir, self.seed, self.shared_loggers, self.settings
+        )
         if federation.workers and len(clients) > 1:
             if self.world_size > 1:
                 raise ConfigError("federation.workers trains clients on one device each: set trainer.devices to 1")
@@ -178,7 +182,7 @@ class FederatedTrainer(L.Trainer):
 
     def prepare(self, model: L.LightningModule, datamodule: Any) -> None:
         """Set up clients and loop without running it, for methods that take part in no federation."""
-        _quiet_lightning()
+        quiet_lightning()
         self.loop = self.build_loop(model, datamodule)
 
     def local_twin(self, model: L.LightningModule, client: str, number: int = 1) -> Client:
@@ -215,7 +219,8 @@ class FederatedTrainer(L.Trainer):
             CheckpointError: ``ckpt_path`` has no whole state, or one of another run.
         """
         if self.federation is None:
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+            path = resolve(self, ckpt_path, fitting=True)
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, weights_only)
             return
         self.together(self._fit_federation, model, datamodule, ckpt_path)
 
@@ -242,7 +247,7 @@ class FederatedTrainer(L.Trainer):
     ) -> Any:
         """As :meth:`lightning.Trainer.validate`, for every client of a federation."""
         if self.federation is None:
-            return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+            return super().validate(model, dataloaders, resolve(self, ckpt_path), verbose, datamodule, weights_only)
         return self._evaluate("validate", model, datamodule, ckpt_path, verbose)
 
     def test(
@@ -256,7 +261,7 @@ class FederatedTrainer(L.Trainer):
     ) -> Any:
         """As :meth:`lightning.Trainer.test`, for every client of a federation."""
         if self.federation is None:
-            return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+            return super().test(model, dataloaders, resolve(self, ckpt_path), verbose, datamodule, weights_only)
         return self._evaluate("test", model, datamodule, ckpt_path, verbose)
 
     def predict(
@@ -270,7 +275,8 @@ class FederatedTrainer(L.Trainer):
     ) -> Any:
         """As :meth:`lightning.Trainer.predict`; with a federation, a dict of predictions by client."""
         if self.federation is None:
-            return super().predict(model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
+            path = resolve(self, ckpt_path)
+            return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
         loop = self._restored(model, datamodule, ckpt_path)
         return {
             name: self.make_trainer(label=name, max_epochs=1).predict(client.module, datamodule=client.datamodule)
@@ -292,7 +298,7 @@ class FederatedTrainer(L.Trainer):
         return results
 
     def _restored(self, model: Any, datamodule: Any, ckpt_path: Any) -> FederatedLoop:
-        _quiet_lightning()
+        quiet_lightning()
         if ckpt_path is None and self.loop is not None:
             return self.loop
         if ckpt_path is None:
@@ -316,6 +322,12 @@ class FederatedTrainer(L.Trainer):
             loop.goes_on = True
             return
         loop.resume(states)
+        done = loop.counters.round
+        if any(loop.counters.phases.values()) and done < loop.federation.rounds:
+            raise CheckpointError(
+                f"{states}: the local phases there follow {done} rounds and would not learn from more: set "
+                f"trainer.federation.rounds to {done}, or start anew in another trainer.default_root_dir"
+            )
 
     def _states(self, ckpt_path: str | Path) -> Path:
         return self.run_dir / "checkpoints" if str(ckpt_path) == "last" else Path(ckpt_path)
@@ -336,25 +348,3 @@ def _as_list(callbacks: Any) -> list[Callback]:
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
-
-
-#: Expected here: the branch that a phase does not train stands in eval mode; batches are made in memory, without
-#: workers; a small silo has fewer batches than a logging interval;
-#: PEFT and Lightning use names their own dependencies deprecate; a resumed run finds its folders.
-_EXPECTED = (
-    ".*in eval mode at the start of training.*",
-    ".*does not have many workers.*",
-    ".*logging interval.*",
-    ".*LeafSpec.*",
-    ".*is_gradient_checkpointing.*",
-    ".*exists and is not empty.*",
-    "Your `IterableDataset` has `__len__` defined.*",  # whole batches are sampled, so Lightning takes it for one
-)
-
-
-def _quiet_lightning() -> None:
-    # A federated run makes a trainer per client and round: Lightning's notices (devices, tips) would come each time.
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _EXPECTED:
-        warnings.filterwarnings("ignore", message=message)

@@ -28,7 +28,8 @@ def train_twins(loop: FederatedLoop, template: LightningModule, run_dir: Path, n
     for name, other in loop.clients.items():
         clients[name] = Client(name, copy.deepcopy(template), other.datamodule, other.make_trainer, seed)
         clients[name].prepare()
-    twins = FederatedLoop(federation, clients, [], run_dir / ("local" if number == 1 else f"local-{number}"), seed)
+    folder = run_dir / ("local" if number == 1 else f"local-{number}")
+    twins = FederatedLoop(federation, clients, [], folder, seed, settings=loop.settings)
     if any(twins.checkpoints.glob("state-*")):
         twins.resume(twins.checkpoints)
     twins.run()

@@ -141,6 +141,20 @@ def test_a_resumed_run_keeps_finished_rows(
     assert (PerUserResults.load(lost).rank == expected.rank).all()
 
 
+def test_rows_of_other_settings_are_not_reported_beside_new_ones(
+    finished: Any, tmp_path: Path, federated_data: Any, federated_trainer: Any
+) -> None:
+    shutil.copytree(finished[0].run_dir, tmp_path / "run")
+    rows = tmp_path / "run" / "results"
+    assert len(list(rows.rglob("*.parquet"))) > 4
+    Experiment(methods=["popularity"]).run(
+        federated_trainer(rounds=1), small_distiller(), federated_data(), ckpt_path="last", config_hash="other"
+    )
+    assert {str(p.relative_to(rows)) for p in rows.rglob("*.*")} == {
+        f"{domain}/popularity.{end}" for domain in ("alpha", "beta") for end in ("json", "parquet")
+    }
+
+
 def test_methods_without_an_llm_need_none(tmp_path: Path, federated_data: Any, federated_trainer: Any) -> None:
     report = Experiment(methods=["popularity", "stage1"]).run(
         federated_trainer(rounds=1), small_distiller(), federated_data(domains=1)

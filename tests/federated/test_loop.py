@@ -303,7 +303,7 @@ def test_resume_refuses_other_clients_models_and_schedules(federated_data: Any, 
     for words, settings, other in (
         ("clients", {"rounds": 1}, {"domains": 3}),
         ("schedule", {"local_epochs": 2}, {}),
-        ("another domain", {"rounds": 1}, {"num_items": 60}),
+        ("other data", {"rounds": 1}, {"num_items": 60}),
     ):
         with pytest.raises(CheckpointError, match=words):
             federated_trainer(**settings).fit(small_distiller(), datamodule=federated_data(**other), ckpt_path="last")

@@ -1,0 +1,79 @@
+"""What a state of a run was made with, so that a run that goes on from it is the same run."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+#: flags of the trainer that say where things are, what is shown and what it runs on; they may change between two starts
+_FLAGS = frozenset(
+    [
+        "default_root_dir",
+        "logger",
+        "profiler",
+        "log_every_n_steps",
+        "enable_progress_bar",
+        "enable_model_summary",
+        "enable_checkpointing",
+        "enable_autolog_hparams",
+        "model_registry",
+        "barebones",
+        "benchmark",
+        "detect_anomaly",
+        "accelerator",
+        "strategy",
+        "devices",
+        "num_nodes",
+        "fast_dev_run",
+        "limit_test_batches",
+        "limit_predict_batches",
+    ]
+)
+#: of the schedule: more rounds are checked where they are run, workers change no result, messages are only kept
+_SCHEDULE = frozenset({"rounds", "workers", "keep_messages"})
+#: of the data: places, and how they are read and evaluated; the content has a fingerprint
+_DATA = frozenset({"root", "folder", "num_workers", "eval_batch_size"})
+#: callbacks that only show or write
+_SHOWS = (
+    "lightning.pytorch.callbacks.progress",
+    "lightning_sfubm.callbacks.dashboard",
+    "lightning_sfubm.callbacks.prediction_writer",
+    "lightning_sfubm.callbacks.progress",
+    "lightning_sfubm.callbacks.round_logger",
+)
+
+
+def lasting_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a resolved configuration that stage 1 depends on, by dotted key.
+
+    Left out are places, outputs and hardware, the number of rounds, and ``experiment``, whose rows have a hash of their own.
+
+    Args:
+        config: as the command line resolves it: ``model``, ``data``, ``trainer``, ``seed_everything``.
+    """
+    trainer = {k: v for k, v in (config.get("trainer") or {}).items() if k not in _FLAGS}
+    callbacks = trainer.get("callbacks") or []
+    trainer["callbacks"] = [c for c in callbacks if not str(c.get("class_path", "")).startswith(_SHOWS)]
+    kept = {"seed_everything": config.get("seed_everything"), "model": config.get("model"), "trainer": trainer}
+    flat = dict(_flatten("", kept))
+    flat |= {key: value for key, value in _flatten("data", config.get("data")) if key.rpartition(".")[2] not in _DATA}
+    schedule = "trainer.federation."
+    return {k: v for k, v in flat.items() if not (k.startswith(schedule) and k.rpartition(".")[2] in _SCHEDULE)}
+
+
+def difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that differ, as words; empty where none does or where one side was made without a configuration."""
+    if not stored or not now:
+        return ""
+    keys = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
+    words = [f"{key} was {stored.get(key)!r} and is {now.get(key)!r}" for key in keys]
+    more = [f"{len(words) - 5} more"] if len(words) > 5 else []
+    return "; ".join([*words[:5], *more])
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings and lists; ``null`` is no setting, like a key that is absent."""
+    if isinstance(value, (Mapping, list)):
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, entry in entries:
+            yield from _flatten(f"{prefix}.{key}" if prefix else str(key), entry)
+    elif value is not None:
+        yield prefix, value

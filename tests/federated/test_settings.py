@@ -1,0 +1,114 @@
+"""A run that goes on has the settings and the data of the one before, also where nothing is left to train."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sfubm.__main__ import main
+from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.federated.settings import difference, lasting_settings
+from tests.conftest import small_distiller
+
+SYNTHETIC = Path(__file__).resolve().parents[2] / "configs/debug/synthetic.yaml"
+FED = "--trainer.federation.init_args."
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_places_outputs_and_hardware_may_change_and_what_is_computed_may_not() -> None:
+    callback = {"class_path": "lightning_sfubm.callbacks.privacy_noise.PrivacyNoise", "init_args": {"sigma": 0.05}}
+    shown = {"class_path": "lightning_sfubm.callbacks.prediction_writer.PredictionWriter"}
+    domain = {"reader": {"init_args": {"folder": "a", "max_rows": 5}}, "k_core": 5, "num_workers": 0}
+    config: dict[str, Any] = {
+        "seed_everything": 1,
+        "model": {"init_args": {"lr": 0.1, "layers": [1, 2]}},
+        "data": {"root": "here", "domains": {"a": domain}},
+        "trainer": {"devices": 1, "precision": None, "federation": {"init_args": {"rounds": 2, "patience": 3}}},
+        "experiment": {"methods": ["stage1"]},
+    }
+    config["trainer"]["callbacks"] = [shown, callback]
+    kept = lasting_settings(config)
+    assert kept == {
+        "seed_everything": 1,
+        "model.init_args.lr": 0.1,
+        "model.init_args.layers.0": 1,
+        "model.init_args.layers.1": 2,
+        "trainer.federation.init_args.patience": 3,
+        "trainer.callbacks.0.class_path": callback["class_path"],
+        "trainer.callbacks.0.init_args.sigma": 0.05,
+        "data.domains.a.reader.init_args.max_rows": 5,
+        "data.domains.a.k_core": 5,
+    }
+    assert difference(kept, dict(reversed(kept.items()))) == ""
+    assert difference({}, kept) == difference(kept, {}) == ""
+    assert difference(kept, {**kept, "model.init_args.lr": 0.2}) == "model.init_args.lr was 0.1 and is 0.2"
+    assert "5 more" in difference({"x": 1}, kept)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--trainer.callbacks.sigma", "0.0"], "callbacks.0.init_args.sigma was 0.05 and is 0.0"),
+        (["--model.init_args.lr", "0.5"], "model.init_args.lr was"),
+        ([FED + "rounds", "2"], "set trainer.federation.rounds to 1"),
+        (["--data.init_args.domains.alpha.init_args.seed", "7"], "other"),
+        (["--data.init_args.domains.alpha.init_args.reader.init_args.num_users", "61"], "other data"),
+    ],
+)
+def test_a_finished_stage_1_is_not_taken_for_that_of_other_settings(
+    changed: list[str], words: str, finished: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, command = finished
+    before = contents(folder)
+    with pytest.raises(SystemExit):
+        main([*command, *changed, "--ckpt_path", "last"])
+    assert words in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("settings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFUBM_CACHE", str(folder / "cache"))
+        command = ["fit", "--config", str(SYNTHETIC), "--trainer.default_root_dir", str(folder / "run")]
+        command += ["--experiment", "null", "--trainer.enable_progress_bar", "false", f"{FED}rounds", "1"]
+        command += [f"{FED}local_max_epochs", "1", f"{FED}local_min_epochs", "1"]
+        command += ["--data.init_args.domains.alpha.init_args.reader.init_args.num_users", "60"]
+        main(command)
+        yield folder / "run", command
+
+
+def test_places_and_workers_of_a_finished_run_may_change(finished: tuple[Path, list[str]]) -> None:
+    folder, command = finished
+    before = contents(folder)
+    main(
+        [
+            *command,
+            "--ckpt_path",
+            "last",
+            f"{FED}workers",
+            "2",
+            "--data.init_args.domains.alpha.init_args.eval_batch_size",
+            "9",
+        ]
+    )
+    after = contents(folder)
+    assert {k: v for k, v in after.items() if k != "config.yaml"} == {
+        k: v for k, v in before.items() if k != "config.yaml"
+    }
+
+
+def test_data_of_equal_shape_are_told_apart_without_a_configuration(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    federated_trainer(rounds=1).fit(small_distiller(), datamodule=federated_data(num_candidates=10))
+    for action in ("fit", "test"):
+        other = federated_data(num_candidates=10)
+        for domain in other.domains.values():
+            domain.reader.seed += 1
+        with pytest.raises(CheckpointError, match="other data"):
+            getattr(federated_trainer(rounds=1), action)(small_distiller(), datamodule=other, ckpt_path="last")

@@ -1,0 +1,89 @@
+"""``--ckpt_path last`` and ``best`` of one model, in a process that has trained nothing."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sfubm.__main__ import main
+from lightning_sfubm.checkpoints import find_checkpoint
+from lightning_sfubm.errors import CheckpointError
+
+SYNTHETIC = "lightning_sfubm.datamodules.synthetic."
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    encoder = Path(__file__).resolve().parent.parent / "configs/encoder/sasrec.yaml"
+    data = ["--data", "lightning_sfubm.datamodules.domain_datamodule.DomainDataModule", "--data.name", "alpha"]
+    data += ["--data.reader", SYNTHETIC + "SyntheticReader", "--data.reader.num_users", "80"]
+    data += ["--data.text_encoder", SYNTHETIC + "HashingTextEncoder", "--data.k_core", "0", "--data.batch_size", "16"]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    quiet += ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.logger", "false"]
+    return ["--config", str(encoder), *data, *quiet, "--trainer.accelerator", "cpu"]
+
+
+def evaluate(command: list[str], *more: str) -> dict[str, float]:
+    from lightning_sfubm.cli import SFUBMCLI
+
+    return {k: float(v) for k, v in SFUBMCLI(args=["test", *command, *more]).trainer.callback_metrics.items()}
+
+
+def test_a_new_process_finds_the_last_and_the_best_weights(
+    command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main(["fit", *command, "--trainer.max_epochs", "6", "--trainer.min_epochs", "1", "--model.init_args.lr", "0.01"])
+    last = find_checkpoint(tmp_path / "run", "last")
+    best = find_checkpoint(tmp_path / "run", "best")
+    assert (last.name, best.name.startswith("epoch=")) == ("last.ckpt", True)
+    for which, path in (("last", last), ("best", best)):
+        assert evaluate(command, "--ckpt_path", which) == evaluate(command, "--ckpt_path", str(path))
+    assert "untrained" not in caplog.text
+    with caplog.at_level(logging.WARNING, "lightning_sfubm"):
+        untrained = evaluate(command)
+    assert "the weights are untrained" in caplog.text
+    assert untrained["test/ndcg@10"] < evaluate(command, "--ckpt_path", "best")["test/ndcg@10"]
+
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert find_checkpoint(tmp_path / "moved", "best").name == best.name
+    find_checkpoint(tmp_path / "moved", "best").unlink()
+    with pytest.raises(CheckpointError, match="is gone"):
+        find_checkpoint(tmp_path / "moved", "best")
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_untrained_weights_are_not_evaluated_in_place_of_those_asked_for(
+    which: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["test", *command, "--ckpt_path", which])
+    assert exit.value.code == 2
+    assert "no last.ckpt below it" in capsys.readouterr().err
+
+
+def test_a_fit_starts_from_the_beginning_where_there_is_no_last(
+    command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with caplog.at_level(logging.WARNING, "lightning_sfubm"):
+        main(["fit", *command, "--trainer.max_epochs", "1", "--trainer.min_epochs", "1", "--ckpt_path", "last"])
+    assert "training starts from the beginning" in caplog.text
+    again: list[Any] = [
+        "fit",
+        *command,
+        "--trainer.max_epochs",
+        "2",
+        "--trainer.min_epochs",
+        "1",
+        "--ckpt_path",
+        "last",
+    ]
+    main(again)
+    stored = [p for p in (tmp_path / "run").rglob("epoch=*.ckpt")]
+    assert {p.name.split("-")[0] for p in stored} <= {"epoch=0", "epoch=1"}
+    import torch
+
+    newest = torch.load(find_checkpoint(tmp_path / "run", "last"), weights_only=True)
+    assert newest["epoch"] == 1
