@@ -1,10 +1,13 @@
 """The command line: Lightning's own, with federated runs and experiments."""
 
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
 import re
 import sys
+from argparse import HelpFormatter
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -14,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _Instan
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
+from lightning_sfubm import callbacks, datamodules, modules
 from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
 from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
@@ -28,6 +32,13 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Raise the first reason that is given for a rejected value, or the message on one line."""
         raise ConfigError(_sentence(message)) from ex
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """As Lightning's; lists every model, data module and callback here, also those that nothing has imported yet."""
+        for package in (modules, datamodules, callbacks):
+            for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                importlib.import_module(found.name)
+        return super().format_help(formatter)
 
 
 def _sentence(message: str) -> str:

@@ -113,6 +113,16 @@ def test_a_trainer_that_the_machine_cannot_have_is_refused_in_one_sentence(capsy
     )
 
 
+def test_the_help_of_a_command_lists_what_can_be_configured(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    listed = "".join(capsys.readouterr().out.split())
+    for name in ("modules.fkd.FKDDistiller", "modules.llm_head.LLMHead", "modules.baselines.ffmsr.FFMSR"):
+        assert f"lightning_sfubm.{name}" in listed
+    for name in ("datamodules.federated_datamodule.FederatedDataModule", "callbacks.fedprox.FedProx"):
+        assert f"lightning_sfubm.{name}" in listed
+
+
 @pytest.mark.parametrize("flag", ["--model.init_args.nonsense=1", "--trainer.nonsense=1", "--nonsense=1"])
 def test_unknown_keys_are_refused_by_name(flag: str, sequential: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:

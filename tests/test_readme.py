@@ -81,3 +81,16 @@ def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_page_of_methods_lists_every_row() -> None:
+    from lightning_sfubm.methods import METHODS
+
+    page = (ROOT / "docs/methods/README.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| (.+?) \| (yes)? ?\| (yes)? ?\| (.+) \|$", page, re.MULTILINE)
+    assert [(key, label, bool(rounds), bool(llm)) for key, label, rounds, llm, _ in listed] == [
+        (key, method.label, method.needs_stage1, method.needs_llm) for key, method in METHODS.items()
+    ]
+    for _, _, _, _, links in listed:
+        for target in re.findall(r"\]\((.+?)\)", links):
+            assert (ROOT / "docs/methods" / target).is_file(), target

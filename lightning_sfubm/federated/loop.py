@@ -10,16 +10,21 @@ training, each aggregation, each local phase. Every piece draws from streams nam
 done again from the state before it and comes out the same, bit for bit.
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.exchange import Exchange
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import ClientDropped
 from lightning_sfubm.federated.state import Counters
 from lightning_sfubm.federated.workers import Job, Trained
+from lightning_sfubm.ranks import wait_for_all
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Counters", "FederatedLoop", "Federation"]
 
@@ -35,6 +40,31 @@ class FederatedLoop(Exchange):
         seed: root seed.
         loggers: experiment loggers that callbacks may write to.
     """
+
+    def states(self, ckpt_path: str | Path) -> Path:
+        """Where the states of a ``ckpt_path`` are: this run's for ``"last"``."""
+        return self.checkpoints if str(ckpt_path) == "last" else Path(ckpt_path)
+
+    def go_on(self, ckpt_path: str | Path) -> None:
+        """Go on from a state. A run that was cut off before it wrote its first one starts from the beginning.
+
+        Raises:
+            CheckpointError: see :meth:`resume`; or the schedule has more rounds than those that the local phases follow.
+        """
+        states = self.states(ckpt_path)
+        fresh = str(ckpt_path) == "last" and not any(states.glob("state-*"))
+        wait_for_all()  # all have looked before the first writes
+        if fresh:
+            log.warning("%s holds no state yet: the run starts from the beginning", states)
+            self.goes_on = True
+            return
+        self.resume(states)
+        done = self.counters.round
+        if any(self.counters.phases.values()) and done < self.federation.rounds:
+            raise CheckpointError(
+                f"{states}: the local phases there follow {done} rounds and would not learn from more: set "
+                f"trainer.federation.rounds to {done}, or start anew in another trainer.default_root_dir"
+            )
 
     def run(self) -> None:
         """Run to the end from wherever the counters stand."""

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +27,9 @@ from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
 from lightning_sfubm.federated.twins import train_twins
 from lightning_sfubm.federated.workers import WorkerPool, import_ahead
+from lightning_sfubm.locks import locked
 from lightning_sfubm.quiet import quiet_lightning
-from lightning_sfubm.ranks import first_prepares, is_first, wait_for_all
+from lightning_sfubm.ranks import first_prepares, is_first
 from lightning_sfubm.safe_load import SafeCheckpointIO
 from lightning_sfubm.seeds import derive_seed
 from lightning_sfubm.training import CloseAtExit, RankSeed
@@ -61,6 +63,13 @@ class FederatedTrainer(L.Trainer):
         # A copy: Lightning adds callbacks of its own to the list it is given.
         self._user_callbacks: list[Callback] = _as_list(kwargs.get("callbacks"))
         if federation is not None:
+            unused = [name for name in ("max_epochs", "min_epochs", "max_steps") if kwargs.get(name) not in (None, -1)]
+            if unused:
+                log.warning(
+                    "trainer.%s has no effect on a federated run: trainer.federation has rounds, local_epochs, "
+                    "local_min_epochs and local_max_epochs",
+                    " and trainer.".join(unused),
+                )
             # Lightning's default logger would open a folder that nothing is written to.
             kwargs["logger"] = kwargs.get("logger") or False
         kwargs["callbacks"] = [*self._user_callbacks, CloseAtExit(), RankSeed(self.seed)]
@@ -222,17 +231,24 @@ class FederatedTrainer(L.Trainer):
             path = resolve(self, ckpt_path, fitting=True)
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, weights_only)
             return
+        if str(ckpt_path) == "last" and not self.run_dir.is_dir():
+            find_state(self.run_dir / "checkpoints")  # refuses, and makes no folder
         self.together(self._fit_federation, model, datamodule, ckpt_path)
 
     def together(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Call a function in all processes of the strategy; see :func:`~lightning_sfubm.federated.launch.run_together`."""
-        return run_together(self, function, *args, **kwargs)
+        """Call a function in all processes of the strategy; see :func:`~lightning_sfubm.federated.launch.run_together`.
+
+        Raises:
+            ConfigError: another process is at work in the run folder.
+        """
+        with locked(self.run_dir, "--trainer.default_root_dir") if self.is_global_zero else nullcontext():
+            return run_together(self, function, *args, **kwargs)
 
     def _fit_federation(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | Path | None) -> None:
         self.prepare(model, datamodule)
         assert self.loop is not None
         if ckpt_path is not None:
-            self._resume(self.loop, ckpt_path)
+            self.loop.go_on(ckpt_path)
         self.write_config()
         self.loop.run()
 
@@ -307,30 +323,10 @@ class FederatedTrainer(L.Trainer):
             )
         if self.loop is None:
             self.loop = self.build_loop(model, datamodule)
-        load_state(find_state(self._states(ckpt_path)), self.loop.server, self.loop.clients)
+        load_state(find_state(self.loop.states(ckpt_path)), self.loop.server, self.loop.clients)
         for client in self.loop.clients.values():
             client.finish()
         return self.loop
-
-    def _resume(self, loop: FederatedLoop, ckpt_path: str | Path) -> None:
-        """Go on from a state. A run that was cut off before it wrote its first one starts from the beginning."""
-        states = self._states(ckpt_path)
-        fresh = str(ckpt_path) == "last" and self.run_dir.is_dir() and not any(states.glob("state-*"))
-        wait_for_all()  # all have looked before the first writes
-        if fresh:
-            log.warning("%s holds no state yet: the run starts from the beginning", states)
-            loop.goes_on = True
-            return
-        loop.resume(states)
-        done = loop.counters.round
-        if any(loop.counters.phases.values()) and done < loop.federation.rounds:
-            raise CheckpointError(
-                f"{states}: the local phases there follow {done} rounds and would not learn from more: set "
-                f"trainer.federation.rounds to {done}, or start anew in another trainer.default_root_dir"
-            )
-
-    def _states(self, ckpt_path: str | Path) -> Path:
-        return self.run_dir / "checkpoints" if str(ckpt_path) == "last" else Path(ckpt_path)
 
     def _client_loggers(self, client: str) -> list[Logger]:
         if client not in self.client_loggers:

@@ -82,18 +82,12 @@ def without_users(cell: Json) -> Json:
 
 
 def all_cells(out: Path, published: Path | None = None) -> list[Json]:
-    """Every whole cell below an output folder, and every published one that the output folder lacks.
+    """Every whole cell below an output folder, then every published one: a cell that both have is there twice.
 
     Args:
         out: output folder of a grid.
         published: folder that cells without per-user results were published to.
     """
-    folders = [out] if published is None else [published, out]
-    paths = {path.relative_to(folder): path for folder in folders for path in _paths(folder)}
-    cells = (read_published(paths[key]) for key in sorted(paths))
-    return [cell for cell in cells if cell is not None]
-
-
-def _paths(folder: Path) -> list[Path]:
-    """Whole cells of a folder; a torn one must not hide a published one."""
-    return [p for p in (folder / "cells").glob("*/*/*/seed*.json") if read_published(p) is not None]
+    folders = [out] if published is None else [out, published]
+    paths = [path for folder in folders for path in sorted((folder / "cells").glob("*/*/*/seed*.json"))]
+    return [cell for cell in map(read_published, paths) if cell is not None]

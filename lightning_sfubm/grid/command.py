@@ -2,14 +2,16 @@
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.grid.cells import Json, all_cells, cell_path, without_users
 from lightning_sfubm.grid.runner import run_grid
-from lightning_sfubm.grid.spec import load_grid
-from lightning_sfubm.grid.tables import FACT_KEYS, comparisons, markdown, ordered
+from lightning_sfubm.grid.spec import Grid, load_grid
+from lightning_sfubm.grid.tables import FACT_KEYS, comparisons, left_out, markdown, ordered
+from lightning_sfubm.locks import locked
 from lightning_sfubm.methods import METHODS
 
 
@@ -17,7 +19,8 @@ def results(argv: list[str]) -> None:
     """Entry point.
 
     Raises:
-        SFUBMError: a bad grid, data that cannot be read, cells that do not belong together.
+        SFUBMError: a bad grid, data that cannot be read, cells that do not belong together, or another process that
+            computes into the output folder.
         SystemExit: with code 1 where runs are left over.
     """
     parser = argparse.ArgumentParser(
@@ -31,7 +34,11 @@ def results(argv: list[str]) -> None:
     parser.add_argument("--only", action="append", default=[], metavar="PAIR/RUN/SEED", help="pattern; may be repeated")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop after so many minutes; go on next time")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the threads (default 1)")
-    parser.add_argument("--tables-only", action="store_true", help="build tables from the cells that are there")
+    parser.add_argument(
+        "--tables-only",
+        action="store_true",
+        help="build tables from the cells there are, also while others are computed",
+    )
     parser.add_argument(
         "--publish",
         type=Path,
@@ -41,6 +48,12 @@ def results(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     grid = load_grid(options.grid, set(METHODS))
     out = options.out or Path("runs") / "results" / options.grid.stem
+    # Tables may be looked at while another process computes: cells and tables are written whole.
+    with nullcontext() if options.tables_only else locked(out, "--out"):
+        _results(options, grid, out)
+
+
+def _results(options: argparse.Namespace, grid: Grid, out: Path) -> None:
     left: list[str] = []
     if not options.tables_only:
         budget = None if options.budget is None else 60 * options.budget
@@ -61,6 +74,8 @@ def results(argv: list[str]) -> None:
             write_atomically(path, json.dumps(without_users(cell), indent=1).encode())
         write_plots(tables, options.publish / "plots")
     print(text)
+    for sentence in left_out(grid, cells):
+        print(sentence)
     print(f"Tables: {out / 'tables.md'}")
     if left:
         print(f"Not complete: {', '.join(left)}. Give the command again to go on.")

@@ -20,6 +20,7 @@ from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.results import PerUserResults, write_atomically
 from lightning_sfubm.grid.cells import cell_path, read_cell, write_cell
 from lightning_sfubm.grid.spec import Grid, Run
+from lightning_sfubm.locks import locked
 
 MARK = "grid_run.json"  #: in a run's folder: what its rows were computed from, by which code, on which machine
 
@@ -61,7 +62,7 @@ def run_grid(
         Keys of the runs that are not complete.
 
     Raises:
-        ConfigError: ``jobs`` is below 1.
+        ConfigError: ``jobs`` is below 1, or another process is at work in the folder of a run.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: at least one run has to be at work")
@@ -97,7 +98,7 @@ def _missing(run: Run, out: Path, domains: list[str], key: str) -> list[str]:
     missing = []
     for method in run.rows.values():
         cells = [read_cell(cell_path(out, run.pair, domain, method, run.seed)) for domain in domains]
-        if any(cell is None or cell["grid_hash"] != key for cell in cells):
+        if any(cell is None or cell.get("grid_hash") != key for cell in cells):
             missing.append(method)
     return missing
 
@@ -118,11 +119,15 @@ def _process(
 
     Returns:
         What went wrong, for the terminal.
+
+    Raises:
+        ConfigError: another process is at work in the folder, which would have to be cleared.
     """
     mark = folder / MARK
     resumable = _mark_of(mark) == key
     if not resumable:  # what lies here is of other settings or data, and must not be taken for this run's
-        shutil.rmtree(folder, ignore_errors=True)
+        with locked(folder, "--out"):  # a fit may have outlived the command that started it
+            shutil.rmtree(folder, ignore_errors=True)
     arguments = _arguments(run, root, folder)
     if resumable and (folder / "checkpoints").exists():
         arguments += ["--ckpt_path", "last"]
@@ -172,5 +177,5 @@ def _export(run: Run, out: Path, key: str) -> None:
             result.meta.domain = file.parent.name  # "<domain>, all users" is a table of its own
             label = run.labels.get(method, result.meta.label)
             path = cell_path(out, run.pair, result.meta.domain, method, run.seed)
-            if (cell := read_cell(path)) is None or cell["grid_hash"] != key:
+            if (cell := read_cell(path)) is None or cell.get("grid_hash") != key:
                 write_cell(path, result, {**about, "method": method, "label": label, "row": row})

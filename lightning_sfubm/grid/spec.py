@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.grid.named_files import named_files
 
 _GRID_KEYS = {"title", "pairs", "runs", "comparisons"}
 _RUN_KEYS = {"rows", "seeds", "config", "flags", "pairs"}
@@ -41,14 +42,19 @@ class Run:
         return f"{self.pair}/{self.name}/{self.seed}"
 
     def hash(self, sources: dict[str, str]) -> str:
-        """What the cells of this run depend on: configuration files, options, seed and the content of the data."""
+        """What the cells of this run depend on: its settings (see :meth:`settings_hash`) and the content of the data."""
         text = json.dumps([self.settings_hash(), sources], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def settings_hash(self) -> str:
-        """Configuration files, options and seed alone: tells a table, which has no data at hand, what is out of date."""
-        content = [path.read_text(encoding="utf-8") for path in self.configs]
-        return hashlib.sha256(json.dumps([content, self.flags, self.seed]).encode()).hexdigest()
+        """Configuration files, settings files they name, options and seed alone.
+
+        Tells a table, which has no data at hand, what is out of date.
+        """
+        parts: list[Any] = [[path.read_text(encoding="utf-8") for path in self.configs], self.flags, self.seed]
+        if named := named_files(self.configs, self.flags):
+            parts.append(named)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,11 @@ class Grid:
     pairs: dict[str, tuple[Path, ...]]
     runs: tuple[Run, ...]
     comparisons: tuple[tuple[str, str], ...]
+
+    def settings(self) -> dict[tuple[str, str, int], str]:
+        """:meth:`Run.settings_hash` of every cell of the grid, by pair, method and seed."""
+        hashes = [run.settings_hash() for run in self.runs]
+        return {(r.pair, m, r.seed): key for r, key in zip(self.runs, hashes, strict=True) for m in r.rows.values()}
 
     def select(self, only: list[str]) -> list[Run]:
         """Runs whose key matches one of the patterns; all where there are none.

@@ -18,21 +18,26 @@ FACT_KEYS = frozenset(
     ("pair", "domain", "a", "b", "label_a", "label_b", "difference", "low", "high", "users", "seeds", "p_mcnemar")
 )
 SLICES = ("cold target", "short history", "long history")
+_Differences = dict[int, dict[int, float]]  # seed -> user -> difference
 
 
 def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, list[Json]]]:
     """Cells by (pair, domain), then by method in the order of the grid; the seeds of a method in rising order.
 
-    Cells that are not of the grid, or were computed under other settings than it has now, are left out.
+    Cells that are not of the grid, or not known to be of the settings it has now, are left out; of two cells of one place
+    and seed the first counts.
 
     Raises:
         DataError: the cells of one domain were computed on different data or candidate lists.
     """
     order = {m: i for i, m in enumerate(dict.fromkeys(m for run in grid.runs for m in run.rows.values()))}
-    settings = {(r.pair, m, r.seed): r.settings_hash() for r in grid.runs for m in r.rows.values()}
+    settings = grid.settings()
+    placed: set[tuple[Any, ...]] = set()
     tables: dict[tuple[str, str], dict[str, list[Json]]] = defaultdict(dict)
     for cell in sorted(cells, key=lambda c: (c["pair"], c["domain"], order.get(c["method"], len(order)), c["seed"])):
-        if settings.get((cell["pair"], cell["method"], cell["seed"])) == cell.get("settings_hash"):
+        place = (*_place(cell), cell["domain"])
+        if place not in placed and _place(cell) in settings and cell.get("settings_hash") == settings[_place(cell)]:
+            placed.add(place)
             tables[cell["pair"], cell["domain"]].setdefault(cell["method"], []).append(cell)
     for (pair, domain), methods in tables.items():
         hashes = {cell["candidate_hash"] for seeds in methods.values() for cell in seeds}
@@ -42,6 +47,27 @@ def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, li
                 "changed between runs; run the grid again to compute the stale ones"
             )
     return dict(tables)
+
+
+def left_out(grid: Grid, cells: list[Json]) -> list[str]:
+    """What to tell of cells that are not in the tables, for their settings are others than the grid has now, or unknown."""
+    settings = grid.settings()
+    unknown = [cell for cell in cells if cell.get("settings_hash") is None]
+    known = [cell for cell in cells if cell.get("settings_hash") is not None and _place(cell) in settings]
+    stale = [cell for cell in known if cell["settings_hash"] != settings[_place(cell)]]
+    told = (
+        ("computed with other settings than the grid has now", stale),
+        ("not known to be current, for they do not say what settings they were computed with", unknown),
+    )
+    return [f"Left out, {why}: {', '.join(dict.fromkeys(map(_name, kind)))}." for why, kind in told if kind]
+
+
+def _place(cell: Json) -> tuple[str, str, int]:
+    return cell["pair"], cell["method"], cell["seed"]
+
+
+def _name(cell: Json) -> str:
+    return "/".join(map(str, _place(cell))) + ("" if "per_user" in cell else " (published)")
 
 
 def summary(seeds: list[Json]) -> Json:
@@ -70,8 +96,9 @@ def comparisons(
 ) -> list[Json]:
     """Paired differences in Hit@1, per domain and pooled over the domains of a pair.
 
-    A user's value is the mean over the seeds both methods have; the interval is a bootstrap over users. The test is
-    McNemar's on the first common seed, with Holm's correction over all tests of the grid.
+    A user's value is the mean over the seeds both methods have, in every domain that is pooled; the interval is a
+    bootstrap over users. The test is McNemar's on the first of these seeds, with Holm's correction over all tests of the
+    grid.
 
     Args:
         grid: names the comparisons.
@@ -81,20 +108,18 @@ def comparisons(
     """
     facts: list[Json] = []
     for a, b in grid.comparisons:
-        pooled: dict[tuple[str, bool], list[tuple[Any, Any]]] = defaultdict(list)
+        pooled: dict[tuple[str, bool], list[_Differences]] = defaultdict(list)
         for (pair, domain), methods in tables.items():
             if a not in methods or b not in methods:
                 continue
-            values, first = _paired(methods[a], methods[b])
-            if len(values):
-                facts.append(_fact(pair, domain, a, b, methods, values, first))
-                pooled[pair, domain.endswith(", all users")].append((values, first))
+            differences = _differences(methods[a], methods[b])
+            facts += _facts(pair, domain, a, b, methods, [differences])
+            pooled[pair, domain.endswith(", all users")].append(differences)
         for (pair, everyone), parts in pooled.items():
             if len(parts) > 1:
                 name = "pooled, all users" if everyone else "pooled"
                 methods = next(m for (p, _), m in tables.items() if p == pair and a in m and b in m)
-                values, first = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-                facts.append(_fact(pair, name, a, b, methods, values, first))
+                facts += _facts(pair, name, a, b, methods, parts)
     wanted = {(pair, a, b) for a, b in grid.comparisons for pair in grid.pairs}
     best = {_key(fact): fact for fact in facts}
     for fact in published or []:
@@ -112,16 +137,9 @@ def _key(fact: Json) -> tuple[str, ...]:
     return fact["pair"], fact["domain"], fact["a"], fact["b"]
 
 
-def _paired(cells_a: list[Json], cells_b: list[Json]) -> tuple[Any, Any]:
-    """Differences per user (U,): mean over the common seeds, and those of the first common seed."""
-    by_seed = [{c["seed"]: results_of(c) for c in cells if "per_user" in c} for cells in (cells_a, cells_b)]
-    common = sorted(by_seed[0].keys() & by_seed[1].keys())
-    if not common:
-        return np.zeros(0), np.zeros(0)
-    differences = [_difference(by_seed[0][seed], by_seed[1][seed]) for seed in common]
-    users = set.intersection(*(set(d) for d in differences))
-    table = np.array([[d[user] for user in sorted(users)] for d in differences])
-    return table.mean(0), table[0]
+def _differences(cells_a: list[Json], cells_b: list[Json]) -> _Differences:
+    a, b = ({c["seed"]: results_of(c) for c in cells if "per_user" in c} for cells in (cells_a, cells_b))
+    return {seed: _difference(a[seed], b[seed]) for seed in a.keys() & b.keys()}
 
 
 def _difference(a: PerUserResults, b: PerUserResults) -> dict[int, float]:
@@ -132,10 +150,19 @@ def _difference(a: PerUserResults, b: PerUserResults) -> dict[int, float]:
     return dict(zip(a.user[in_a].tolist(), values.tolist(), strict=True))
 
 
-def _fact(pair: str, domain: str, a: str, b: str, methods: dict[str, list[Json]], values: Any, first: Any) -> Json:
-    seeds = [{c["seed"] for c in methods[name] if "per_user" in c} for name in (a, b)]
-    estimate = bootstrap_ci(values[:, None], resamples=2000)[0]
-    return {
+def _facts(
+    pair: str, domain: str, a: str, b: str, methods: dict[str, list[Json]], parts: list[_Differences]
+) -> list[Json]:
+    """The fact of the users of all parts over the seeds that all share; none where they share no seed or have no users."""
+    seeds = sorted(set.intersection(*map(set, parts)))
+    if not seeds:
+        return []
+    table = np.concatenate([_by_user(part, seeds) for part in parts], axis=1)
+    if not table.size:
+        return []
+    first = table[0]
+    estimate = bootstrap_ci(table.mean(0)[:, None], resamples=2000)[0]
+    fact = {
         "pair": pair,
         "domain": domain,
         "a": a,
@@ -145,10 +172,17 @@ def _fact(pair: str, domain: str, a: str, b: str, methods: dict[str, list[Json]]
         "difference": estimate.value,
         "low": estimate.low,
         "high": estimate.high,
-        "users": len(values),
-        "seeds": len(seeds[0] & seeds[1]),
+        "users": table.shape[1],
+        "seeds": len(seeds),
         "p_mcnemar": mcnemar_exact(int((first > 0).sum()), int((first < 0).sum())),
     }
+    return [fact]
+
+
+def _by_user(differences: _Differences, seeds: list[int]) -> Any:
+    """Differences (S, U) of the users that have one with every seed."""
+    users = sorted(set.intersection(*(set(differences[seed]) for seed in seeds)))
+    return np.array([[differences[seed][user] for user in users] for seed in seeds])
 
 
 def markdown(grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]], facts: list[Json]) -> str:

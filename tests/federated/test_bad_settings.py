@@ -1,6 +1,7 @@
 """Federated settings and run folders that cannot be used: one sentence, exit code 2, nothing half-written (T31)."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,3 +86,13 @@ def test_a_run_that_may_not_go_on_leaves_what_is_there(
         main([*command, "--ckpt_path", "last", f"{FED}local_epochs", "2"])
     assert "was written by the schedule" in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
+
+
+def test_epochs_of_an_ordinary_fit_are_said_to_have_no_effect(
+    federated_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "lightning_sfubm"):
+        federated_trainer(flags={"max_steps": -1, "max_epochs": None})
+        assert not caplog.records
+        federated_trainer(flags={"max_steps": 5, "min_epochs": 2})
+    assert "trainer.min_epochs and trainer.max_steps has no effect" in caplog.text

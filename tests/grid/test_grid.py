@@ -9,46 +9,15 @@ import numpy as np
 import pytest
 
 from lightning_sfubm.errors import ConfigError, DataError
-from lightning_sfubm.evaluation.results import PerUserResults, ResultMeta
 from lightning_sfubm.grid import runner
-from lightning_sfubm.grid.cells import all_cells, cell_path, read_cell, results_of, without_users, write_cell
+from lightning_sfubm.grid.cells import all_cells, cell_path, read_cell, results_of, without_users
 from lightning_sfubm.grid.command import results
 from lightning_sfubm.grid.spec import Grid, load_grid
 from lightning_sfubm.grid.tables import comparisons, markdown, ordered, summary
 from lightning_sfubm.methods import METHODS
+from tests.grid.stand_ins import FakeFit, grid_file, stored
 
 ROOT = Path(__file__).resolve().parents[2]
-ABOUT = {"pair": "p", "grid_hash": "h", "commit": "c"}
-
-
-def grid_file(folder: Path, **changes: Any) -> Path:
-    (folder / "base.yaml").write_text("seed_everything: 1\n")
-    content = {
-        "title": "T",
-        "pairs": {"p": str(folder / "base.yaml")},
-        "runs": {"main": {"seeds": [1, 2], "rows": ["popularity", "stage1"]}, "v": {"rows": {"stage1": "A variant"}}},
-        "comparisons": [["stage1", "popularity"]],
-    } | changes
-    path = folder / "grid.yaml"
-    path.write_text(json.dumps(content))  # JSON is YAML
-    return path
-
-
-def result(method: str, hits: list[int], domain: str = "a", seed: int = 1, lists: str = "x") -> PerUserResults:
-    n = len(hits)
-    rank = np.where(np.array(hits) > 0, 1.0, 3.0)
-    meta = ResultMeta(method, domain, "test", seed, lists, label=method.title(), group="G", num_candidates=20)
-    ones = np.ones(n, np.int64)
-    return PerUserResults(meta, np.arange(n), ones, np.array(hits) > 0, rank, ones > 0, rank, ones, ones)
-
-
-def stored(out: Path, method: str, hits: list[int], **where: Any) -> Path:
-    made = result(method, hits, **where)
-    path = cell_path(out, "p", made.meta.domain, method, made.meta.seed)
-    runs = load_grid(grid_file(out), set(METHODS)).runs
-    of = {run.seed: run.settings_hash() for run in runs if run.name == "main"}[made.meta.seed]
-    write_cell(path, made, {**ABOUT, "method": method, "label": made.meta.label, "settings_hash": of})
-    return path
 
 
 @pytest.mark.parametrize(
@@ -244,7 +213,7 @@ def test_a_published_comparison_stays_while_its_cells_are_there(tmp_path: Path) 
         ('[{"a": "x"}]', "is no list of comparisons with a, b, diff"),
     ],
 )
-def test_a_bad_file_of_published_comparisons_is_named(tmp_path: Path, fit: "FakeFit", text: str, words: str) -> None:
+def test_a_bad_file_of_published_comparisons_is_named(tmp_path: Path, fit: FakeFit, text: str, words: str) -> None:
     public = tmp_path / "public"
     public.mkdir()
     (public / "comparisons.json").write_text(text)
@@ -260,41 +229,6 @@ def test_cells_of_other_settings_are_left_out_of_the_table(tmp_path: Path) -> No
     assert set(ordered(grid, all_cells(tmp_path))["p", "a"]) == {"popularity"}
     (tmp_path / "base.yaml").write_text("seed_everything: 2\n")
     assert ordered(grid, all_cells(tmp_path)) == {}
-
-
-class FakeFit:
-    """Stands for the process of a run: writes the rows it is asked for, or dies after the first."""
-
-    def __init__(self) -> None:
-        self.calls: list[list[str]] = []
-        self.rows_before_death: int | None = None
-        self.at_work: threading.Barrier | None = None
-
-    def __call__(self, command: list[str], *, env: dict[str, str], **_: Any) -> Any:
-        self.calls.append(command)
-        self.threads = env.get("OMP_NUM_THREADS")
-        if self.at_work is not None:
-            self.at_work.wait(timeout=60)
-        folder = Path(command[command.index("--trainer.default_root_dir") + 1])
-        seed = int(command[command.index("--seed_everything") + 1])
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        rows = json.loads(command[command.index("--experiment.init_args.methods") + 1])
-        for row in rows[: self.rows_before_death]:
-            for domain in ("a", "b"):
-                result(row, [0, 1], domain, seed).save(folder / "results" / domain / f"{row}.parquet")
-                result(row, [0, 1, 1], domain, seed).save(
-                    folder / "results" / f"{domain}, all users" / f"{row}.parquet"
-                )
-        return type("Done", (), {"returncode": 0 if self.rows_before_death is None else 1})
-
-
-@pytest.fixture
-def fit(monkeypatch: pytest.MonkeyPatch) -> FakeFit:
-    fake = FakeFit()
-    monkeypatch.setattr(runner, "sources", lambda config, root: {"a": "1", "b": "1"})
-    monkeypatch.setattr(runner.subprocess, "run", fake)
-    monkeypatch.setattr(runner, "environment", lambda: {"commit": "c", "hardware": {}, "versions": {}})
-    return fake
 
 
 def test_finished_cells_are_skipped_and_stale_ones_computed_again(

@@ -1,0 +1,62 @@
+"""Advisory locks on folders, so that two processes do not work over each other."""
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from lightning_sfubm.errors import ConfigError
+
+LOCK = ".lock"  #: in the folder while it is held; one that a killed process has left holds nothing
+log = logging.getLogger(__name__)
+_held: set[Path] = set()
+
+
+@contextmanager
+def locked(folder: Path, option: str) -> Iterator[None]:
+    """Keep a folder to this process, which may ask for it again meanwhile; released at the end, and where the process dies.
+
+    A file system without locks gives none: a warning says so, and the folder is not kept.
+
+    Args:
+        folder: made where it is missing.
+        option: the option that names another folder, for the error.
+
+    Raises:
+        ConfigError: another process keeps the folder.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _taken(folder / LOCK, option):
+        _held.add(folder)
+        try:
+            yield
+        finally:
+            _held.discard(folder)
+            (folder / LOCK).unlink(missing_ok=True)  # before it is let go, so that it is nobody else's
+
+
+def _taken(path: Path, option: str) -> TextIO:
+    """The open lock file, which is held until it is closed."""
+    while True:
+        file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(
+                f"{path.parent}: another process is at work there; wait for it, end it, or give another folder by {option}"
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start nothing else in this folder", path.parent, error)
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # the process that kept it has deleted this file just now

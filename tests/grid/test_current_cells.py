@@ -1,0 +1,160 @@
+"""Which cells a table takes, what it tells of the others, and what two commands may do at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.grid.cells import all_cells, without_users
+from lightning_sfubm.grid.command import results
+from lightning_sfubm.grid.runner import run_grid
+from lightning_sfubm.grid.spec import load_grid
+from lightning_sfubm.grid.tables import comparisons, left_out, ordered
+from lightning_sfubm.locks import locked
+from lightning_sfubm.methods import METHODS
+from tests.grid.stand_ins import FakeFit, grid_file, stored
+from tests.test_locks import holder
+
+
+def changed(path: Path, **entries: Any) -> None:
+    """A stored cell with other entries; ``None`` takes one away."""
+    cell = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({key: value for key, value in cell.items() if value is not None}))
+
+
+def publish(path: Path, out: Path, public: Path, **entries: Any) -> None:
+    """Copy a stored cell to the published ones."""
+    to = public / path.relative_to(out)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(json.dumps(without_users(json.loads(path.read_text())) | entries))
+
+
+def test_a_stale_cell_gives_way_to_the_published_one_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, public = tmp_path / "out", tmp_path / "public"
+    out.mkdir()
+    for method, hits in (("stage1", [1, 1]), ("popularity", [0, 1])):
+        publish(stored(out, method, hits), out, public)
+    changed(stored(out, "stage1", [0, 0]), settings_hash="of yesterday")
+    stored(out, "popularity", [0, 0])
+    grid = load_grid(out / "grid.yaml", set(METHODS))
+    cells = all_cells(out, public)
+    (methods,) = ordered(grid, cells).values()
+    assert {name: [c["metrics"]["hit@1"]["value"] for c in of] for name, of in methods.items()} == {
+        "stage1": [1.0],
+        "popularity": [0.0],  # both are current: the one at hand counts
+    }
+    results(["--grid", str(out / "grid.yaml"), "--out", str(out), "--publish", str(public), "--tables-only"])
+    assert "Left out, computed with other settings than the grid has now: p/stage1/1.\n" in capsys.readouterr().out
+    publish(out / "cells/p/a/popularity/seed1.json", out, public, settings_hash="of yesterday")
+    assert left_out(grid, all_cells(out, public))[0].endswith(" p/stage1/1, p/popularity/1 (published).")
+
+
+def test_a_cell_that_does_not_say_its_settings_is_not_taken_for_current(tmp_path: Path) -> None:
+    stored(tmp_path, "stage1", [1, 1])
+    for method in ("popularity", "encoder"):  # the second is not of the grid
+        changed(stored(tmp_path, method, [0, 1]), settings_hash=None, grid_hash=None)
+    grid = load_grid(tmp_path / "grid.yaml", set(METHODS))
+    cells = all_cells(tmp_path)
+    assert set(ordered(grid, cells)["p", "a"]) == {"stage1"}
+    (told,) = left_out(grid, cells)
+    assert told.startswith("Left out, not known to be current")
+    assert told.endswith(": p/encoder/1, p/popularity/1.")
+
+
+def test_a_cell_that_does_not_say_its_data_is_computed_again(tmp_path: Path, fit: FakeFit) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    out = tmp_path / "out"
+    run_grid(grid, out, None, ["p/v/1"], None)
+    changed(out / "cells/p/a/v/seed1.json", grid_hash=None)
+    assert run_grid(grid, out, None, ["p/v/1"], None) == []
+    assert len(fit.calls) == 2
+    assert "grid_hash" in json.loads((out / "cells/p/a/v/seed1.json").read_text())
+
+
+def test_pooled_differences_are_of_the_seeds_that_all_domains_have(tmp_path: Path) -> None:
+    for domain, seeds in (("a", (1, 2)), ("b", (2,)), ("c", (1, 2))):
+        for seed in seeds:
+            stored(tmp_path, "popularity", [0, 0, 0, 0], domain=domain, seed=seed)
+            stored(tmp_path, "stage1", [1, 1, 1, 1] if seed == 1 else [1, 0, 0, 0], domain=domain, seed=seed)
+    grid = load_grid(tmp_path / "grid.yaml", set(METHODS))
+    facts = comparisons(grid, ordered(grid, all_cells(tmp_path)))
+    assert [(f["domain"], f["seeds"], f["users"], f["difference"]) for f in facts] == [
+        ("a", 2, 4, pytest.approx(0.625)),
+        ("b", 1, 4, pytest.approx(0.25)),
+        ("c", 2, 4, pytest.approx(0.625)),
+        ("pooled", 1, 12, pytest.approx(0.25)),
+    ]
+    assert facts[-1]["p_mcnemar"] == pytest.approx(0.25)  # of seed 2: three wins, no loss
+    stored(tmp_path, "stage1", [1, 0, 0, 0], domain="b")
+    changed(tmp_path / "cells/p/b/stage1/seed2.json", per_user=None)
+    facts = comparisons(grid, ordered(grid, all_cells(tmp_path)))
+    assert [fact["domain"] for fact in facts] == ["a", "c"]  # nothing is pooled of some of the domains alone
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("model: {template: words.yaml}\n", []),
+        ("experiment: {templates: {a: '%s/words.yaml'}}\n", []),
+        ("data: overlay.yml\n", []),  # which names it
+        ("seed_everything: 1\n", ["--experiment.init_args.templates", "{a: %s/words.yaml}"]),
+        ("seed_everything: 1\n", ["--config=%s/overlay.yml"]),
+    ],
+)
+def test_the_hash_of_a_run_follows_the_files_that_it_names(tmp_path: Path, text: str, flags: list[str]) -> None:
+    flags = [flag.replace("%s", str(tmp_path)) for flag in flags]
+    path = grid_file(tmp_path, runs={"main": {"rows": ["stage1"], "flags": flags}}, comparisons=[])
+    (tmp_path / "base.yaml").write_text(text.replace("%s", str(tmp_path)))
+    (run,) = load_grid(path, set(METHODS)).runs
+    hashes = [run.settings_hash()]
+    (tmp_path / "overlay.yml").write_text("template: words.yaml\n")
+    for words in ("noun: film\n", "noun: book\n", "noun: [\n"):
+        (tmp_path / "words.yaml").write_text(words)
+        hashes.append(run.settings_hash())
+        assert run.hash({}) == run.hash({})
+    assert len(set(hashes)) == 4
+
+
+def test_the_hash_of_a_run_that_names_no_file_is_as_it_was_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = load_grid(grid_file(tmp_path), set(METHODS)).runs[0]
+    (tmp_path / "base.yaml").write_text("seed_everything: 1  # words.yaml\ndata: data.csv\n")
+    for name in ("words.yaml", "data.csv"):  # a comment names nothing; data are in the hash of the data
+        (tmp_path / name).write_text("x")
+    assert run.settings_hash() == "192017950519dc7401749baff80e5d8afc7d1b7a23dc71f904c71dd32ec5a481"
+
+
+def test_a_second_command_on_the_same_folder_is_refused_but_for_tables(
+    tmp_path: Path, fit: FakeFit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--grid", str(grid_file(tmp_path)), "--out", str(out)]
+    other = holder(out)
+    with pytest.raises(ConfigError, match=r"/out: another process is at work there.* by --out$"):
+        results(arguments)
+    results([*arguments, "--tables-only"])
+    assert fit.calls == []
+    other.communicate()
+    results(arguments)
+    assert len(fit.calls) == 3
+
+
+def test_the_folder_of_a_run_still_at_work_is_not_cleared(tmp_path: Path, fit: FakeFit) -> None:
+    """A fit may outlive the command that started it."""
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    folder = tmp_path / "out/runs/p/v/1"
+    other = holder(folder)
+    (folder / "ledger.jsonl").write_text("of another's\n")
+    with pytest.raises(ConfigError, match=r"/p/v/1: another process is at work there"):
+        run_grid(grid, tmp_path / "out", None, ["p/v/1"], None)
+    assert (folder / "ledger.jsonl").exists()
+    other.communicate()
+    with locked(tmp_path / "out", "--out"):
+        assert run_grid(grid, tmp_path / "out", None, ["p/v/1"], None) == []
+    assert not (folder / "ledger.jsonl").exists()

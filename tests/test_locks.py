@@ -1,0 +1,93 @@
+"""Locks on folders: one process at a time, again within it, and none left behind."""
+
+import fcntl
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.locks import LOCK, locked
+
+HOLD = """
+import sys
+from pathlib import Path
+from lightning_sfubm.locks import locked
+
+with locked(Path(sys.argv[1]), "--out"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """Another process that keeps a folder until its standard input is closed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_a_folder_is_kept_while_the_process_lives(tmp_path: Path, end: str) -> None:
+    other = holder(tmp_path / "new")
+    try:
+        with (
+            pytest.raises(ConfigError, match=r"/new: another process is at work there.* by --out$"),
+            locked(tmp_path / "new", "--out"),
+        ):
+            pass
+        with locked(tmp_path / "elsewhere", "--out"):
+            pass
+    finally:
+        other.kill() if end == "kill" else other.communicate()
+        other.wait()
+    with locked(tmp_path / "new", "--out"):
+        assert (tmp_path / "new" / LOCK).is_file()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_process_may_ask_again_within_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        with locked(tmp_path, "--out"):
+            with locked(Path(), "--out"):
+                pass
+            assert (tmp_path / LOCK).is_file()  # the inner one has not let go
+            raise KeyError
+
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            work()
+        assert not (tmp_path / LOCK).exists()
+
+
+def test_a_lock_file_deleted_just_now_by_the_process_that_held_it_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, times = tmp_path / LOCK, []
+
+    def flock(file: Any, how: int) -> None:
+        times.append(how)
+        if len(times) == 1:
+            path.unlink()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path, "--out"):
+        assert (len(times), path.is_file()) == (2, True)
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with caplog.at_level(logging.WARNING), locked(tmp_path, "--out"):
+        assert f"{tmp_path} cannot be locked" in caplog.text
