@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightning_sfubm.audit.answers import answers
 from lightning_sfubm.audit.replay import GLOBAL, Update, Upload, replay
 from lightning_sfubm.audit.shadows import shadow_losses
 from lightning_sfubm.audit.subjects import Subjects, sequence_losses, subjects, trained_items
@@ -49,7 +50,8 @@ class AuditSettings:
     Attributes:
         shadows: shadow models a domain, even; 0 = membership by loss alone.
         max_users: users a domain whose membership is asked about, half of them members.
-        max_items: uploaded vectors that are linked (without replacement that is quadratic), and probes of item inference.
+        max_items: vectors a client that are linked, sent and received (without replacement that is quadratic), and probes of
+            item inference.
         classes: most common categories that attribute inference tells apart.
         random_updates: updates of random direction that say where item inference lies by chance.
         seed: of every draw.
@@ -80,12 +82,16 @@ def attack(
         settings: how much is attacked.
 
     Returns:
-        Lists ``linkage``, ``attribute``, ``membership`` and ``items`` of figures with their chance level beside, and
-        ``not_run``, a sentence for whatever could not be attacked.
+        Lists ``linkage``, ``attribute``, ``answers``, ``membership`` and ``items`` of figures with their chance level beside,
+        and ``not_run``, a sentence for whatever could not be attacked.
     """
     initial = dict(loop.server.global_teacher)
     uploads, updates = replay(messages, lines, loop.clients, initial)
-    facts: Facts = {"linkage": [], "attribute": [], "membership": [], "items": [], "not_run": []}
+    received, unmeasured = answers(
+        messages, loop.clients, loop.federation.aggregator, settings.max_items, settings.seed
+    )
+    facts: Facts = {"linkage": [], "attribute": [], "answers": received, "membership": [], "items": []}
+    facts["not_run"] = unmeasured
     for name, client in loop.clients.items():
         if sent := [upload for upload in uploads if upload.client == name]:
             facts["linkage"].append(_linkage(client, sent, settings))

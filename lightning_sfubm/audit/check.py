@@ -2,7 +2,8 @@
 
 The chain of hashes shows a line that was changed, removed or put in between. It does not show a ledger that was rewritten
 from some line on with new hashes; so the hash of the last line (``head``) is printed, to be noted where the writer of the
-file cannot reach. Lines cut off at the end show against the newest checkpoint, and against messages that have no line.
+file cannot reach. Lines cut off at the end show against the newest checkpoint, and against messages that have no line;
+where there is no checkpoint, or it is older than the end, the check says that the end could not be checked.
 """
 
 import json
@@ -33,6 +34,7 @@ class Check:
         parsed: of these, messages that follow their schema and say what their line says.
         head: hash of the last line.
         problems: one sentence each; empty where all agrees.
+        unchecked: what could not be compared and why, one sentence each.
         entries: the lines themselves.
         messages: the parsed messages with their lines, in order.
     """
@@ -43,12 +45,13 @@ class Check:
     parsed: int = 0
     head: str = GENESIS
     problems: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list, repr=False)
     messages: list[tuple[dict[str, Any], Message]] = field(default_factory=list, repr=False)
 
     def facts(self) -> dict[str, Any]:
         """As JSON values, without lines and messages."""
-        names = ("lines", "bytes", "recorded", "parsed", "head", "problems")
+        names = ("lines", "bytes", "recorded", "parsed", "head", "problems", "unchecked")
         return {name: getattr(self, name) for name in names}
 
 
@@ -88,16 +91,23 @@ def check_run(run_dir: Path, schemas: Schemas | None = None) -> Check:
 
 
 def _against_checkpoint(run_dir: Path, check: Check) -> None:
-    """A run's newest state knows how many lines there were when it was written."""
-    for state in stored_states(run_dir / "checkpoints")[-1:]:
-        try:
-            lines = int(json.loads((state / "loop.json").read_text())["stored"]["ledger"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # torn: the run's own affair, it says nothing of the ledger
-        if check.lines < lines:
-            check.problems.append(
-                f"the ledger has {check.lines} lines, {state.name} was written after {lines}: lines are missing at the end"
-            )
+    """A run's newest state knows how many lines there were when it was written; without it the end is not known."""
+    unknown = "whether lines are missing at its end could not be checked"
+    if not (states := stored_states(run_dir / "checkpoints")):
+        check.unchecked.append(f"{unknown}: the run folder holds no checkpoint that says how many there were")
+        return
+    state = states[-1]
+    try:
+        lines = int(json.loads((state / "loop.json").read_text())["stored"]["ledger"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        check.unchecked.append(f"{unknown}: {state.name}/loop.json, the newest checkpoint, is missing or unreadable")
+        return
+    if check.lines < lines:
+        check.problems.append(
+            f"the ledger has {check.lines} lines, {state.name} was written after {lines}: lines are missing at the end"
+        )
+    elif check.lines > lines:
+        check.unchecked.append(f"{unknown}: {state.name}, the newest checkpoint, was written after {lines} of them")
 
 
 def _against_messages(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,15 @@ def audit(argv: list[str]) -> None:
     Raises:
         ConfigError: neither a configuration nor a run folder with one is given.
         PrivacyError: nothing was recorded, or ledger and messages do not agree.
+        SystemExit: with code 3, after the audit, where the end of the ledger could not be checked.
     """
     defaults = AuditSettings()
     parser = argparse.ArgumentParser(
         "lightning-sfubm audit",
         description="Check the messages that a run has recorded (trainer.federation.init_args.keep_messages) against "
         "its ledger, attack them, and write audit.json, privacy_report.html and privacy_report.json into the run folder. "
-        "Further options are those of fit and must describe the run as it was.",
+        "Further options are those of fit and must describe the run as it was. Exit code 2: nothing was attacked, for "
+        "something is missing or does not agree; 3: attacked, but the end of the ledger could not be checked.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="append", default=[], help="as of fit; by default RUN_DIR/config.yaml")
@@ -96,6 +99,9 @@ def audit(argv: list[str]) -> None:
     if options.beside:
         report = write_curve(trainer.run_dir, options.beside)
     print(report)
+    if unchecked := json.loads((trainer.run_dir / "audit.json").read_text())["check"]["unchecked"]:
+        print(f"lightning-sfubm: not checked: {'; '.join(unchecked)}", file=sys.stderr)
+        raise SystemExit(3)
 
 
 def audit_run(trainer: FederatedTrainer, loop: FederatedLoop, settings: AuditSettings, command: str = "") -> Path:
@@ -128,7 +134,9 @@ def audit_run(trainer: FederatedTrainer, loop: FederatedLoop, settings: AuditSet
         "check": check.facts(),
     }
     if not check.problems:
-        console.print(f"{check.recorded} messages agree with {check.lines} lines of the ledger")
+        console.print(
+            "; ".join([f"{check.recorded} messages agree with {check.lines} lines of the ledger", *check.unchecked])
+        )
         facts |= attack(trainer, loop, check.messages, check.entries, settings)
     write_atomically(run_dir / "audit.json", json.dumps(facts, indent=1, allow_nan=False).encode())
     report = build_privacy_report(run_dir)

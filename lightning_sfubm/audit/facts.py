@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_sfubm.audit.check import check_run
+from lightning_sfubm.audit.check import Check, check_run
+from lightning_sfubm.audit.guarantee import content_of, coverage, guarantee, mechanism_of
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.evaluation.facts import ledger_facts, plain
 from lightning_sfubm.evaluation.run_folder import Json, RunFolder
@@ -12,9 +13,8 @@ from lightning_sfubm.federated.ledger import GENESIS
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 
 CURVE = "privacy_curve.json"
-_KEYS_AND_SHARES = ("secagg keys", "secagg shares", "secagg unmask")  # they hold nothing of the data
 _GUARANTEE = ("mechanism", "epsilon", "delta", "neighbours", "protects")
-_ATTACKS = ("linkage", "attribute", "membership", "items")
+_ATTACKS = ("linkage", "attribute", "membership", "items", "answers")
 
 
 def privacy_facts(folder: RunFolder) -> Json:
@@ -27,12 +27,14 @@ def privacy_facts(folder: RunFolder) -> Json:
     audit = _read(folder.path / "audit.json", folder.problems) or {}
     communication = ledger_facts(folder.ledger)
     attacks = {name: audit.get(name, []) for name in _ATTACKS}
+    doubts = check.problems or check.unchecked
     facts: Json = {
         "run": {name: folder.run.get(name) for name in ("title", "command", "started", "finished")},
         "ledger": {"file": "ledger.jsonl", "lines": check.lines, "bytes": check.bytes, "head": check.head},
-        "self_check": _self_check(folder, check.facts(), communication, audit),
+        "self_check": _self_check(folder, check, communication, audit),
         "communication": communication,
-        "mechanisms": mechanisms(folder.ledger),
+        "mechanisms": mechanisms(folder.ledger, established=not doubts),
+        "guarantee": guarantee(folder.ledger, doubts),
         "attacks": {**attacks, "not_run": audit.get("not_run", [])},
         "audit": {name: audit.get(name) for name in ("started", "commit", "command", "settings")} if audit else None,
         "perturbation": folder.privacy,
@@ -42,22 +44,31 @@ def privacy_facts(folder: RunFolder) -> Json:
     return plain(facts)  # type: ignore[no-any-return]
 
 
-def mechanisms(ledger: list[Json]) -> list[Json]:
+def mechanisms(ledger: list[Json], established: bool = True) -> list[Json]:
     """What protected each kind of message that went up, by client, with its parameters at the last message.
 
-    ``standing`` is ``"guarantee"`` where a bound holds whatever the attacker knows, ``"hidden"`` where the server sees sums
-    alone, ``"heuristic"`` where noise hides without a bound, and ``"none"``.
+    ``standing`` is ``"guarantee"`` where a bound holds whatever the attacker knows, ``"unproven"`` where some messages state
+    one that does not cover all of the client's or is not known to, ``"hidden"`` where the server sees sums alone,
+    ``"heuristic"`` where noise hides without a bound, and ``"none"``.
+
+    Args:
+        ledger: its lines.
+        established: whether the ledger is known to be whole; where it is not, no bound is a guarantee.
     """
     rows: dict[tuple[str, str], Json] = {}
+    bound = {(row["client"], row["protects"]) for row in coverage(ledger) if row["bound"] and established}
     for line in ledger:
-        if line["direction"] != "up" or line.get("kind", "").endswith(_KEYS_AND_SHARES):
+        whose = content_of(line.get("kind", ""))
+        if line["direction"] != "up" or whose is None:
             continue
-        stated = line.get("mechanism") or {}
+        stated = mechanism_of(line)
         kind = line.get("kind", "")
         common = {"client": line["client"], "kind": kind}
         privacy, secure = stated.get("differential privacy"), stated.get("secure aggregation")
+        privacy = privacy if isinstance(privacy, dict) else None
         if privacy:
-            private = common | {"standing": "guarantee", "mechanism": privacy.get("mechanism", "differential privacy")}
+            private = common | {"standing": "guarantee" if (line["client"], whose) in bound else "unproven"}
+            private["mechanism"] = privacy.get("mechanism", "differential privacy")
             rows[line["client"], f"{kind} dp"] = private | {
                 "epsilon": privacy.get("epsilon"),
                 "delta": privacy.get("delta"),
@@ -93,19 +104,23 @@ def last_membership(facts: Json) -> list[Json]:
     return sorted(rows.values(), key=lambda row: (row["domain"], row["client"] == GLOBAL, row["score"]))
 
 
-def _self_check(folder: RunFolder, check: Json, communication: Json, audit: Json) -> Json:
-    """The report's own numbers against the ledger, counted on two ways; ``None`` = there is nothing to compare."""
+def _self_check(folder: RunFolder, check: Check, communication: Json, audit: Json) -> Json:
+    """The report's own numbers against the ledger, counted on two ways; ``None`` = there is nothing to compare.
+
+    ``holds`` of all is ``False`` where something disagrees, and ``None`` where the end of the ledger could not be checked.
+    """
     resent = [line for line in folder.ledger if line.get("resent")]
     messages = sum(row["messages"] for row in communication["rows"]) + len(resent)
     total = sum(row["bytes"] for row in communication["rows"]) + sum(line["bytes"] for line in resent)
-    stated = sum(check["bytes"].values())
+    stated = sum(check.bytes.values())
     kept = bool(MessageStore(folder.path / FOLDER).names())
-    lines = check["lines"]
+    lines = check.lines
+    broken = bool(check.problems) or check.head == GENESIS
     rows: list[Json] = [
         {
             "what": "The ledger is whole: every line follows the one before it, and none is missing at the end",
-            "holds": not check["problems"] and check["head"] != GENESIS,
-            "detail": f"{lines} lines, sha256 of the last {check['head'][:16]}…",
+            "holds": False if broken else None if check.unchecked else True,
+            "detail": "; ".join([f"{lines} lines, sha256 of the last {check.head[:16]}…", *check.unchecked]),
         },
         {
             "what": "The messages of this report are those of the ledger, no more and no fewer",
@@ -119,18 +134,19 @@ def _self_check(folder: RunFolder, check: Json, communication: Json, audit: Json
         },
         {
             "what": "The recorded messages have the hash and the size of their lines",
-            "holds": check["recorded"] == lines if kept else None,
-            "detail": f"{check['recorded']} of {lines}" if kept else "the run kept hashes only",
+            "holds": check.recorded == lines if kept else None,
+            "detail": f"{check.recorded} of {lines}" if kept else "the run kept hashes only",
         },
         {
             "what": "The attacks were made on the messages of this ledger",
-            "holds": audit["check"]["head"] == check["head"] and not audit["check"]["problems"]
+            "holds": audit["check"]["head"] == check.head and not audit["check"]["problems"]
             if audit.get("check")
             else None,
             "detail": "by the hash of the last line" if audit.get("check") else "no audit was made",
         },
     ]
-    return {"holds": all(row["holds"] is not False for row in rows), "rows": rows, "problems": check["problems"]}
+    holds = False if any(row["holds"] is False for row in rows) else rows[0]["holds"]
+    return {"holds": holds, "rows": rows, "problems": check.problems, "unchecked": check.unchecked}
 
 
 def _read(path: Path, problems: list[str]) -> Any:

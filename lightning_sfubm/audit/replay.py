@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_sfubm.audit.guarantee import coverage
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.messages import Message
 
@@ -35,7 +36,7 @@ class Update:
         before: weights the round started from.
         after: weights as sent.
         views: global view (N, D) of each client's items at that time; a client without one is missing.
-        privacy: what the ledger says of differential privacy; empty = no guarantee.
+        privacy: the bound of differential privacy that covers this and all before it; empty = no guarantee.
     """
 
     client: str
@@ -66,7 +67,7 @@ def replay(
     uploads: list[Upload] = []
     updates: list[Update] = []
     views: dict[str, Tensor] = {}
-    promised = _promised(lines)
+    lines = list(lines)
     held = dict.fromkeys(clients, initial)
     current = initial
     seen: set[tuple[Any, ...]] = set()
@@ -84,12 +85,11 @@ def replay(
             views = {**views, name: _in_order(clients[name], message)}
         elif what == ("teacher", "up"):
             weights = {key: value for key, value in message.tensors.items() if key != "__weight__"}
-            privacy = entry["mechanism"].get("differential privacy", {})
-            updates.append(Update(name, round, held[name], weights, views, privacy))
+            updates.append(Update(name, round, held[name], weights, views, _bounds(lines, round).get(name) or {}))
         elif what == ("teacher", "down"):
             held[name] = message.tensors
             if not any(u.client == GLOBAL and u.round == round for u in updates):
-                updates.append(Update(GLOBAL, round, current, message.tensors, views, _weakest(promised, round)))
+                updates.append(Update(GLOBAL, round, current, message.tensors, views, _weakest(_bounds(lines, round))))
                 current = message.tensors
     return uploads, updates
 
@@ -104,18 +104,15 @@ def _in_order(client: "Client", message: Message) -> Tensor:
     return client.in_catalogue_order(vectors)
 
 
-def _promised(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, Mapping[str, Any]]]:
-    """(round, client, guarantee) of everything made of behaviour that went up; an empty guarantee is none."""
-    return [
-        (line["round"], line["client"], line["mechanism"].get("differential privacy", {}))
-        for line in lines
-        if line["direction"] == "up" and not line["kind"].startswith("semantics")
-    ]
+def _bounds(lines: Iterable[Mapping[str, Any]], round: int) -> dict[str, Mapping[str, Any] | None]:
+    """By client, the bound that covers everything made of behaviour that went up until a round; ``None`` = there is none."""
+    until = coverage(line for line in lines if line["round"] <= round)
+    return {row["client"]: row["bound"] for row in until if row["protects"] == "user"}
 
 
-def _weakest(promised: list[tuple[int, str, Mapping[str, Any]]], round: int) -> Mapping[str, Any]:
-    """The guarantee of a mean: each user has the latest of their own client, so the weakest is promised to all."""
-    latest = {client: guarantee for number, client, guarantee in promised if number <= round}
-    if not latest or not all(latest.values()):
+def _weakest(bounds: Mapping[str, Mapping[str, Any] | None]) -> Mapping[str, Any]:
+    """The guarantee of a mean: each user has that of their own client, so the weakest is promised to all."""
+    known = [bound for bound in bounds.values() if bound]
+    if not known or len(known) < len(bounds):
         return {}
-    return max(latest.values(), key=lambda guarantee: (guarantee["epsilon"], guarantee["delta"]))
+    return max(known, key=lambda bound: (bound["epsilon"], bound["delta"]))

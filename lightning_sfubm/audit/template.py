@@ -14,7 +14,8 @@ TEMPLATE = """
 {%- endif -%}
 {%- endmacro -%}
 {%- macro standing(word) -%}
-{{ {"guarantee": "guarantee", "hidden": "hidden from the server", "heuristic": "heuristic", "none": "no protection"}[word] }}
+{{ {"guarantee": "guarantee", "hidden": "hidden from the server", "heuristic": "heuristic", "none": "no protection",
+"unproven": "stated, no guarantee"}[word] }}
 {%- endmacro -%}
 {%- macro result(holds) -%}
 {{ "not checked" if holds is none else "holds" if holds else "FAILS" }}
@@ -37,7 +38,9 @@ TEMPLATE = """
  href="#curve">Curves</a><a href="#method">Method</a></nav></header>
 {% if problems %}<div class="warn"><p>Parts of the run folder could not be used:</p>
 <ul>{% for problem in problems %}<li>{{ problem }}</li>{% endfor %}</ul></div>{% endif %}
-{% if not check.holds %}<div class="warn"><p><strong>The self-check found contradictions. Do not rely on this
+{% if check.holds is none %}<div class="warn"><p><strong>The self-check could not be finished.</strong></p>
+<ul>{% for reason in check.unchecked %}<li>{{ reason }}</li>{% endfor %}</ul></div>
+{% elif not check.holds %}<div class="warn"><p><strong>The self-check found contradictions. Do not rely on this
 report.</strong></p><ul>{% for problem in check.problems %}<li>{{ problem }}</li>{% endfor %}</ul></div>{% endif %}
 
 <section id="words"><h2>In plain words</h2>
@@ -87,13 +90,15 @@ privacy_report.json, every message with its hash in ledger.jsonl.</caption></tab
 <tbody>{% for m in mechanisms %}
 <tr><td>{{ m.client }}</td><td class="text">{{ m.kind }}</td><td class="text clear">{{ standing(m.standing) }}</td>
 <td class="text wrap">{{ m.mechanism }}</td>
-<td>{% if m.standing == "guarantee" %}{{ "∞" if m.epsilon is none else "%.3g"|format(m.epsilon) }}{% else %}–{% endif %}</td>
-<td>{{ "%.1g"|format(m.delta) if m.delta is number else "–" }}</td><td class="text wrap">{{ m.neighbours or "–" }}</td>
+<td>{% if m.standing == "guarantee" %}{{ "%.3g"|format(m.epsilon) }}{% else %}–{% endif %}</td>
+<td>{% if m.standing == "guarantee" %}{{ "%.1g"|format(m.delta) }}{% else %}–{% endif %}</td>
+<td class="text wrap">{{ m.neighbours or "–" }}</td>
 <td class="text wrap">{{ m.parameters|words }}</td></tr>
 {% endfor %}</tbody>
-<caption>A guarantee bounds what any attacker can learn. A heuristic hides something from the attackers that were
-tried and
-promises nothing about others. ε and δ are those of the last message and cover all before it.</caption></table></div>
+<caption>A guarantee bounds what any attacker can learn of the client's own users or products. A heuristic hides
+something from the attackers that were tried and
+promises nothing about others. ε and δ are those of the last message and cover all before it; none are shown where they
+are not known to cover every message of the client.</caption></table></div>
 {% else %}<p class="note">No client sent anything.</p>{% endif %}
 </section>
 
@@ -111,8 +116,8 @@ promises nothing about others. ε and δ are those of the last message and cover
 {% endfor %}</tbody>
 <caption>The last message of each kind. The attacker holds the weights, the catalogue and the training sequences of
 users, half
-of whom trained. “Limit”: the most that the stated ε and δ allow any attacker on average. Brackets: 95 % intervals.
-Non-members
+of whom trained. “Limit”: the most that the stated ε and δ allow any attacker on average; “–” where they do not cover
+every message until then. Brackets: 95 % intervals. Non-members
 are users held out of training; none of the sequences contains a validation or test item.</caption></table></div>
 {{ figure("rounds", "Area under the ROC curve of membership inference by round", "Membership inference by loss after each round,
 with 95 % intervals.") }}
@@ -134,6 +139,21 @@ with 95 % intervals.") }}
 products.
 “After averaging”: over all uploads of the client, whose noise is drawn once and therefore does not cancel.</caption>
 </table></div>
+{% endif %}
+{% if attacks.answers %}
+<h3>Linkage of answers: which product of another client is in what came back?</h3>
+<div class="scroll"><table>
+<thead><tr><th>Client</th><th>round</th><th>cosine,<br>mean</th><th>near copies</th><th>named</th>
+<th>without<br>the answer</th><th>chance</th><th>products<br>named</th>
+<th>of the<br>others'</th><th>answers<br>tried</th></tr></thead>
+<tbody>{% for row in attacks.answers %}<tr><td>{{ row.client }}</td><td>{{ row.round }}</td>
+<td>{{ row.cosine_mean|num }}</td>{{ share(row.copies) }}{{ share(row.with_replacement) }}{{ share(row.without_answer) }}
+<td>{{ row.chance|percent }}</td><td>{{ row.products_named|count }}</td><td>{{ row.foreign|count }}</td>
+<td>{{ row.attacked|count }}</td></tr>
+{% endfor %}</tbody><caption>The client that receives mixed vectors attacks, holding the texts of all products of the
+others. “Named”: share of answers whose nearest product is the one whose upload weighs most in it. “Cosine”, “near
+copies” (from .95 on): between an answer and that upload. “Without the answer”: named by the client's own upload alone.
+Clients that choose their uploads to find out more were not tried.</caption></table></div>
 {% endif %}
 {% if attacks.attribute %}
 <h3>Attribute inference: what kind of product is it?</h3>
@@ -167,8 +187,8 @@ sequence? “Random updates”: areas that the same score reaches on updates of 
 Similar
 products move together, so those can lie further from .5 than the interval over items.</caption></table></div>
 {% endif %}
-{% if not (attacks.linkage or attacks.attribute or attacks["items"]) %}<p class="note">Not measured on recorded
-messages.</p>{% endif %}
+{% if not (attacks.linkage or attacks.answers or attacks.attribute or attacks["items"]) %}
+<p class="note">Not measured on recorded messages.</p>{% endif %}
 {{ figure("linkage", "Share of items linked by an attacker by noise level", "Linkage simulated at other noise levels.") }}
 {{ figure("cosine", "Cosine between clean and sent vectors by noise level", "How much of a vector survives the noise.") }}
 {% if attacks.not_run %}<div class="warn"><p>Not attacked, and therefore not known:</p>

@@ -46,13 +46,30 @@ def _left(facts: Json) -> list[str]:
         parts = []
         for row in (row for row in rows if row["client"] == client):
             what = _KINDS.get(row["kind"], f"{row['kind']} (keys and shares of the secure aggregation)")
-            parts.append(f"{row['messages']} message{'s' if row['messages'] != 1 else ''} of {what}")
+            parts.append(f"{row['messages']} message{_s(row['messages'])} of {what}")
         sentences.append(f"{client} sent {', '.join(parts)}.")
     return sentences or ["Nothing: no message was sent."]
 
 
 def _products(facts: Json) -> list[str]:
-    return _recognised(facts) + _trained_products(facts["attacks"]["items"])
+    return _recognised(facts) + _answered(facts) + _trained_products(facts["attacks"]["items"])
+
+
+def _answered(facts: Json) -> list[str]:
+    """What one organisation learns of another's products from what comes back to it."""
+    rows = facts["attacks"]["answers"]
+    back = [row for row in facts["communication"]["rows"] if row["direction"] == "down" and "semantics" in row["kind"]]
+    if back and not rows:
+        return [
+            "What an organisation learns of the products of another from the item vectors that come back was not measured."
+        ]
+    return [
+        f"{row['client']} itself, with a list of the {row['foreign']} products of the others, recognises in "
+        f"{_percent(row['with_replacement']['value'])} of the {row['attacked']} answers tried the product of another that "
+        f"weighs most in it ({_percent(row['without_answer']['value'])} without the answer, by its own upload; by guessing, "
+        f"{_percent(row['chance'])}). {_percent(row['copies']['value'])} of them come close to a copy of one upload."
+        for row in rows
+    ]
 
 
 def _trained_products(rows: list[Json]) -> list[str]:
@@ -121,11 +138,19 @@ _SCORES = {
 
 
 def _guarantee(facts: Json) -> list[str]:
-    sentences = []
+    sentences = _verdict(facts["guarantee"])
     for row in facts["mechanisms"]:
         what = f"{row['client']}, {_KINDS.get(row['kind'], row['kind'])}"
         if row["standing"] == "guarantee":
-            sentences.append(f"{what}: yes. {epsilon_words(row)}")
+            whose = "products" if row["protects"] == "item" else "users"
+            sentences.append(f"{what}: a bound for its own {whose}. {epsilon_words(row)}")
+        elif row["standing"] == "unproven" and row["epsilon"] is None:
+            sentences.append(f"{what}: no. {epsilon_words(row)}")
+        elif row["standing"] == "unproven":
+            sentences.append(
+                f"{what}: no bound that could be relied on. Some messages state differential privacy, but not all of this "
+                "organisation's are known to be covered by it."
+            )
         elif row["standing"] == "hidden":
             sentences.append(
                 f"{what}: the server sees the sum over organisations and no single update, if it follows the protocol."
@@ -139,7 +164,34 @@ def _guarantee(facts: Json) -> list[str]:
             "In this run the noise was derived from the run's seed: whoever knows the seed can remove it, so that what is said "
             "above holds for a simulation only. Set secret_dir to have each organisation draw its own."
         )
-    return sentences or ["Nothing was sent, so none is needed."]
+    return sentences
+
+
+def _verdict(guarantee: Json) -> list[str]:
+    """What the run as a whole promises to persons, before what each organisation does for its own."""
+    number, standing = guarantee["messages"], guarantee["standing"]
+    if standing == "nothing sent":
+        return ["For persons none is needed: no message made from user behaviour left."]
+    if standing == "all":
+        return [
+            f"For persons, yes: each of the {number} messages made from user behaviour left with differential privacy. Which "
+            "products an organisation has is no part of it."
+        ]
+    if standing == "unknown":
+        return [
+            "For persons this is not known, so do not count on one. "
+            + " ".join(f"{doubt[0].upper()}{doubt[1:].rstrip('.')}." for doubt in guarantee["doubts"])
+        ]
+    without = sum(entry["messages"] for entry in guarantee["unprotected"])
+    return [
+        f"For persons, no: this run as a whole has no guarantee. Of {number} message{_s(number)} made from user behaviour, "
+        f"{without} left without differential privacy: {'; '.join(map(_unprotected, guarantee['unprotected']))}."
+    ]
+
+
+def _unprotected(entry: Json) -> str:
+    hidden = f" ({entry['hidden']} of them hidden from the server, which bounds nothing)" if entry["hidden"] else ""
+    return f"{entry['client']}, {entry['messages']} of {entry['of']} with {_KINDS.get(entry['kind'], entry['kind'])}{hidden}"
 
 
 def epsilon_words(row: Json) -> str:
@@ -161,16 +213,22 @@ def epsilon_words(row: Json) -> str:
 
 def _trust(facts: Json) -> list[str]:
     check = facts["self_check"]
-    stands = (
-        "Every number on what was sent was compared with the ledger and agrees."
-        if check["holds"]
-        else "No: the comparison with the ledger below found contradictions."
-    )
+    stands = {
+        True: "Every number on what was sent was compared with the ledger and agrees.",
+        False: "No: the comparison with the ledger below found contradictions.",
+        None: "Only as far as the ledger goes: every number on what was sent agrees with it, but "
+        + "; ".join(check["unchecked"])
+        + ".",
+    }[check["holds"]]
     return [
         f"{stands} The ledger is a file in which every line carries the hash of the line before it. Whoever can write the file "
         "can write a new one as a whole: note the hash of its last line elsewhere to be able to tell. Attacks show what these "
         "attackers found, not what a cleverer one could find."
     ]
+
+
+def _s(number: int) -> str:
+    return "" if number == 1 else "s"
 
 
 def _percent(value: float) -> str:

@@ -139,10 +139,25 @@ def test_a_ledger_cut_at_the_end_is_shorter_than_the_checkpoint_says(run_dir: Pa
     state = run_dir / "checkpoints" / "state-0003"
     state.mkdir(parents=True)
     (state / "loop.json").write_text(json.dumps({"stored": {"ledger": 5}}))
-    assert check_run(run_dir).problems == []
+    check = check_run(run_dir)
+    assert (check.problems, check.unchecked) == ([], [])
     rewrite(run_dir, lines(run_dir)[:-1])
     (problem,) = check_run(run_dir).problems
     assert "has 4 lines, state-0003 was written after 5" in problem
+
+
+def test_without_a_whole_newest_checkpoint_the_end_is_said_not_to_be_checked(run_dir: Path) -> None:
+    (sentence,) = check_run(run_dir).unchecked
+    assert "could not be checked: the run folder holds no checkpoint" in sentence
+    for number, content in ((1, {"stored": {"ledger": 5}}), (2, {"stored": {}}), (3, {"stored": {"ledger": 4}})):
+        state = run_dir / "checkpoints" / f"state-{number:04d}"
+        state.mkdir(parents=True)
+        (state / "loop.json").write_text(json.dumps(content))
+        check = check_run(run_dir)
+        assert check.problems == []
+        assert len(check.unchecked) == (number > 1)
+    assert "state-0003, the newest checkpoint, was written after 4 of them" in check.unchecked[0]
+    assert check.facts()["unchecked"] == check.unchecked
 
 
 def test_no_ledger_and_no_json_are_problems(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,22 @@ def run_dir(tmp_path: Path) -> Path:
     ledger.record_bytes("shop <a>", "up", "teacher", 1, b"123", {"differential privacy": {**PRIVATE, "epsilon": 1.0}})
     ledger.record_bytes("shop <a>", "up", "teacher", 2, b"1234", {"differential privacy": PRIVATE})
     ledger.record_bytes("shop <a>", "down", "teacher", 2, b"1", {})
+    checkpoint(tmp_path)
     return tmp_path
+
+
+def checkpoint(run_dir: Path, lines: int | None = None) -> Path:
+    """Put a state in place that says how many lines there were; by default as many as there are."""
+    if lines is None:
+        lines = len((run_dir / "ledger.jsonl").read_text().splitlines())
+    loop = run_dir / "checkpoints" / "state-0001" / "loop.json"
+    loop.parent.mkdir(parents=True, exist_ok=True)
+    loop.write_text(json.dumps({"stored": {"ledger": lines}}))
+    return loop
+
+
+def in_words(facts: dict[str, Any], question: str) -> str:
+    return " ".join(s for entry in facts["in_plain_words"] if question in entry["question"] for s in entry["answer"])
 
 
 def facts_of(report: Path) -> dict[str, Any]:
@@ -42,7 +59,7 @@ def facts_of(report: Path) -> dict[str, Any]:
 def test_a_ledger_is_enough_for_a_report(run_dir: Path) -> None:
     report = build_privacy_report(run_dir)
     facts, page = facts_of(report), report.read_text()
-    assert facts["self_check"]["holds"]
+    assert facts["self_check"]["holds"] is True
     assert [row["holds"] for row in facts["self_check"]["rows"]] == [True, True, True, None, None]
     assert facts["ledger"]["bytes"] == {"up": 12, "down": 1}
     row = next(row for row in facts["communication"]["rows"] if row["kind"] == "semantics")
@@ -103,12 +120,52 @@ def test_noise_that_the_seed_gives_away_is_called_a_simulation(tmp_path: Path) -
         assert ("holds for a simulation only" in str(answers)) == simulated
 
 
+def without_state(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "checkpoints")
+
+
+def torn_state(run_dir: Path) -> None:
+    checkpoint(run_dir).write_text("{")
+
+
+def early_state(run_dir: Path) -> None:
+    checkpoint(run_dir, lines=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (without_state, "holds no checkpoint"),
+        (torn_state, "state-0001/loop.json, the newest checkpoint, is missing or unreadable"),
+        (early_state, "state-0001, the newest checkpoint, was written after 2 of them"),
+    ],
+)
+def test_an_end_that_cannot_be_checked_is_not_said_to_hold(
+    run_dir: Path, change: Callable[[Path], None], why: str
+) -> None:
+    change(run_dir)
+    report = build_privacy_report(run_dir)
+    facts, page = facts_of(report), report.read_text()
+    whole = facts["self_check"]["rows"][0]
+    assert facts["self_check"]["holds"] is whole["holds"] is None
+    assert why in whole["detail"]
+    assert why in in_words(facts, "trusted")
+    assert "Only as far as the ledger goes" in in_words(facts, "trusted")
+    assert "could not be finished" in page
+    assert "found contradictions" not in page
+    assert facts["guarantee"]["standing"] == "unknown"  # a message without protection may be among those missing
+    assert why in in_words(facts, "guarantee")
+    assert "factor of at most" not in page
+
+
 def test_a_changed_ledger_is_announced_at_the_top(run_dir: Path) -> None:
     path = run_dir / "ledger.jsonl"
     path.write_text(path.read_text().replace('"bytes": 5', '"bytes": 6'))
     report = build_privacy_report(run_dir)
     facts = facts_of(report)
-    assert not facts["self_check"]["holds"]
+    assert facts["self_check"]["holds"] is False
+    assert facts["guarantee"]["standing"] == "unknown"
+    assert "factor of at most" not in report.read_text()
     assert "does not follow" in facts["self_check"]["problems"][0]
     assert report.read_text().index("Do not rely on this") < report.read_text().index("In plain words</h2>")
 
@@ -124,6 +181,32 @@ def test_a_broken_audit_file_is_named(run_dir: Path) -> None:
     report = build_privacy_report(run_dir)
     assert "audit.json: broken JSON" in report.read_text()
     assert facts_of(report)["audit"] is None
+
+
+def test_what_comes_back_is_measured_or_said_not_to_be(run_dir: Path) -> None:
+    ledger = Ledger(run_dir / "ledger.jsonl")
+    ledger.resume(4)
+    ledger.record_bytes("shop <a>", "down", "semantics", 0, b"1", {})
+    missing = "the item vectors that come back was not measured"
+    assert missing in in_words(facts_of(build_privacy_report(run_dir)), "products")
+    row = {
+        "client": "shop <a>",
+        "round": 0,
+        "items": 7,
+        "attacked": 7,
+        "foreign": 50,
+        "cosine_mean": 0.8,
+        "chance": 0.02,
+    }
+    row |= {"with_replacement": estimate(0.75), "without_answer": estimate(0.25), "copies": estimate(0.5)}
+    audit = {"answers": [row | {"products_named": 5}]}
+    (run_dir / "audit.json").write_text(json.dumps(audit))
+    report = build_privacy_report(run_dir)
+    words = in_words(facts_of(report), "products")
+    assert missing not in words
+    assert "the 50 products of the others, recognises in 75.0 % of the 7 answers tried" in words
+    assert "25.0 % without the answer" in words
+    assert "Linkage of answers" in report.read_text()
 
 
 def estimate(value: float) -> dict[str, float]:

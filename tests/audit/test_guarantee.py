@@ -1,0 +1,171 @@
+"""A guarantee of a run is stated only where a bound covers every message made of users' data, and never on doubt."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sfubm.audit.facts import mechanisms
+from lightning_sfubm.audit.guarantee import content_of, coverage, guarantee
+from lightning_sfubm.audit.replay import replay
+from lightning_sfubm.audit.report import build_privacy_report
+from lightning_sfubm.federated.ledger import Ledger
+from tests.audit.test_report import checkpoint, in_words
+
+SECURE = {"secure aggregation": "threshold 0.6"}
+NOISE = {"mechanism": "Gaussian perturbation", "sigma": 0.05}
+
+
+def private(epsilon: Any = 2.0, **changed: Any) -> dict[str, Any]:
+    stated = {"mechanism": "DP-SGD over users", "neighbours": "one user's whole sequence added or removed"}
+    return {"differential privacy": {**stated, "epsilon": epsilon, "delta": 1e-5, **changed}}
+
+
+def up(client: str, round: int, mechanism: dict[str, Any], kind: str = "teacher") -> dict[str, Any]:
+    return {"client": client, "direction": "up", "kind": kind, "round": round, "mechanism": mechanism}
+
+
+def report(folder: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    ledger = Ledger(folder / "ledger.jsonl")
+    ledger.start()
+    for number, line in enumerate(lines):
+        payload = str(number).encode()
+        ledger.record_bytes(line["client"], line["direction"], line["kind"], line["round"], payload, line["mechanism"])
+    checkpoint(folder)
+    path = build_privacy_report(folder)
+    return json.loads(path.with_suffix(".json").read_text()), path.read_text()
+
+
+def test_kinds_that_are_not_known_are_taken_for_users_data() -> None:
+    kinds = ("semantics", "semantics secagg masked input", "teacher", "secagg masked input", "anything", "")
+    assert [content_of(kind) for kind in kinds] == ["item", "item", "user", "user", "user", "user"]
+    assert {content_of(f"{of}secagg {step}") for of in ("", "semantics ") for step in ("keys", "shares", "unmask")} == {
+        None
+    }
+    assert content_of("teacher secagg keys") == "user"
+
+
+def test_a_run_whose_messages_are_all_covered_has_one(tmp_path: Path) -> None:
+    lines = [
+        up("a", 0, NOISE, "semantics"),
+        up("a", 1, private(1.0)),
+        up("b", 1, private(3.0)),
+        up("a", 2, private(2.0)),
+    ]
+    facts, page = report(tmp_path, lines)
+    assert facts["guarantee"] == {"standing": "all", "messages": 3, "unprotected": [], "doubts": []}
+    words = in_words(facts, "guarantee")
+    assert "each of the 3 messages made from user behaviour left with differential privacy" in words
+    assert words.count("a bound for its own users") == 2
+    assert page.count("epsilon 2 at delta 1e-05") == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_one_unprotected_message_takes_it_away(tmp_path: Path, order: tuple[int, ...]) -> None:
+    teacher = [up("a", 1, {}), up("a", 2, private(1.0)), up("a", 3, private(2.0))]
+    facts, page = report(tmp_path, [teacher[i] for i in order])
+    assert facts["guarantee"]["standing"] == "none"
+    (row,) = facts["guarantee"]["unprotected"]
+    assert row == {"client": "a", "kind": "teacher", "messages": 1, "of": 3, "hidden": 0}
+    words = in_words(facts, "guarantee")
+    assert "this run as a whole has no guarantee. Of 3 messages made from user behaviour, 1 left without" in words
+    assert "a, 1 of 3 with weights of the shared model" in words
+    assert {row["standing"] for row in facts["mechanisms"]} == {"unproven", "none"}
+    for promise in ("a bound for its own", "raise the odds", "epsilon 2 ", ": yes", "persons, yes"):
+        assert promise not in page
+
+
+def test_another_client_keeps_its_own_bound_and_no_more(tmp_path: Path) -> None:
+    lines = [up("a", 1, private()), up("b", 1, SECURE, "secagg masked input"), up("b", 1, SECURE, "secagg keys")]
+    facts, _ = report(tmp_path, lines)
+    words = in_words(facts, "guarantee")
+    assert words.startswith("For persons, no: this run as a whole has no guarantee. Of 2 messages")
+    assert "b, 1 of 1 with masked weights" in words
+    assert "(1 of them hidden from the server, which bounds nothing)" in words
+    assert "a, weights of the shared model (numbers computed from user behaviour): a bound for its own users." in words
+
+
+def test_item_vectors_alone_need_none_for_persons(tmp_path: Path) -> None:
+    facts, _ = report(tmp_path, [up("a", 0, NOISE, "semantics")])
+    assert facts["guarantee"]["standing"] == "nothing sent"
+    assert "no message made from user behaviour left" in in_words(facts, "guarantee")
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        {},
+        NOISE,
+        SECURE,
+        {"differential privacy": "yes"},
+        private(None),
+        private(math.inf),
+        private(math.nan),
+        private(-1.0),
+        private("2"),
+        private(delta=None),
+        private(delta=1.0),
+        private(neighbours=None),
+        private(protects="item"),
+    ],
+)
+def test_what_is_no_finite_bound_for_users_protects_nothing(mechanism: dict[str, Any]) -> None:
+    assert guarantee([up("a", 1, mechanism), up("a", 2, private())], [])["standing"] == "none"
+    rows = mechanisms([up("a", 1, mechanism), up("a", 2, private())])
+    assert rows
+    assert not any(row["standing"] == "guarantee" for row in rows)
+
+
+def test_numbers_of_examples_beside_the_weights_are_not_covered() -> None:
+    line = up("a", 1, private()) | {"tensors": {"__weight__": {"shape": [1]}}}
+    assert guarantee([line], [])["standing"] == "none"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [up("a", 1, private(2.0)), up("a", 2, private(1.0))],
+        [up("a", 1, private()), up("a", 2, private(delta=1e-6))],
+        [up("a", 1, private()), up("a", 2, private(neighbours="one interaction"))],
+        [up("a", 1, private()), up("a", 1, private(), "something else")],
+    ],
+)
+def test_bounds_that_do_not_add_up_are_not_known(lines: list[dict[str, Any]]) -> None:
+    found = guarantee(lines, [])
+    assert found["standing"] == "unknown"
+    assert found["doubts"][0].startswith("a: ")
+    assert {row["standing"] for row in mechanisms(lines)} == {"unproven"}
+
+
+def test_a_doubt_about_the_ledger_leaves_none() -> None:
+    lines = [up("a", 1, private())]
+    assert guarantee(lines, ["the end is missing"])["standing"] == "unknown"
+    assert guarantee([], ["the end is missing"])["standing"] == "unknown"
+    assert guarantee([up("a", 1, {})], ["the end is missing"])["standing"] == "none"
+    assert [row["standing"] for row in mechanisms(lines, established=False)] == ["unproven"]
+
+
+def test_what_was_sent_again_counts_once() -> None:
+    again = up("a", 1, {}) | {"resent": True}
+    assert coverage([up("a", 1, {}), again])[0]["messages"] == 1
+
+
+def test_no_limit_stands_beside_an_attack_where_an_earlier_message_had_no_bound() -> None:
+    class Sent:
+        tensors: dict[str, Any] = {}
+
+    class Nobody:
+        pass
+
+    def privacy(first: dict[str, Any]) -> list[Any]:
+        lines = []
+        for number, mechanism in ((1, first), (2, private())):
+            lines.append(up("a", number, mechanism) | {"content_sha256": f"{number} up"})
+            lines.append(lines[-1] | {"direction": "down", "mechanism": {}, "content_sha256": f"{number} down"})
+        _, updates = replay([(line, Sent()) for line in lines], lines, {"a": Nobody()}, {})  # type: ignore[misc]
+        return [update.privacy.get("epsilon") for update in updates if update.round == 2]
+
+    assert privacy(private(1.0)) == [2.0, 2.0]  # the client's own, and the aggregated one
+    assert privacy({}) == [None, None]
