@@ -18,7 +18,7 @@ class Domain:
         name: domain name.
         offsets: (U + 1,) int64.
         items: (M,) int32 item ids in ``1..N``.
-        times: (M,) int64 seconds, or ``None`` where only the order is known.
+        times: (M,) int64 seconds, rounded down, or ``None`` where only the order is known.
         titles: N + 1 strings, ``titles[0] == ""``.
         texts: N + 1 strings, what a text encoder reads: the title, then the text columns.
         user_keys: U source keys.

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from lightning_sfubm.datamodules.card import LONG_TITLE, DataCard, Statistics, TitleStatistics
 from lightning_sfubm.datamodules.domain import Domain
-from lightning_sfubm.datamodules.readers.base import RawDomain, check_schema, dictionary_ids
+from lightning_sfubm.datamodules.readers.base import RawDomain, check_schema, dictionary_ids, order_values
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.candidates import normalise_title
 from lightning_sfubm.seeds import numpy_generator
@@ -121,9 +121,10 @@ def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Dom
     users, user_codes = np.unique(rows.users, return_inverse=True)
     used, item_codes = np.unique(rows.items, return_inverse=True)
     rules["items_without_interactions"] = len(item_keys) - len(used) - rules["kcore_items"]
-    rows = _Rows(user_codes, (item_codes + 1).astype(np.int32), rows.order)
+    rows = rows._replace(users=user_codes, items=(item_codes + 1).astype(np.int32))
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user_codes))]).astype(np.int64)
-    times = rows.order.astype(np.int64) if raw.order_kind == "timestamp" and rows.order is not None else None
+    seconds = rows.seconds() if raw.order_kind == "timestamp" else None
+    times = (seconds // 1).astype(np.int64) if seconds is not None else None
     kept_users, kept_items = user_keys.take(pa.array(users)).to_pylist(), item_keys.take(pa.array(used)).to_pylist()
     titles, texts, rules["titles_missing"] = _texts(item_table.take(pa.array(used)), kept_items)
     card = DataCard(
@@ -133,7 +134,7 @@ def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Dom
         rules={rule: int(count) for rule, count in rules.items()},
         before=before,
         after=rows.statistics(raw.order_kind),
-        tied_share=_tied_share(user_codes, times),
+        tied_share=_tied_share(user_codes, rows.order if times is not None else None),
         repeat_share=_repeat_share(rows, len(used)),
         titles=_title_statistics(titles),
     )
@@ -142,25 +143,33 @@ def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Dom
 
 
 class _Rows(NamedTuple):
-    """Interactions as parallel arrays (M,); ``order`` is missing where the row order is the order."""
+    """Interactions as parallel arrays (M,); ``order`` is missing where the row order is the order.
+
+    Times keep the resolution of the source in ``order``, ``per_second`` units a second.
+    """
 
     users: np.ndarray
     items: np.ndarray
     order: np.ndarray | None
+    per_second: int = 1
 
     def where(self, selection: np.ndarray) -> "_Rows":
         """The rows a mask (M,) or an index array picks."""
         if selection.dtype == bool and selection.all():
             return self
         order = self.order[selection] if self.order is not None else None
-        return _Rows(self.users[selection], self.items[selection], order)
+        return _Rows(self.users[selection], self.items[selection], order, self.per_second)
+
+    def seconds(self) -> np.ndarray | None:
+        """The order in seconds, integers rounded down."""
+        return self.order if self.order is None or self.per_second == 1 else self.order // self.per_second
 
     def count(self, column: Literal["users", "items"]) -> int:
         """Number of distinct users or items."""
         return int(np.count_nonzero(np.bincount(getattr(self, column))))
 
     def statistics(self, order_kind: str) -> Statistics:
-        return Statistics.of(self.users, self.items, self.order if order_kind == "timestamp" else None)
+        return Statistics.of(self.users, self.items, self.seconds() if order_kind == "timestamp" else None)
 
     def sorted(self) -> tuple["_Rows", int]:
         """By user, then order, ties as in the source; and the number of users whose rows were out of order."""
@@ -242,7 +251,9 @@ def _encode(raw: RawDomain, item_keys: pa.StringArray, rules: dict[str, int]) ->
     """
     users = dictionary_ids(raw.interactions.column("user"), "user")
     items = dictionary_ids(raw.interactions.column("item"), "item")
-    order = _order(raw.interactions)
+    order, per_second = None, 1
+    if "order" in raw.interactions.column_names:
+        order, per_second = order_values(raw.interactions.column("order"))
     complete = pc.and_(users.indices.is_valid(), items.indices.is_valid())
     if order is not None:
         complete = pc.and_(complete, order.is_valid())
@@ -263,22 +274,9 @@ def _encode(raw: RawDomain, item_keys: pa.StringArray, rules: dict[str, int]) ->
         user_rank[user_indices.to_numpy()],
         position[item_indices.to_numpy()],
         order.to_numpy() if order is not None else None,
+        per_second,
     )
     return rows, user_keys
-
-
-def _order(interactions: pa.Table) -> pa.Array | None:
-    """The order column as int64 or float64 with nulls for what is missing."""
-    if "order" not in interactions.column_names:
-        return None
-    column = interactions.column("order").combine_chunks()
-    if pa.types.is_temporal(column.type):
-        column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
-    if pa.types.is_floating(column.type):
-        return pc.if_else(pc.is_nan(column), None, column).cast(pa.float64())
-    if not pa.types.is_integer(column.type):
-        raise DataError(f"the order column holds {column.type}, but must be a number or a time; convert the column")
-    return column.cast(pa.int64())
 
 
 def _in_range(user_keys: pa.StringArray, bounds: tuple[int, int], name: str) -> np.ndarray:

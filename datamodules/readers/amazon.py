@@ -5,6 +5,7 @@ import gzip
 import html
 import json
 import re
+import reprlib
 import zlib
 from array import array
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from lightning_sfubm.datamodules.readers.base import RawDomain, existing, finger
 from lightning_sfubm.errors import ConfigError, DataError
 
 Version = Literal["2014", "2018", "2023"]
+#: Years 1 to 9999 in seconds since 1970: first, and first beyond.
+_TIMES = (-62_135_596_800, 253_402_300_800)
 _TAG = re.compile(r"<[^>]{0,200}>")
 
 
@@ -63,24 +66,32 @@ class AmazonReader:
         """Stream both files.
 
         Raises:
-            DataError: a file is missing or no readable gzip; a line is no JSON object, or lacks a field.
+            DataError: a file is missing or no readable gzip; a line is no JSON object, lacks a field, or holds a time
+                outside the years 1 to 9999 or an id with half a surrogate pair.
         """
         fields = _FIELDS[self.version]
         users: dict[str, int] = {}
         items: dict[str, int] = {}
-        user_codes, item_codes, times = array("i"), array("i"), array("q")
+        user_codes, item_codes, times = array("i"), array("i"), array("d")
+        first, beyond = (bound * fields.scale for bound in _TIMES)
         path = resolve(root, self.reviews)
         for number, record in _records(path):
             user = _field(record, fields.user, str, path, number)
             item = _field(record, fields.item, str, path, number)
-            times.append(int(_field(record, fields.time, (int, float), path, number)) // fields.scale)
+            time = _field(record, fields.time, (int, float), path, number)
+            if not first <= time < beyond:
+                raise DataError(
+                    f"{path}, line {number}: field '{fields.time}' holds {time}, which lies outside the years 1 to "
+                    "9999; is this the right release of the data?"
+                )
+            times.append(time)
             user_codes.append(users.setdefault(user, len(users)))
             item_codes.append(items.setdefault(item, len(items)))
         interactions = pa.table(
             {
                 "user": _dictionary(user_codes, users),
                 "item": _dictionary(item_codes, items),
-                "order": pa.array(np.frombuffer(times, dtype=np.int64)) if times else pa.array([], pa.int64()),
+                "order": pa.array(np.array(times) / fields.scale),
             }
         )
 
@@ -93,8 +104,7 @@ class AmazonReader:
                 skipped += 1
                 continue
             columns["item"].append(item)
-            columns["title"].append(clean(record.get("title")))
-            for name in fields.texts:
+            for name in ("title", *fields.texts):
                 columns[name].append(clean(record.get(name)))
         table = pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
         return RawDomain(interactions, table, "timestamp", {"metadata_of_items_without_reviews": skipped})
@@ -106,7 +116,10 @@ class AmazonReader:
 
 
 def clean(value: Any) -> str | None:
-    """Plain text of a metadata value: HTML unescaped, tags removed, (nested) lists joined with commas."""
+    """Plain text of a metadata value: HTML unescaped, tags removed, (nested) lists joined with commas.
+
+    Half a surrogate pair, where a text was cut off within an emoji, is dropped: it is no character.
+    """
     if isinstance(value, (list, tuple)):
         flat: dict[str, None] = {}
         stack = list(reversed(value))
@@ -119,6 +132,8 @@ def clean(value: Any) -> str | None:
         return ", ".join(flat) or None
     if not isinstance(value, str):
         return None
+    if not value.isascii():
+        value = value.encode("utf-8", "ignore").decode()
     return " ".join(_TAG.sub(" ", html.unescape(value)).split()) or None
 
 
@@ -140,10 +155,14 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
+    except RecursionError:
+        raise DataError(
+            f"{path}, line {number}: lists or objects nested too deeply to be a review or an item"
+        ) from None
     except ValueError:
         try:
             record = ast.literal_eval(line.decode())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise DataError(f"{path}, line {number}: no complete JSON object (is the file truncated?)") from None
     if not isinstance(record, dict):
         raise DataError(f"{path}, line {number}: a {type(record).__name__} where a JSON object is expected")
@@ -154,10 +173,25 @@ def _field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], pat
     value = record.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         found = (
-            f"holds {value!r:.60}" if name in record else f"is missing (fields: {', '.join(map(str, record))[:200]})"
+            f"holds {reprlib.repr(value)}"
+            if name in record
+            else f"is missing (fields: {', '.join(map(str, record))[:200]})"
         )
         raise DataError(f"{path}, line {number}: field '{name}' {found}; is this the right release of the data?")
-    return value
+    return _checked(value, name, path, number) if isinstance(value, str) else value
+
+
+def _checked(text: str, name: str, path: Path, number: int) -> str:
+    """The text, if it can be written as UTF-8."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{path}, line {number}: field '{name}' holds half a surrogate pair, which is no character "
+                f"({reprlib.repr(text)}); mend or drop the line"
+            ) from None
+    return text
 
 
 def _dictionary(codes: "array[int]", keys: dict[str, int]) -> pa.DictionaryArray:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lightning_sfubm.errors import DataError
+
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,10 @@ class RawDomain:
 
     Attributes:
         interactions: columns ``user`` and ``item`` (integer, string or dictionary-encoded string) and, optionally,
-            ``order`` (integer, float or timestamp). Rows with equal order keep the order they have here.
+            ``order`` (integer, float, date or timestamp). Rows with equal order keep the order they have here.
         items: columns ``item``, ``title`` and any further text columns, in the order in which they are to be read.
-        order_kind: ``"timestamp"`` (seconds since 1970), ``"position"`` or ``"none"`` (row order is the order).
+        order_kind: ``"timestamp"`` (numbers are seconds since 1970), ``"position"`` or ``"none"`` (row order is the
+            order).
         notes: what the reader itself left out, by rule name; shown in the data card.
     """
 
@@ -99,6 +103,42 @@ def dictionary_ids(column: pa.ChunkedArray, name: str) -> pa.DictionaryArray:
     if isinstance(single, pa.ChunkedArray):
         single = single.chunk(0)
     return pa.DictionaryArray.from_arrays(single.indices.cast(pa.int32()), single.dictionary.cast(pa.string()))
+
+
+def order_values(column: pa.ChunkedArray) -> tuple[pa.Array, int]:
+    """Turn an order column into numbers, in its own resolution.
+
+    Args:
+        column: integers, floats, dates or timestamps (UTC where they have no zone).
+
+    Returns:
+        int64 or float64 with nulls for what is missing, and how many units make a second.
+
+    Raises:
+        DataError: the column has another type, or holds a number beyond 64-bit integers.
+    """
+    if pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("s"), safe=False)
+    per_second = 1
+    if pa.types.is_timestamp(column.type):
+        per_second = _PER_SECOND[column.type.unit]
+        column = column.cast(pa.int64())
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise DataError(f"the order column holds {column.type}, but must be a number or a time; convert the column")
+    if (row := row_out_of_range(column)) is not None:
+        raise DataError(f"the order column holds {column[row]} in row {row + 1}, which is beyond 64-bit integers")
+    if pa.types.is_floating(column.type):
+        values = column.combine_chunks().cast(pa.float64())
+        return pc.if_else(pc.is_nan(values), None, values), per_second
+    return column.combine_chunks().cast(pa.int64()), per_second
+
+
+def row_out_of_range(column: pa.ChunkedArray) -> int | None:
+    """Row, from 0, of the first number of an order column that no 64-bit integer can hold (infinity, say)."""
+    if not (pa.types.is_floating(column.type) or pa.types.is_uint64(column.type)):
+        return None
+    row: int = pc.index(pc.greater_equal(pc.abs(column.cast(pa.float64(), safe=False)), 2.0**63), True).as_py()
+    return row if row >= 0 else None
 
 
 def check_schema(raw: RawDomain) -> None:

@@ -14,14 +14,18 @@ from typing import TextIO, TypeVar
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from lightning_sfubm.datamodules.readers.base import existing
+from lightning_sfubm.datamodules.readers.base import existing, row_out_of_range
 from lightning_sfubm.errors import DataError
 
 ID = pa.dictionary(pa.int32(), pa.string())
 TEXT = pa.string()
 T = TypeVar("T")
 #: Types tried for an order column, in this order; the first that fits the whole column is taken.
-ORDER_TYPES = (pa.int64(), pa.float64(), pa.timestamp("s"))
+ORDER_TYPES = (
+    pa.int64(),
+    pa.float64(),
+    *(pa.timestamp(unit, zone) for zone in (None, "UTC") for unit in ("s", "us", "ns")),
+)
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,16 @@ def read_delimited(
         path: ``.gz`` is decompressed.
         ids: columns of keys, read as dictionary-encoded strings.
         texts: columns of free text; empty cells become null.
-        order: column of integers, floats or ISO times.
+        order: column of integers, floats or ISO times. Times with ``Z`` or an offset become UTC; a column has one in
+            every row or in none.
         dialect: how the file is written.
 
     Returns:
         Table with the named columns.
 
     Raises:
-        DataError: the file is missing, no readable gzip, lacks a column, or has a bad line (which is named).
+        DataError: the file is missing, no readable gzip, lacks a column, or has a bad line or a quoted cell that does
+            not close (the line is named).
     """
     existing(path, "file")
     columns = [*ids, *texts, *([order] if order else [])]
@@ -78,9 +84,15 @@ def read_delimited(
     for order_type in ORDER_TYPES if order else (None,):
         try:
             tried = types | ({order: order_type} if order else {})
-            return _guard(path, partial(_read, path, dialect, tried, columns))
+            table, whole = _guard(path, partial(_read, path, dialect, tried, columns))
         except pa.ArrowInvalid as error:
             failure = error
+            continue
+        if order and row_out_of_range(table.column(order)) is not None:
+            break
+        if not whole:
+            _guard(path, partial(_check_quotes, path, dialect))
+        return table
     _guard(path, lambda: _name_bad_line(path, dialect, header, order))
     raise DataError(f"{path}: cannot be read as delimited text ({str(failure).splitlines()[0]})") from failure
 
@@ -133,14 +145,49 @@ def _rows(file: TextIO, path: Path, dialect: Dialect) -> Iterator[tuple[int, lis
         quoting=csv.QUOTE_MINIMAL if dialect.quoted else csv.QUOTE_NONE,
         strict=dialect.quoted,
     )
+    start = 1
     try:
         for row in rows:
             yield rows.line_num, row
+            start = rows.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: {error}") from error
+        advice = "; close the quoted cell of this row, and double any quote inside it" if dialect.quoted else ""
+        raise DataError(f"{path}, line {start}: {error}{advice}") from error
 
 
-def _read(path: Path, dialect: Dialect, types: dict[str, pa.DataType], columns: list[str]) -> pa.Table:
+def _check_quotes(path: Path, dialect: Dialect) -> None:
+    """Walk the file and raise for the first row with a quoted cell that does not end where it should."""
+    with _open(path, dialect) as file:
+        for _ in _rows(file, path, dialect):
+            pass
+
+
+class _Watched(io.RawIOBase):
+    """A binary stream that counts its lines on the way and notes whether there are quotes."""
+
+    def __init__(self, source: pa.NativeFile) -> None:
+        self._source = source
+        self._last = b"\n"
+        self.lines = 0
+        self.quotes = False
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._source.read(size)
+        self.quotes = self.quotes or b'"' in data
+        # The end of the stream ends its last line.
+        self.lines += data.count(b"\n") if data else self._last != b"\n"
+        self._last = data[-1:] or b"\n"
+        return data
+
+
+def _read(path: Path, dialect: Dialect, types: dict[str, pa.DataType], columns: list[str]) -> tuple[pa.Table, bool]:
+    """The columns, and whether every line surely became a row.
+
+    Arrow takes everything up to the next quote for one cell, so a quote left open swallows rows without an error.
+    """
     delimiter = dialect.delimiter
     if len(delimiter) > 1:
         with _open(path, dialect) as file:
@@ -152,8 +199,9 @@ def _read(path: Path, dialect: Dialect, types: dict[str, pa.DataType], columns: 
         source = pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None)
         encoding = dialect.encoding
     with source:
-        return pacsv.read_csv(
-            source,
+        watched = _Watched(source)
+        table = pacsv.read_csv(
+            watched,
             read_options=pacsv.ReadOptions(
                 column_names=list(dialect.names) if dialect.names else None, encoding=encoding, block_size=8 << 20
             ),
@@ -166,10 +214,13 @@ def _read(path: Path, dialect: Dialect, types: dict[str, pa.DataType], columns: 
                 column_types=types, include_columns=columns, null_values=[""], strings_can_be_null=True
             ),
         )
+        rows = table.num_rows + (dialect.names is None)
+        return table, not (dialect.quoted and watched.quotes) or rows == watched.lines
 
 
 def _name_bad_line(path: Path, dialect: Dialect, header: list[str], order: str | None) -> None:
     """Walk the file row by row and raise for the first line that Arrow could not have taken."""
+    kinds: Sequence[pa.DataType] = ORDER_TYPES
     with _open(path, dialect) as file:
         for number, row in islice(_rows(file, path, dialect), 0 if dialect.names else 1, None):
             where = f"{path}, line {number}"
@@ -177,17 +228,16 @@ def _name_bad_line(path: Path, dialect: Dialect, header: list[str], order: str |
                 raise DataError(f"{where}: {len(row)} columns where the header has {len(header)}")
             if any("\udc80" <= character <= "\udcff" for cell in row for character in cell):
                 raise DataError(f"{where}: text is not valid {dialect.encoding}")
-            if row and order and (cell := row[header.index(order)]) and not _is_order(cell):
-                raise DataError(f"{where}: column '{order}' holds {cell!r}, which is no number and no ISO time")
-
-
-def _is_order(cell: str) -> bool:
-    return any(_fits(cell, kind) for kind in ORDER_TYPES)
+            if row and order and (cell := row[header.index(order)]):
+                kinds = [kind for kind in kinds if _fits(cell, kind)]
+                if not kinds:
+                    alone = any(_fits(cell, kind) for kind in ORDER_TYPES)
+                    why = "not written like those before it" if alone else "no ISO time and no number within 64 bits"
+                    raise DataError(f"{where}: column '{order}' holds {cell[:60]!r}, which is {why}")
 
 
 def _fits(cell: str, kind: pa.DataType) -> bool:
     try:
-        pa.array([cell]).cast(kind)
+        return row_out_of_range(pa.chunked_array([[cell]]).cast(kind)) is None
     except pa.ArrowInvalid:
         return False
-    return True

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_sfubm.datamodules.readers.base import RawDomain, existing, fingerprint_files, resolve
+from lightning_sfubm.datamodules.readers.base import RawDomain, existing, fingerprint_files, resolve, row_out_of_range
 from lightning_sfubm.datamodules.readers.delimited import Dialect, read_delimited, read_header
 from lightning_sfubm.errors import DataError
 
@@ -122,6 +122,25 @@ def _read(path: Path, ids: list[str], texts: list[str], order: str | None) -> pa
         if column not in schema.names:
             raise DataError(f"{path}: no column '{column}'; the file has {', '.join(schema.names)}")
     try:
-        return pq.read_table(path, columns=columns)
+        table = pq.read_table(path, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: damaged Parquet file ({error}); fetch it again") from error
+    if order and (row := row_out_of_range(table.column(order))) is not None:
+        value = table.column(order)[row]
+        raise DataError(f"{path}, row {row + 1}: column '{order}' holds {value}, which is no number within 64 bits")
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid as error:
+        _name_bad_text(table, path)
+        raise DataError(f"{path}: damaged Parquet file ({error}); fetch it again") from error
+    return table
+
+
+def _name_bad_text(table: pa.Table, path: Path) -> None:
+    """Raise for the first cell of each column that is no UTF-8: Parquet does not check it."""
+    for name in table.column_names:
+        for row, cell in enumerate(table.column(name), start=1):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, row {row}: column '{name}' holds text that is not valid utf-8") from error

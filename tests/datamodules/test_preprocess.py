@@ -58,6 +58,23 @@ def test_ties_keep_source_order_and_numbering_ignores_row_order(raw_domain) -> N
     assert swapped.fingerprint == domain.fingerprint
 
 
+@pytest.mark.parametrize("order", [[float("inf"), 0.0], [2.0**63, 0.0]])
+def test_order_beyond_64_bits_is_refused(raw_domain, order: list[float]) -> None:
+    with pytest.raises(DataError, match="in row 1, which is beyond 64-bit integers"):
+        build_domain(raw_domain([("u", "a", order[0]), ("u", "b", order[1])]), "x", NO_CORE)
+
+
+def test_unit_of_whole_second_times_changes_nothing(raw_domain) -> None:
+    rows = [("u", "a", 30), ("u", "b", -10), ("u", "b", -10), ("v", "b", 20)]
+    raw = raw_domain(rows)
+    expected = build_domain(raw, "x", NO_CORE)
+    for kind in (pa.float64(), pa.timestamp("s"), pa.timestamp("ms"), pa.timestamp("ns", "UTC")):
+        order = raw.interactions.column("order").cast(pa.timestamp("s") if pa.types.is_timestamp(kind) else kind)
+        table = raw.interactions.set_column(2, "order", order.cast(kind))
+        domain = build_domain(RawDomain(table, raw.items, "timestamp"), "x", NO_CORE)
+        assert (domain.fingerprint, domain.card) == (expected.fingerprint, expected.card)
+
+
 def test_position_order_is_sorted_and_times_are_absent(raw_domain) -> None:
     domain = build_domain(raw_domain([("u", "b", 1), ("u", "a", 0), ("u", "b", 1)], order="position"), "x", NO_CORE)
     assert domain.sequence(0).tolist() == [1, 2]

@@ -72,11 +72,42 @@ def test_releases(tmp_path: Path, version: str) -> None:
         ),
         (b'{"reviewerID": 3, "asin": "B1", "unixReviewTime": 1}\n', r"line 4: field 'reviewerID' holds 3"),
         (b"__import__('os').system('true')\n", r"line 4: no complete JSON object"),
+        (b"{[]: 1}\n", r"line 4: no complete JSON object"),
+        (b'{"a": ' + b"[" * 100_000, r"line 4: lists or objects nested too deeply"),
+        *(
+            (
+                b'{"reviewerID": "A", "asin": "B1", "unixReviewTime": %s}\n' % time,
+                r"line 4: .*outside the years 1 to 9999",
+            )
+            for time in (b"1e999", b"-Infinity", b"NaN", b"9" * 30, b"253402300800", b"-62135596801")
+        ),
+        (b'{"reviewerID": "\\ud83d", "asin": "B1", "unixReviewTime": 1}\n', r"line 4: field 'reviewerID' holds half"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, extra: bytes, words: str) -> None:
     with pytest.raises(DataError, match=words):
         write(tmp_path, "2014", extra).read(None)
+
+
+def test_half_a_surrogate_pair_is_dropped_from_a_title(tmp_path: Path) -> None:
+    reader = write(tmp_path, "2018")
+    with open(tmp_path / "meta.json", "a") as file:
+        file.write('{"asin": "B2", "title": "Cut off \\ud83d"}\n')
+    items = reader.read(None).items
+    assert dict(zip(items["item"].to_pylist(), items["title"].to_pylist(), strict=True))["B2"] == "Cut off"
+
+
+def test_milliseconds_order_reviews_of_one_second(tmp_path: Path) -> None:
+    stamps = {"B1": 1_600_000_000_900, "B2": 1_600_000_000_001, "B3": 1_600_000_000_002}
+    rows = [{"user_id": "A", "parent_asin": item, "timestamp": time} for item, time in stamps.items()]
+    (tmp_path / "reviews").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "meta").write_text("".join(f'{{"parent_asin": "{item}", "title": "{item}"}}\n' for item in stamps))
+    raw = AmazonReader("2023", "reviews", "meta").read(tmp_path)
+    domain = build_domain(raw, "x", PreprocessSettings(k_core=0))
+    assert domain.items.tolist() == [2, 3, 1]
+    assert domain.times.tolist() == [1_600_000_000] * 3
+    assert domain.card.tied_share == 0
+    assert domain.card.after.first == "2020-09-13"
 
 
 def test_truncated_gzip(tmp_path: Path) -> None:

@@ -65,6 +65,37 @@ def test_order_may_be_float_or_iso_time(write_tables, cells: list[bytes], expect
         assert raw.interactions.column("order").to_pylist() == expected
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ("2014-07-23T02:00:01+02:00", "2014-07-23T00:00:00Z"),
+        ("2014-07-22 19:30:01-0430", "2014-07-23 00:00:00Z"),
+        ("2014-07-23T00:00:01.250Z", "2014-07-23T00:00:00.123456Z"),
+        ("2014-07-23T00:00:01.25", "2014-07-23T00:00:00"),
+        ("2014-07-23T00:00:01.1234567", "2014-07-23T00:00:00.999999999"),
+    ],
+)
+def test_iso_times_may_have_zones_and_fractions(write_tables, cells: tuple[str, str]) -> None:
+    text = "user_id,item_id,timestamp\nu,a,{}\nu,b,{}\n".format(*cells)
+    raw = TableReader(str(write_tables(text.encode(), ITEMS))).read(None)
+    domain = build_domain(raw, "x", PreprocessSettings(k_core=0))
+    assert domain.times.tolist() == [1406073600, 1406073601]
+    assert domain.items.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_parquet_times_keep_their_order_within_a_second(tmp_path: Path, unit: str) -> None:
+    times = pa.array([1002, 1001, 1001, 1999], pa.timestamp("ms")).cast(pa.timestamp(unit, "Europe/Berlin"))
+    interactions = pa.table({"user_id": ["u"] * 4, "item_id": [1, 2, 2, 3], "timestamp": times})
+    pq.write_table(interactions, tmp_path / "interactions.parquet")
+    pq.write_table(pa.table({"item_id": [1, 2, 3], "title": ["A", "B", "C"]}), tmp_path / "items.parquet")
+    domain = build_domain(TableReader("").read(tmp_path), "x", PreprocessSettings(k_core=0))
+    assert domain.items.tolist() == [2, 1, 3]
+    assert domain.times.tolist() == [1, 1, 1]
+    assert domain.card.rules["duplicates"] == 1
+    assert domain.card.tied_share == 0
+
+
 def test_positions_and_no_order_at_all(write_tables) -> None:
     folder = write_tables(b"user_id,item_id,pos\nu,a,1\nu,b,0\n", ITEMS)
     domain = build_domain(TableReader(str(folder)).read(None), "x", PreprocessSettings(k_core=0))
@@ -84,6 +115,11 @@ def test_fingerprint_follows_content_and_settings(write_tables) -> None:
     assert TableReader(folder).fingerprint(None) != first
 
 
+def late(cell: str) -> bytes:
+    """Interactions with one more row, line 5, at this time."""
+    return INTERACTIONS + f"u3,a,{cell}\n".encode()
+
+
 ZIPPED = gzip.compress(b"user_id,item_id,timestamp\n" + b"u1,a,10\n" * 5000)
 BROKEN = [
     ("missing column", b"user,item_id,timestamp\nu1,a,1\n", ITEMS, ".csv", ["interactions.csv", "'user_id'", "user,"]),
@@ -92,6 +128,17 @@ BROKEN = [
     ("short line", INTERACTIONS + b"u3,a\n", ITEMS, ".csv", ["interactions.csv, line 5", "2 columns"]),
     ("bad bytes", INTERACTIONS, ITEMS + b"c,\xff\xfe,Acme,X3\n", ".csv", ["items.csv, line 4", "utf-8"]),
     ("open quote", INTERACTIONS, ITEMS + b'c,"never closed,Acme,X3\n', ".csv", ["items.csv, line 4"]),
+    ("open quote in the last column", INTERACTIONS, ITEMS + b'c,Gamma,Acme,"X3\nd,Delta,,X4\n', ".csv", ["items.csv, line 4"]),
+    ("open quote before quotes", INTERACTIONS, ITEMS + b'c,"Gamma,X\nd,"Delta",X,X4\n', ".csv", ["items.csv, line 4"]),
+    ("open quote in a long file", INTERACTIONS, ITEMS + b'c,C,,"X3\n' + b"d,D,,X4\n" * 40_000, ".csv", ["items.csv, line 4"]),
+    ("open quote after breaks", INTERACTIONS, ITEMS + b'c,"C\nc",,X\nd,D,,"X4\ne,E,,X5\n', ".csv", ["items.csv, line 6"]),
+    ("open quote of a user", b'user_id,item_id\nu1,a\nu1,"b\nu2,a\n', ITEMS, ".csv", ["interactions.csv, line 3"]),
+    ("infinite time", late("inf"), ITEMS, ".csv", ["interactions.csv, line 5", "'timestamp'", "'inf'"]),
+    ("huge time", late("9" * 30), ITEMS, ".csv", ["interactions.csv, line 5", "within 64 bits"]),
+    ("year out of range", late("10000-01-01"), ITEMS, ".csv", ["interactions.csv, line 5", "'10000-01-01'"]),
+    ("mixed times", late("2014-07-23"), ITEMS, ".csv", ["interactions.csv, line 5", "not written like those before"]),
+    ("mixed zones", b"user_id,item_id,timestamp\nu,a,2014-07-23T00:00Z\nu,b,2014-07-23T00:00\n", ITEMS, ".csv",
+     ["interactions.csv, line 3", "not written like those before"]),
     ("no rows", b"user_id,item_id,timestamp\n", ITEMS, ".csv", ["interactions", "no rows"]),
     ("empty file", b"", ITEMS, ".csv", ["interactions.csv", "no column"]),
     ("truncated gzip", ZIPPED[:60], gzip.compress(ITEMS), ".csv.gz", ["interactions.csv.gz", "gzip"]),
@@ -116,6 +163,31 @@ def test_broken_source_gives_one_clear_error_and_leaves_nothing(
         assert word in message
     assert "\n" not in message
     assert not list(cache.rglob("*.*"))
+
+
+def test_quotes_that_swallow_nothing_are_read_as_before(write_tables) -> None:
+    items = ITEMS + b'c,"Two\nlines, ""quoted""",Acme,X3\n\nd,Pipe 5" long,,X4\ne,E,,"X5"'
+    raw = TableReader(str(write_tables(INTERACTIONS, items))).read(None)
+    assert raw.items.column("title").to_pylist()[2:] == ['Two\nlines, "quoted"', 'Pipe 5" long', "E"]
+    raw = TableReader(str(write_tables(INTERACTIONS, ITEMS + b'c,"Al" Y.,Acme,X3\n'))).read(None)
+    assert raw.items.column("title").to_pylist()[2:] == ["Al Y."]
+
+
+@pytest.mark.parametrize("time", [pa.array([1.0, float("inf")]), pa.array([1, 2**64 - 1], pa.uint64())])
+def test_times_beyond_64_bits_in_parquet(tmp_path: Path, time: pa.Array) -> None:
+    interactions = pa.table({"user_id": ["u", "u"], "item_id": [1, 1], "timestamp": time})
+    pq.write_table(interactions, tmp_path / "interactions.parquet")
+    pq.write_table(pa.table({"item_id": [1], "title": ["A"]}), tmp_path / "items.parquet")
+    with pytest.raises(DataError, match=r"interactions\.parquet, row 2: column 'timestamp' holds"):
+        TableReader("").read(tmp_path)
+
+
+def test_surrogates_in_parquet(tmp_path: Path) -> None:
+    titles = pa.array([b"fine", b"half \xed\xa0\xbd"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"user_id": ["u"], "item_id": [1]}), tmp_path / "interactions.parquet")
+    pq.write_table(pa.table({"item_id": [1, 2], "title": titles}), tmp_path / "items.parquet")
+    with pytest.raises(DataError, match=r"items\.parquet, row 2: column 'title' holds text that is not valid utf-8"):
+        TableReader("").read(tmp_path)
 
 
 def test_wrong_column_types_in_parquet(tmp_path: Path) -> None:
