@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_sfubm.contracts import Ranker, Stage1
-from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule, Split
 from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
 from lightning_sfubm.evaluation.evaluate import evaluate_ranker
 from lightning_sfubm.evaluation.results import PerUserResults
@@ -24,6 +25,9 @@ from lightning_sfubm.training import Stopwatch, fit_to_early_stopping
 if TYPE_CHECKING:
     from lightning_sfubm.experiment import Experiment
 
+
+#: most users of a split that choose the weights of a late fusion; more make them no better, and take memory
+FUSION_USERS = 10_000
 
 #: stage-1 rows and the twins whose students rank in them; 0 is the federated client
 TWINS = {"stage1_local": (1,), "stage1": (0,), "stage1_beside_own": (0, 1), "stage1_local_twice": (1, 2)}
@@ -120,17 +124,21 @@ class DomainRun:
 
     @cached_property
     def count_fusion(self) -> LateFusion:
-        """The same with count affinities of the positions that trained stage 1; held-out ones are not counted."""
-        return self._fused(self._stage1_with_counts)
+        """The same with count affinities of the positions that trained stage 1; held-out ones are not counted.
+
+        Validation positions choose its weights too: there are more of them, and more weights.
+        """
+        return self._fused(self._stage1_with_counts, ("train2", "val"))
 
     @cached_property
     def product_fusion(self) -> LateFusion:
-        """The same with the products of features, of which there are many: the penalty is ten times as strong."""
-        return self._fused(self._stage1_with_counts, l2=1e-2, products=True)
+        """The same with the products of features."""
+        return self._fused(self._stage1_with_counts, ("train2", "val"), products=True)
 
-    def _fused(self, stage1: Stage1, **settings: Any) -> LateFusion:
-        fusion = LateFusion(stage1, **settings)
-        fusion.fit(self.data.rank_dataloader("train2", 256))
+    def _fused(self, stage1: Stage1, splits: tuple[Split, ...] = ("train2",), products: bool = False) -> LateFusion:
+        fusion = LateFusion(stage1, products=products)
+        samples = (self.data.rank_dataloader(split, 256, FUSION_USERS, seed=self.data.seed) for split in splits)
+        fusion.fit(chain.from_iterable(samples))
         return fusion
 
     def twin(self, number: int) -> Client:

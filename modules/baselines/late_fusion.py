@@ -22,20 +22,26 @@ class LateFusion(nn.Module):
 
     Args:
         stage1: trained module whose ``affinities`` are fused; not changed.
-        l2: strength of the penalty on the weights.
+        penalty: of the squared weights of features, beside a log-likelihood summed over samples: it matters less the more
+            samples there are.
         products: weigh the products of each two features, and the squares, besides: what one says can then depend on what
             another says. F (F + 3) / 2 weights instead of F.
+        product_penalty: of the squared weights of products, of which there are many.
     """
 
     weights: Tensor
 
-    def __init__(self, stage1: Stage1, l2: float = 1e-3, products: bool = False) -> None:
+    def __init__(
+        self, stage1: Stage1, penalty: float = 2.0, products: bool = False, product_penalty: float = 40.0
+    ) -> None:
         super().__init__()
         self._stage1 = [stage1]  # in a list: not a sub-module, its parameters are not this method's
-        self.l2, self.products = l2, products
+        self.products = products
         features = len(stage1.affinity_names)
         first = torch.zeros(num_products(features) if products else features)
         first[0] = 1.0
+        self._penalties = torch.full_like(first, penalty)
+        self._penalties[features:] = product_penalty
         self.register_buffer("weights", first)
 
     def _standardised(self, batch: RankBatch) -> Tensor:
@@ -66,7 +72,7 @@ class LateFusion(nn.Module):
         """Choose the weights (F,) by maximum likelihood of the target among its candidates, with L-BFGS.
 
         Args:
-            batches: samples that neither trained the stage-1 module nor are tested: the held-out stage-2 samples.
+            batches: samples that neither trained the stage-1 module nor are tested: held-out stage-2 samples, validation.
 
         Returns:
             The weights.
@@ -75,7 +81,8 @@ class LateFusion(nn.Module):
             DataError: there are no samples.
         """
         features, target = self._features(batches)
-        weights = fit_conditional_logit(features, target, self.weights, torch.zeros_like(self.weights), self.l2)
+        strength = self._penalties.to(features) / len(target)
+        weights = fit_conditional_logit(features, target, self.weights, torch.zeros_like(self.weights), strength)
         self.weights.copy_(weights)
         return self.weights
 

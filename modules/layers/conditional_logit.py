@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 
-def fit_conditional_logit(features: Tensor, target: Tensor, start: Tensor, towards: Tensor, strength: float) -> Tensor:
+def fit_conditional_logit(
+    features: Tensor, target: Tensor, start: Tensor, towards: Tensor, strength: float | Tensor
+) -> Tensor:
     """Weights w (F,) that maximise the mean log-likelihood of ``softmax(features @ w)`` less a quadratic penalty.
 
     The objective is concave, so the start only saves steps. Solved with L-BFGS in float32.
@@ -14,7 +16,7 @@ def fit_conditional_logit(features: Tensor, target: Tensor, start: Tensor, towar
         target: (B,) position of the chosen candidate.
         start: (F,) first weights.
         towards: (F,) weights that the penalty draws to.
-        strength: of the penalty ``strength * |w - towards|^2``, beside a mean over samples.
+        strength: of the penalty ``strength * |w - towards|^2``, beside a mean over samples; one for all or one each (F,).
     """
     with torch.enable_grad():
         weights = start.clone().requires_grad_()
@@ -23,7 +25,7 @@ def fit_conditional_logit(features: Tensor, target: Tensor, start: Tensor, towar
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(features @ weights, target)
-            loss = loss + strength * (weights - towards).square().sum()
+            loss = loss + (strength * (weights - towards).square()).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 

@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -6,8 +7,9 @@ from torch import Tensor
 
 from lightning_sfubm.contracts import RankBatch
 from lightning_sfubm.errors import DataError
+from lightning_sfubm.methods.base import FUSION_USERS, DomainRun
 from lightning_sfubm.modules.baselines.late_fusion import LateFusion
-from lightning_sfubm.modules.layers.affinity import PRODUCT_SCALE, standardise
+from lightning_sfubm.modules.layers.affinity import PRODUCT_SCALE, standardise, with_products
 from lightning_sfubm.seeds import torch_generator
 
 CANDIDATES, TRUE = 20, torch.tensor([0.8, 1.5, 0.0])
@@ -56,11 +58,14 @@ def test_weights_are_those_of_the_planted_preference() -> None:
 
 def test_the_fit_is_the_maximum() -> None:
     stage1 = Stage1(300)
-    fusion = LateFusion(stage1, l2=0.01)
-    weights = fusion.fit(stage1.batches(0, 300)).clone().requires_grad_()
-    loss = torch.nn.functional.cross_entropy(stage1.table @ weights, stage1.target) + 0.01 * weights.square().sum()
-    (grad,) = torch.autograd.grad(loss, weights)
-    assert grad.abs().max() < 1e-3
+    for products in (False, True):
+        fusion = LateFusion(stage1, penalty=3.0, products=products, product_penalty=9.0)
+        weights = fusion.fit(stage1.batches(0, 300)).clone().requires_grad_()
+        features = with_products(stage1.table) if products else stage1.table
+        loss = torch.nn.functional.cross_entropy(features @ weights, stage1.target, reduction="sum")
+        loss = loss + 3 * weights[:3].square().sum() + 9 * weights[3:].square().sum()
+        (grad,) = torch.autograd.grad(loss, weights)
+        assert grad.abs().max() < 0.3  # of a sum over 300 samples
 
 
 def test_what_cannot_be_fitted_is_named() -> None:
@@ -122,7 +127,7 @@ def test_stage1_is_asked_in_evaluation_mode() -> None:
     stage1 = Stage1(300)
     fusion = LateFusion(Dropping(stage1))  # type: ignore[arg-type]
     plain = LateFusion(stage1)
-    torch.testing.assert_close(fusion.fit(stage1.batches(0, 300)), plain.fit(stage1.batches(0, 300)))
+    torch.testing.assert_close(fusion.fit(stage1.batches(0, 300)), plain.fit(stage1.batches(0, 300)), atol=1e-3, rtol=0)
     (batch,) = stage1.batches(0, 100)
     assert torch.equal(fusion.rank(batch), fusion.rank(batch))
     assert fusion._stage1[0].training  # type: ignore[attr-defined]
@@ -136,7 +141,7 @@ def test_products_find_what_one_feature_says_of_another() -> None:
     (new,) = stage1.batches(3000, 4000, size=1000)
     found = []
     for products in (False, True):
-        fusion = LateFusion(stage1, l2=1e-4, products=products)
+        fusion = LateFusion(stage1, 0.3, products, 0.3)
         weights = fusion.fit(stage1.batches(0, 3000))
         found.append(hits(fusion.rank(new), new["target_index"]))
     assert fusion.weights.shape == (9,)
@@ -145,3 +150,29 @@ def test_products_find_what_one_feature_says_of_another() -> None:
     torch.testing.assert_close(weights, planted, atol=0.4, rtol=0)
     assert found[1] > found[0] + 0.2
     assert found[1] == pytest.approx(hits(chance[3000:], new["target_index"]), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [("fusion", ["train2"]), ("count_fusion", ["train2", "val"]), ("product_fusion", ["train2", "val"])],
+)
+def test_what_chooses_the_weights_of_each_row(name: str, splits: list[str]) -> None:
+    """Never test users; validation ones where there are many weights."""
+    stage1, asked = Stage1(300), []
+
+    class Data:
+        seed = 3
+
+        def rank_dataloader(self, split: str, size: int, max_users: int, seed: int) -> list[RankBatch]:
+            asked.append(split)
+            assert (max_users, seed) == (FUSION_USERS, 3)
+            return stage1.batches(0, 300) if split == "train2" else stage1.batches(100, 300)
+
+    run = DomainRun.__new__(DomainRun)
+    vars(run).update(client=SimpleNamespace(module=stage1, datamodule=Data()), _stage1_with_counts=stage1)
+    fusion = getattr(run, name)
+    assert asked == splits
+    assert len(fusion.weights) == (9 if name == "product_fusion" else 3)
+    batches = stage1.batches(0, 300) + (stage1.batches(100, 300) if "val" in splits else [])
+    expected = LateFusion(stage1, products=name == "product_fusion").fit(batches)
+    torch.testing.assert_close(fusion.weights, expected)
