@@ -137,7 +137,7 @@ class DomainRun:
 
     def _fused(self, stage1: Stage1, splits: tuple[Split, ...] = ("train2",), products: bool = False) -> LateFusion:
         fusion = LateFusion(stage1, products=products)
-        samples = (self.data.rank_dataloader(split, 256, FUSION_USERS, seed=self.data.seed) for split in splits)
+        samples = (self.data.rank_dataloader(split, 256, max_users=FUSION_USERS) for split in splits)
         fusion.fit(chain.from_iterable(samples))
         return fusion
 

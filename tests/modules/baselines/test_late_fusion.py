@@ -161,11 +161,9 @@ def test_what_chooses_the_weights_of_each_row(name: str, splits: list[str]) -> N
     stage1, asked = Stage1(300), []
 
     class Data:
-        seed = 3
-
-        def rank_dataloader(self, split: str, size: int, max_users: int, seed: int) -> list[RankBatch]:
+        def rank_dataloader(self, split: str, size: int, *, max_users: int) -> list[RankBatch]:
             asked.append(split)
-            assert (max_users, seed) == (FUSION_USERS, 3)
+            assert max_users == FUSION_USERS
             return stage1.batches(0, 300) if split == "train2" else stage1.batches(100, 300)
 
     run = DomainRun.__new__(DomainRun)
