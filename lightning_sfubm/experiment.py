@@ -7,7 +7,7 @@ data, is not computed again when a run is resumed.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ class Experiment:
         with watch("data and text vectors"):
             first_prepares(datamodule)
             datamodule.setup("fit")
-        self._check_templates()
+        self._check_templates(getattr(datamodule, "domains", {}))
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
             for old in ("results", "local", "local-*", "models", "data"):
                 for folder in run_dir.glob(old):
@@ -244,12 +244,14 @@ class Experiment:
                 _save(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
             _save(few, path)  # last: where it is, the row is whole
 
-    def _check_templates(self) -> None:
+    def _check_templates(self, domains: Collection[str]) -> None:
         """Read every prompt template now, not after stage 1 has been trained.
 
         Raises:
-            ConfigError: one cannot be read.
+            ConfigError: one cannot be read, or is for a domain that there is not.
         """
+        if unknown := sorted(self.templates.keys() - set(domains)):
+            raise ConfigError(f"experiment.templates names {unknown}; the domains are {sorted(domains)}")
         if self.llm is not None and any(METHODS[key].needs_llm for key in self.methods):
             for template in {self.llm.hparams["template"], *self.templates.values()}:
                 load_template(template, "branch")

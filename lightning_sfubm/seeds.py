@@ -7,6 +7,7 @@ count or on the order in which clients run.
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,3 +43,9 @@ def seeded(seed: int, *names: object) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, *names))
         yield
+
+
+def follow_seed(module: Any, seed: int) -> None:
+    """Give a module that is not bound yet a run's seed for its named streams: item tables, negatives, gate noise."""
+    if hasattr(module, "seed"):
+        module.seed = seed

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.loop import FederatedLoop
-from lightning_sfubm.seeds import derive_seed
+from lightning_sfubm.seeds import derive_seed, follow_seed
 
 
 def train_twins(loop: FederatedLoop, template: LightningModule, run_dir: Path, number: int) -> dict[str, Client]:
@@ -19,12 +19,16 @@ def train_twins(loop: FederatedLoop, template: LightningModule, run_dir: Path, n
         loop: of the federated run.
         template: the stage-1 module, untrained.
         run_dir: of the run.
-        number: the first twins have the run's seed, further ones a seed of their own.
+        number: the first twins have the run's seed, further ones a seed of their own for weights, dropout and other draws;
+            the order of batches is the data's.
     """
     federation = copy.copy(loop.federation)
     federation.exchange = "nothing"
     seed = loop.seed if number == 1 else derive_seed(loop.seed, "local twin", number)
     clients = {}
+    template = copy.deepcopy(template)
+    if number > 1:
+        follow_seed(template, seed)
     for name, other in loop.clients.items():
         clients[name] = Client(name, copy.deepcopy(template), other.datamodule, other.make_trainer, seed)
         clients[name].prepare()

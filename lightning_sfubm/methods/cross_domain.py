@@ -11,7 +11,7 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods.base import DomainRun, Method
 from lightning_sfubm.modules.baselines.unisrec import UniSRec
 from lightning_sfubm.modules.baselines.unisrec_pretraining import UniSRecPretraining
-from lightning_sfubm.seeds import derive_seed
+from lightning_sfubm.seeds import derive_seed, follow_seed
 
 UNION_BATCH = 256
 
@@ -26,6 +26,7 @@ def _unisrec(key: str, mode: str, pretrain: bool = True) -> Callable[[DomainRun]
             raise ConfigError(f"experiment.baselines.{key} must be a UniSRec, not {type(template).__name__}")
         torch.manual_seed(derive_seed(run.trainer.seed, "baseline", key, run.name))
         module = copy.deepcopy(template)
+        follow_seed(module, run.trainer.seed)
         module.bind(run.full_data.catalogue)
         if pretrain:
             module.load_pretrained(_pretrained(run, template))
@@ -52,6 +53,7 @@ def _pretrained(run: DomainRun, template: UniSRec) -> dict[str, torch.Tensor]:
             text_dropout=template.text_dropout,
             tau=template.tau,
             lr=template.lr,
+            seed=run.trainer.seed,
         )
         run.fit(module, "unisrec_pretraining", union)
         run.shared[name] = module.shared_state()

@@ -88,7 +88,8 @@ def _align(run: DomainRun) -> str | None:
     if not epochs:
         return None
     assert template is not None
-    projector = PromptProjector(template.hparams["llm"], title_tokens=template.hparams["title_tokens"])
+    names = {name: template.hparams[name] for name in ("llm", "title_tokens")}
+    projector = PromptProjector(**names, seed=run.trainer.seed)
     projector.attach_stage1(run.stage1, run.data.catalogue)
     trainer = run.trainer.make_trainer(
         label=f"alignment, {run.name}", max_epochs=epochs, folder=run.folder("projector")

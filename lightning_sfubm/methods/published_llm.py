@@ -17,7 +17,7 @@ from lightning_sfubm.modules.baselines.llara import LLaRA
 from lightning_sfubm.modules.baselines.published_head import PublishedHead
 from lightning_sfubm.modules.baselines.tallrec import TALLRec
 from lightning_sfubm.modules.sequential import SequentialRecommender
-from lightning_sfubm.seeds import derive_seed
+from lightning_sfubm.seeds import derive_seed, follow_seed
 
 
 def _head(run: DomainRun, key: str, kind: type[PublishedHead]) -> PublishedHead:
@@ -44,6 +44,7 @@ def _recommender(run: DomainRun) -> SequentialRecommender:
     if name not in run.shared:
         torch.manual_seed(derive_seed(run.trainer.seed, "baseline", "recommender", run.name))
         module = recommender_template(run)
+        follow_seed(module, run.trainer.seed)
         module.bind(run.data.catalogue)
         run.fit(module, "recommender", run.data)
         run.shared[name] = module

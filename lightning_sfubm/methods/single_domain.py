@@ -14,7 +14,7 @@ from lightning_sfubm.modules.baselines.text_similarity import TextSimilarity
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.sequential import SequentialRecommender
-from lightning_sfubm.seeds import derive_seed
+from lightning_sfubm.seeds import derive_seed, follow_seed
 
 
 def _random(run: DomainRun) -> Ranker:
@@ -36,6 +36,7 @@ def _sequential(key: str, template: Callable[[DomainRun], SequentialRecommender]
         torch.manual_seed(derive_seed(run.trainer.seed, "baseline", key, run.name))
         configured = run.experiment.baselines.get(key)
         module = template(run) if configured is None else copy.deepcopy(configured)
+        follow_seed(module, run.trainer.seed)
         module.bind(run.full_data.catalogue)  # type: ignore[operator]
         run.fit(module, key)
         return module  # type: ignore[return-value]

@@ -50,6 +50,10 @@ def test_a_run_that_is_refused_leaves_the_results_of_the_one_before(finished: An
     again = quiet_trainer(trainer.run_dir, rounds=1)
     with pytest.raises(ConfigError, match=r"no prompt template at .*absent"):
         experiment(tmp_path, templates={"alpha": "absent"}).run(again, small_distiller(), small_federation())
+    with pytest.raises(
+        ConfigError, match=r"experiment\.templates names \['alfa'\]; the domains are \['alpha', 'beta'\]"
+    ):
+        experiment(tmp_path, templates={"alfa": "movies"}).run(again, small_distiller(), small_federation())
     broken = small_federation()
     broken.setup = lambda stage=None: broken.absent  # type: ignore[method-assign, attr-defined]
     with pytest.raises(AttributeError, match="absent"):
