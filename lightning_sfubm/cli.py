@@ -172,14 +172,14 @@ class SFUBMCLI(LightningCLI):
         )
 
     def _config_hash(self) -> str:
-        """Hash of what results depend on: not of places, loggers, or which rows are wanted."""
+        """Hash of what rows depend on: stage 1 with its rounds, and the experiment's settings but for which rows are wanted."""
         config = yaml.safe_load(self._resolved)
-        config.pop("ckpt_path", None)
-        for name in ("default_root_dir", "logger", "enable_progress_bar"):
-            config["trainer"].pop(name, None)
-        for name in ("title", "methods", "sigmas"):
-            config["experiment"]["init_args"].pop(name, None)
-        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        experiment = {
+            k: v for k, v in config["experiment"]["init_args"].items() if k not in ("title", "methods", "sigmas")
+        }
+        rounds = config["trainer"]["federation"]["init_args"]["rounds"]
+        settings = [lasting_settings(config), rounds, experiment]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def run(argv: list[str]) -> None:

@@ -139,7 +139,11 @@ class Stage1(Protocol):
 
 @runtime_checkable
 class FederatedModule(Protocol):
-    """What the federated loop needs of a client's LightningModule. ID tables and ID encoders never pass through here."""
+    """What the federated loop needs of a client's LightningModule. ID tables and ID encoders never pass through here.
+
+    An attribute ``semantics_of_texts = True`` says that :meth:`semantics` holds nothing that was trained. Without it the
+    privacy report takes item vectors sent after training began for users' data.
+    """
 
     def semantics(self) -> Tensor:
         """(N, D) unit text vectors of this domain's items, unperturbed; a callback perturbs them before upload."""

@@ -188,7 +188,7 @@ class Experiment:
             for name, client in trainer.loop.clients.items()
         }
         if is_first():
-            _drop_stale(run_dir / "results", runs, config_hash)
+            _set_aside(run_dir / "results", runs, config_hash)
         wait_for_all()
         for order, key in enumerate(self.methods):
             for name, domain in runs.items():
@@ -302,13 +302,19 @@ def _finished(path: Path, domain: DomainRun, config_hash: str) -> bool:
     return same_data and meta.extra.get("config_hash") == config_hash
 
 
-def _drop_stale(results: Path, runs: Mapping[str, DomainRun], config_hash: str) -> None:
-    """Remove rows of other settings or data, also those that are not asked for: one report holds one configuration."""
+def _set_aside(results: Path, runs: Mapping[str, DomainRun], config_hash: str) -> None:
+    """Move rows of other settings or data out of the results: one report holds one configuration.
+
+    They are kept in ``results-of-other-settings``, which the next move into it replaces row by row.
+    """
+    aside = results.with_name("results-of-other-settings")
     for path in sorted(results.glob("*/*.parquet")):
         domain = runs.get(path.parent.name.removesuffix(", all users"))
         if config_hash and not (domain and _finished(path, domain, config_hash)):
-            path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
+            (aside / path.parent.name).mkdir(parents=True, exist_ok=True)
+            for file in (path, path.with_suffix(".json")):
+                if file.exists():
+                    file.replace(aside / path.parent.name / file.name)
 
 
 def _save(results: PerUserResults, path: Path) -> None:

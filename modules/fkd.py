@@ -358,6 +358,8 @@ class FKDDistiller(CatalogueModule):
 
     # ------------------------------------------------------------------ federation
 
+    semantics_of_texts = True  #: nothing in :meth:`semantics` is trained
+
     def semantics(self) -> Tensor:
         """(N, D) unit text vectors of this domain's items, unperturbed."""
         return self.teacher.text[1:].clone()

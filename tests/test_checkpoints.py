@@ -1,6 +1,7 @@
 """``--ckpt_path last`` and ``best`` of one model, in a process that has trained nothing."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,22 +38,22 @@ def test_a_new_process_finds_the_last_and_the_best_weights(
     command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     main(["fit", *command, "--trainer.max_epochs", "6", "--trainer.min_epochs", "1", "--model.init_args.lr", "0.01"])
-    last = find_checkpoint(tmp_path / "run", "last")
-    best = find_checkpoint(tmp_path / "run", "best")
+    last = find_checkpoint([tmp_path / "run"], "last")
+    best = find_checkpoint([tmp_path / "run"], "best")
     assert (last.name, best.name.startswith("epoch=")) == ("last.ckpt", True)
     for which, path in (("last", last), ("best", best)):
         assert evaluate(command, "--ckpt_path", which) == evaluate(command, "--ckpt_path", str(path))
-    assert "untrained" not in caplog.text
+    assert "no ckpt_path" not in caplog.text
     with caplog.at_level(logging.WARNING, "lightning_sfubm"):
         untrained = evaluate(command)
-    assert "the weights are untrained" in caplog.text
+    assert "no ckpt_path is given" in caplog.text
     assert untrained["test/ndcg@10"] < evaluate(command, "--ckpt_path", "best")["test/ndcg@10"]
 
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert find_checkpoint(tmp_path / "moved", "best").name == best.name
-    find_checkpoint(tmp_path / "moved", "best").unlink()
+    assert find_checkpoint([tmp_path / "moved"], "best").name == best.name
+    find_checkpoint([tmp_path / "moved"], "best").unlink()
     with pytest.raises(CheckpointError, match="is gone"):
-        find_checkpoint(tmp_path / "moved", "best")
+        find_checkpoint([tmp_path / "moved"], "best")
 
 
 @pytest.mark.parametrize("which", ["last", "best"])
@@ -62,7 +63,7 @@ def test_untrained_weights_are_not_evaluated_in_place_of_those_asked_for(
     with pytest.raises(SystemExit) as exit:
         main(["test", *command, "--ckpt_path", which])
     assert exit.value.code == 2
-    assert "no last.ckpt below it" in capsys.readouterr().err
+    assert "no last.ckpt of an earlier run" in capsys.readouterr().err
 
 
 def test_a_fit_starts_from_the_beginning_where_there_is_no_last(
@@ -82,4 +83,41 @@ def test_a_fit_starts_from_the_beginning_where_there_is_no_last(
         "last",
     ]
     main(again)
-    assert load_checkpoint(find_checkpoint(tmp_path / "run", "last"))["epoch"] == 1
+    assert load_checkpoint(find_checkpoint([tmp_path / "run"], "last"))["epoch"] == 1
+
+
+def test_where_the_last_one_is_looked_for(tmp_path: Path) -> None:
+    """In the places Lightning writes to, not in another run's folder below this one; shards are a folder."""
+
+    def make(name: str, time: int, shards: bool = False) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shards:
+            path.mkdir()
+        else:
+            path.write_bytes(b"")
+        os.utime(path, (time, time))
+        return path
+
+    make("run/other/lightning_logs/version_0/checkpoints/last.ckpt", 9)
+    make("run/checkpoints/last_good.ckpt", 9)
+    with pytest.raises(CheckpointError, match=r"no last\.ckpt"):
+        find_checkpoint([tmp_path / "run"], "last")
+    for number, name in enumerate(("checkpoints/last.ckpt", "sfubm/8f3a/checkpoints/last-v1.ckpt", "last-v12.ckpt")):
+        path = make(f"run/{name}", number + 1)
+        assert find_checkpoint([tmp_path / "run"], "last") == path
+    outside = make("outside/last.ckpt", 5, shards=True)
+    assert find_checkpoint([tmp_path / "run", tmp_path / "outside"], "last") == outside
+    with pytest.raises(CheckpointError, match="in shards"):
+        find_checkpoint([tmp_path / "run", tmp_path / "outside"], "best")
+
+
+def test_checkpoints_of_a_folder_of_their_own_are_found(command: list[str], tmp_path: Path) -> None:
+    callback = "lightning.pytorch.callbacks.ModelCheckpoint"
+    own = ["--trainer.callbacks", callback, f"--trainer.callbacks.dirpath={tmp_path / 'own'}"]
+    own += ["--trainer.callbacks.save_last=true", "--trainer.min_epochs=1"]
+    main(["fit", *command, *own, "--trainer.max_epochs=1"])
+    main(["fit", *command, *own, "--trainer.max_epochs=2", "--ckpt_path", "last"])
+    last = find_checkpoint([tmp_path / "run", tmp_path / "own"], "last")
+    assert last.parent == tmp_path / "own"
+    assert load_checkpoint(last)["epoch"] == 1

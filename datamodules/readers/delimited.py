@@ -84,14 +84,14 @@ def read_delimited(
     for order_type in ORDER_TYPES if order else (None,):
         try:
             tried = types | ({order: order_type} if order else {})
-            table, whole = _guard(path, partial(_read, path, dialect, tried, columns))
+            table, missing = _guard(path, partial(_read, path, dialect, tried, columns))
         except pa.ArrowInvalid as error:
             failure = error
             continue
         if order and row_out_of_range(table.column(order)) is not None:
             break
-        if not whole:
-            _guard(path, partial(_check_quotes, path, dialect))
+        if missing:
+            _guard(path, partial(_check_quotes, path, dialect, missing))
         return table
     _guard(path, lambda: _name_bad_line(path, dialect, header, order))
     raise DataError(f"{path}: cannot be read as delimited text ({str(failure).splitlines()[0]})") from failure
@@ -155,11 +155,20 @@ def _rows(file: TextIO, path: Path, dialect: Dialect) -> Iterator[tuple[int, lis
         raise DataError(f"{path}, line {start}: {error}{advice}") from error
 
 
-def _check_quotes(path: Path, dialect: Dialect) -> None:
-    """Walk the file and raise for the first row with a quoted cell that does not end where it should."""
+def _check_quotes(path: Path, dialect: Dialect, missing: int) -> None:
+    """Where empty lines do not account for the lines that became no row, walk the file and raise for the first row with a
+    quoted cell that does not end where it should.
+    """
     with _open(path, dialect) as file:
-        for _ in _rows(file, path, dialect):
-            pass
+        if missing == sum(not line.strip("\r\n") for line in file):
+            return
+    longest = csv.field_size_limit(2**31 - 1)  # what is read otherwise has no limit
+    try:
+        with _open(path, dialect) as file:
+            for _ in _rows(file, path, dialect):
+                pass
+    finally:
+        csv.field_size_limit(longest)
 
 
 class _Watched(io.RawIOBase):
@@ -183,8 +192,8 @@ class _Watched(io.RawIOBase):
         return data
 
 
-def _read(path: Path, dialect: Dialect, types: dict[str, pa.DataType], columns: list[str]) -> tuple[pa.Table, bool]:
-    """The columns, and whether every line surely became a row.
+def _read(path: Path, dialect: Dialect, types: dict[str, pa.DataType], columns: list[str]) -> tuple[pa.Table, int]:
+    """The columns, and, in a file with quotes, how many lines became no row.
 
     Arrow takes everything up to the next quote for one cell, so a quote left open swallows rows without an error.
     """
@@ -215,7 +224,7 @@ def _read(path: Path, dialect: Dialect, types: dict[str, pa.DataType], columns: 
             ),
         )
         rows = table.num_rows + (dialect.names is None)
-        return table, not (dialect.quoted and watched.quotes) or rows == watched.lines
+        return table, watched.lines - rows if dialect.quoted and watched.quotes else 0
 
 
 def _name_bad_line(path: Path, dialect: Dialect, header: list[str], order: str | None) -> None:

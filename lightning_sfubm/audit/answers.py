@@ -59,11 +59,17 @@ def answers(
             uploads.setdefault(number, {})[name] = vectors
         else:
             received[name] = (number, vectors)
-    rows = [
-        _linkage(name, number, vectors, uploads[number], clients, max_items, seed)
-        for name, (number, vectors) in sorted(received.items())
-    ]
-    return rows, []
+    rows, unmeasured = [], []
+    for name, (number, vectors) in sorted(received.items()):
+        sent = uploads.get(number, {})
+        if name in sent and len(sent) > 1:
+            rows.append(_linkage(name, number, vectors, sent, clients, max_items, seed))
+        else:
+            unmeasured.append(
+                f"What {name} learns of another's items from its answer of round {number} is not measured: the uploads that it "
+                "was mixed from are not all here."
+            )
+    return rows, unmeasured
 
 
 def _linkage(

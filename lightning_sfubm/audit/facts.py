@@ -58,7 +58,7 @@ def mechanisms(ledger: list[Json], established: bool = True) -> list[Json]:
     rows: dict[tuple[str, str], Json] = {}
     bound = {(row["client"], row["protects"]) for row in coverage(ledger) if row["bound"] and established}
     for line in ledger:
-        whose = content_of(line.get("kind", ""))
+        whose = content_of(line)
         if line["direction"] != "up" or whose is None:
             continue
         stated = mechanism_of(line)

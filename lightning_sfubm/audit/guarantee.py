@@ -7,19 +7,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_sfubm.evaluation.run_folder import Json
+from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS, TEXTS_ALONE
 
 _KEYS_AND_SHARES = ("secagg keys", "secagg shares", "secagg unmask")  # they hold nothing of the data
 _OF_ITEMS = ("semantics", "semantics secagg masked input")
 
 
-def content_of(kind: str) -> str | None:
-    """Whose data a kind of message that goes up holds: ``"item"``, ``"user"``, or ``None`` = nobody's.
+def content_of(line: Mapping[str, Any]) -> str | None:
+    """Whose data a message that goes up holds: ``"item"``, ``"user"``, or ``None`` = nobody's.
 
-    A kind that is not known counts as made of users' data.
+    A kind that is not known counts as made of users' data, and so do item vectors of a later round than the first exchange
+    whose line does not say that they are of texts alone: a module may have trained what it sends.
     """
-    if kind.removeprefix("semantics ") in _KEYS_AND_SHARES:
+    kind, said = line.get("kind", ""), mechanism_of(line).get("content")
+    if kind.removeprefix("semantics ") in _KEYS_AND_SHARES or (said == INITIAL_WEIGHTS and line.get("round") == 0):
         return None
-    return "item" if kind in _OF_ITEMS else "user"
+    return "item" if kind in _OF_ITEMS and (line.get("round") == 0 or said == TEXTS_ALONE) else "user"
 
 
 def mechanism_of(line: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -42,7 +45,7 @@ def coverage(lines: Iterable[Mapping[str, Any]]) -> list[Json]:
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for line in lines:
-        whose = content_of(line.get("kind", ""))
+        whose = content_of(line)
         if line["direction"] != "down" and whose is not None and not line.get("resent"):
             groups.setdefault((line["client"], whose), []).append(line)
     return [_covered(client, whose, sent) for (client, whose), sent in sorted(groups.items())]

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.hooks import ClientDropped
+from lightning_sfubm.federated.ledger import TEXTS_ALONE
 from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unpack
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.server import SERVER
@@ -189,6 +190,8 @@ class Exchange(RunState):
     def _protect(self, name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, object]]:
         """What the callbacks make of a client's tensors before they leave, and the mechanisms applied."""
         mechanism: dict[str, object] = {}
+        if kind == "semantics" and getattr(self.clients[name].module, "semantics_of_texts", False):
+            mechanism["content"] = TEXTS_ALONE
         if kind == "teacher" and name in self.counters.privacy:
             mechanism["differential privacy"] = self.counters.privacy[name]
         for callback in self.callbacks:

@@ -19,6 +19,8 @@ from lightning_sfubm.ranks import is_first
 
 Entry = dict[str, object]
 GENESIS = "0" * 64
+#: what a line's mechanism may say of a message's ``content``, where nothing trained on users is in it
+INITIAL_WEIGHTS, TEXTS_ALONE = "initial weights, from the seed", "item texts alone"
 _SAME = ("round", "client", "direction", "kind", "content_sha256")
 _FORM: dict[str, type] = {
     "round": int,

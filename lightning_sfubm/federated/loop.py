@@ -49,7 +49,8 @@ class FederatedLoop(Exchange):
         """Go on from a state. A run that was cut off before it wrote its first one starts from the beginning.
 
         Raises:
-            CheckpointError: see :meth:`resume`; or the schedule has more rounds than those that the local phases follow.
+            CheckpointError: see :meth:`resume`; or the schedule has fewer rounds than are done, or more than the local
+                phases follow.
         """
         states = self.states(ckpt_path)
         fresh = str(ckpt_path) == "last" and not any(states.glob("state-*"))
@@ -60,6 +61,11 @@ class FederatedLoop(Exchange):
             return
         self.resume(states)
         done = self.counters.round
+        if done > self.federation.rounds:
+            raise CheckpointError(
+                f"{states}: has {done} rounds behind it, trainer.federation.rounds asks for {self.federation.rounds}: set "
+                f"it to {done} or more, or start anew in another trainer.default_root_dir"
+            )
         if any(self.counters.phases.values()) and done < self.federation.rounds:
             raise CheckpointError(
                 f"{states}: the local phases there follow {done} rounds and would not learn from more: set "

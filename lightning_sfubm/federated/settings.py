@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-#: flags of the trainer that say where things are, what is shown and what it runs on; they may change between two starts
+#: flags of the trainer that say where things are, what is shown and what it runs on, or have no effect on a federated run
 _FLAGS = frozenset(
     [
         "default_root_dir",
@@ -22,9 +22,12 @@ _FLAGS = frozenset(
         "strategy",
         "devices",
         "num_nodes",
-        "fast_dev_run",
         "limit_test_batches",
         "limit_predict_batches",
+        "max_epochs",
+        "min_epochs",
+        "max_steps",
+        "num_sanity_val_steps",
     ]
 )
 #: of the schedule: more rounds are checked where they are run, workers change no result, messages are only kept
@@ -32,12 +35,20 @@ _SCHEDULE = frozenset({"rounds", "workers", "keep_messages"})
 #: of the data: places, and how they are read and evaluated; the content has a fingerprint
 _DATA = frozenset({"root", "folder", "num_workers", "eval_batch_size"})
 #: callbacks that only show or write
-_SHOWS = (
-    "lightning.pytorch.callbacks.progress",
-    "lightning_sfubm.callbacks.dashboard",
-    "lightning_sfubm.callbacks.prediction_writer",
-    "lightning_sfubm.callbacks.progress",
-    "lightning_sfubm.callbacks.round_logger",
+_SHOWS = frozenset(
+    [
+        "ProgressBar",
+        "TQDMProgressBar",
+        "RichProgressBar",
+        "LearningRateMonitor",
+        "DeviceStatsMonitor",
+        "ThroughputMonitor",
+        "ModelSummary",
+        "RichModelSummary",
+        "LabelledProgressBar",
+        "PredictionWriter",
+        "RoundLogger",
+    ]
 )
 
 
@@ -51,7 +62,7 @@ def lasting_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     trainer = {k: v for k, v in (config.get("trainer") or {}).items() if k not in _FLAGS}
     callbacks = trainer.get("callbacks") or []
-    trainer["callbacks"] = [c for c in callbacks if not str(c.get("class_path", "")).startswith(_SHOWS)]
+    trainer["callbacks"] = [c for c in callbacks if not _only_shows(str(c.get("class_path", "")))]
     kept = {"seed_everything": config.get("seed_everything"), "model": config.get("model"), "trainer": trainer}
     flat = dict(_flatten("", kept))
     flat |= {key: value for key, value in _flatten("data", config.get("data")) if key.rpartition(".")[2] not in _DATA}
@@ -67,6 +78,10 @@ def difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     words = [f"{key} was {stored.get(key)!r} and is {now.get(key)!r}" for key in keys]
     more = [f"{len(words) - 5} more"] if len(words) > 5 else []
     return "; ".join([*words[:5], *more])
+
+
+def _only_shows(class_path: str) -> bool:
+    return class_path.startswith(("lightning.", "lightning_sfubm.")) and class_path.rpartition(".")[2] in _SHOWS
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ from lightning_sfubm.federated.envelopes import (
 )
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import ClientDropped
+from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.messages import Message, MessageSchema, ReplayGuard, pack, unpack
 from lightning_sfubm.federated.server import SERVER
@@ -172,7 +173,7 @@ class Silo(FederatedLoop):
         shape = describe_shapes(int(self.client.module.semantics().shape[1]), first)
         if self.server.broadcast_schema is None:
             return Reply(self.name, shape=shape)
-        message = self._record_up(self.server.broadcast_schema, 0, first, {"content": "initial weights, from the seed"})
+        message = self._record_up(self.server.broadcast_schema, 0, first, {"content": INITIAL_WEIGHTS})
         return Reply(self.name, shape=shape, teacher=message)
 
     def _take(self, request: Request) -> None:

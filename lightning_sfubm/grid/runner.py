@@ -15,9 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lightning_sfubm.errors import ConfigError, DataError
+from lightning_sfubm.errors import CheckpointError, ConfigError, DataError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.results import PerUserResults, write_atomically
+from lightning_sfubm.federated.checkpoint import find_state, stored_states
 from lightning_sfubm.grid.cells import cell_path, read_cell, write_cell
 from lightning_sfubm.grid.spec import Grid, Run
 from lightning_sfubm.locks import locked
@@ -62,7 +63,7 @@ def run_grid(
         Keys of the runs that are not complete.
 
     Raises:
-        ConfigError: ``jobs`` is below 1, or another process is at work in the folder of a run.
+        ConfigError: ``jobs`` is below 1.
     """
     if jobs < 1:
         raise ConfigError(f"--jobs {jobs}: at least one run has to be at work")
@@ -119,15 +120,15 @@ def _process(
 
     Returns:
         What went wrong, for the terminal.
-
-    Raises:
-        ConfigError: another process is at work in the folder, which would have to be cleared.
     """
     mark = folder / MARK
-    resumable = _mark_of(mark) == key
-    if not resumable:  # what lies here is of other settings or data, and must not be taken for this run's
-        with locked(folder, "--out"):  # a fit may have outlived the command that started it
-            shutil.rmtree(folder, ignore_errors=True)
+    resumable = _mark_of(mark) == key and _can_go_on(folder / "checkpoints")
+    if not resumable:  # what lies here is of other settings, data or code, and must not be taken for this run's
+        try:
+            with locked(folder, "--out"):  # a fit may have outlived the command that started it
+                shutil.rmtree(folder, ignore_errors=True)
+        except ConfigError as error:
+            return f"; {error}"
     arguments = _arguments(run, root, folder)
     if resumable and (folder / "checkpoints").exists():
         arguments += ["--ckpt_path", "last"]
@@ -154,6 +155,17 @@ def _process(
     return f"; exit code {code}: {' '.join(tail)} ({folder / 'output.log'})"
 
 
+def _can_go_on(states: Path) -> bool:
+    """Whether there is a state that this version reads, or none at all: then the run starts from the beginning."""
+    if not stored_states(states):
+        return True
+    try:
+        find_state(states)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _mark_of(mark: Path) -> str | None:
     """The grid hash a run folder was marked with; a mark that cannot be read is none, and the run starts again."""
     try:
@@ -165,6 +177,8 @@ def _mark_of(mark: Path) -> str | None:
 def _export(run: Run, out: Path, key: str) -> None:
     """Cells of the rows that are there, those of an interrupted run among them."""
     folder = out / "runs" / run.key
+    if _mark_of(folder / MARK) != key:
+        return  # what lies there is another run's
     about: dict[str, Any] = json.loads((folder / MARK).read_text(encoding="utf-8"))
     about |= {"pair": run.pair, "run": run.name, "settings_hash": run.settings_hash()}
     about["command"] = "lightning-sfubm fit " + " ".join(_arguments(run, "DIR", Path("RUN")))

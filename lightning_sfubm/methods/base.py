@@ -115,7 +115,7 @@ class DomainRun:
 
     @cached_property
     def fusion(self) -> LateFusion:
-        """Late fusion fitted on all held-out samples, more than the LLM may get; the LLM head starts from its weights."""
+        """Late fusion fitted on held-out samples, more than the LLM may get; the LLM head starts from its weights."""
         return self._fused(self.stage1)
 
     @cached_property
@@ -137,8 +137,8 @@ class DomainRun:
 
     def _fused(self, stage1: Stage1, splits: tuple[Split, ...] = ("train2",), products: bool = False) -> LateFusion:
         fusion = LateFusion(stage1, products=products)
-        samples = (self.data.rank_dataloader(split, 256, max_users=FUSION_USERS) for split in splits)
-        fusion.fit(chain.from_iterable(samples))
+        samples = [self.data.rank_dataloader(split, 256, max_users=FUSION_USERS) for split in splits]
+        fusion.fit(chain.from_iterable(samples) if len(samples[0]) else [])  # never on validation alone
         return fusion
 
     def twin(self, number: int) -> Client:

@@ -249,6 +249,11 @@ class FFMSR(CatalogueModule):
         similarities = text_affinities(self.items.text, batch["history"], batch["candidates"])
         return torch.cat([self.rank(batch).unsqueeze(-1), similarities], -1)
 
+    @property
+    def semantics_of_texts(self) -> bool:
+        """Whether nothing trained is in :meth:`semantics`; the attention over layers is."""
+        return not self.attention
+
     def semantics(self) -> Tensor:
         """(N, D / text_layers) unit text vectors of this domain's items in the attention's present weights, unperturbed."""
         return self.items.semantics()

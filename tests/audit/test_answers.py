@@ -79,3 +79,13 @@ def test_without_an_answer_there_is_nothing_to_measure(sizes: tuple[int, ...]) -
     rows, not_run = measured({name: units(size, size) for name, size in zip("ab", sizes, strict=False)})
     assert [row["client"] for row in rows] == ["b"] * (len(sizes) - 1)  # a's foreign pool is too small
     assert not_run == []
+
+
+def test_a_silos_own_record_lacks_what_its_answers_were_mixed_from() -> None:
+    clean = {"a": units(40, 0), "b": units(60, 1)}
+    alone = [message for message in exchange(clean, KNNMix()) if message[0]["client"] == "a"]
+    rows, not_run = answers(alone, {"a": client(clean["a"])}, KNNMix(), 100, seed=1)
+    assert rows == []
+    assert "What a learns of another's items from its answer of round 0 is not measured" in not_run[0]
+    received = [message for message in alone if message[0]["direction"] == "down"]
+    assert answers(received, {"a": client(clean["a"])}, KNNMix(), 100, seed=1) == (rows, not_run)

@@ -11,7 +11,7 @@ from lightning_sfubm.audit.facts import mechanisms
 from lightning_sfubm.audit.guarantee import content_of, coverage, guarantee
 from lightning_sfubm.audit.replay import replay
 from lightning_sfubm.audit.report import build_privacy_report
-from lightning_sfubm.federated.ledger import Ledger
+from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS, TEXTS_ALONE, Ledger
 from tests.audit.test_report import checkpoint, in_words
 
 SECURE = {"secure aggregation": "threshold 0.6"}
@@ -40,11 +40,21 @@ def report(folder: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], s
 
 def test_kinds_that_are_not_known_are_taken_for_users_data() -> None:
     kinds = ("semantics", "semantics secagg masked input", "teacher", "secagg masked input", "anything", "")
-    assert [content_of(kind) for kind in kinds] == ["item", "item", "user", "user", "user", "user"]
-    assert {content_of(f"{of}secagg {step}") for of in ("", "semantics ") for step in ("keys", "shares", "unmask")} == {
-        None
-    }
-    assert content_of("teacher secagg keys") == "user"
+    assert [content_of(up("a", 0, {}, kind)) for kind in kinds] == ["item", "item", "user", "user", "user", "user"]
+    steps = [f"{of}secagg {step}" for of in ("", "semantics ") for step in ("keys", "shares", "unmask")]
+    assert {content_of(up("a", 3, {}, step)) for step in steps} == {None}
+    assert content_of(up("a", 0, {}, "teacher secagg keys")) == "user"
+
+
+def test_what_was_not_trained_is_said_by_its_line() -> None:
+    """Item vectors that come again may have learnt from users; weights of round 0 are the seed's where the line says so."""
+    assert content_of(up("a", 3, {}, "semantics")) == "user"
+    assert content_of(up("a", 3, {"content": TEXTS_ALONE}, "semantics")) == "item"
+    assert content_of(up("a", 0, {"content": INITIAL_WEIGHTS})) is None
+    assert content_of(up("a", 1, {"content": INITIAL_WEIGHTS})) == "user"
+    assert content_of(up("a", 1, {"content": TEXTS_ALONE})) == "user"
+    lines = [up("a", 0, {"content": INITIAL_WEIGHTS}), up("a", 1, private(1.0))]
+    assert guarantee(lines, [])["standing"] == "all"
 
 
 def test_a_run_whose_messages_are_all_covered_has_one(tmp_path: Path) -> None:

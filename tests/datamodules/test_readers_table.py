@@ -171,6 +171,11 @@ def test_quotes_that_swallow_nothing_are_read_as_before(write_tables) -> None:
     assert raw.items.column("title").to_pylist()[2:] == ['Two\nlines, "quoted"', 'Pipe 5" long', "E"]
     raw = TableReader(str(write_tables(INTERACTIONS, ITEMS + b'c,"Al" Y.,Acme,X3\n'))).read(None)
     assert raw.items.column("title").to_pylist()[2:] == ["Al Y."]
+    raw = TableReader(str(write_tables(INTERACTIONS, ITEMS + b'\nc,"Al" Y.,Acme,X3\n\n'))).read(None)
+    assert raw.items.column("title").to_pylist()[2:] == ["Al Y."]  # empty lines swallow nothing either
+    long = b"x" * 140_000
+    raw = TableReader(str(write_tables(INTERACTIONS, ITEMS + b'c,"' + long + b"\n" + long + b'",Acme,X3\n'))).read(None)
+    assert len(raw.items.column("title").to_pylist()[2]) == 280_001
 
 
 @pytest.mark.parametrize("time", [pa.array([1.0, float("inf")]), pa.array([1, 2**64 - 1], pa.uint64())])

@@ -157,6 +157,8 @@ def test_rows_of_other_settings_are_not_reported_beside_new_ones(
     assert {str(p.relative_to(rows)) for p in rows.rglob("*.*")} == {
         f"{domain}/popularity.{end}" for domain in ("alpha", "beta") for end in ("json", "parquet")
     }
+    aside = tmp_path / "run" / "results-of-other-settings"  # what took hours is not deleted
+    assert PerUserResults.load(aside / "beta" / "late_fusion.parquet").meta.extra["config_hash"] == "h"
 
 
 def test_methods_without_an_llm_need_none(tmp_path: Path, federated_data: Any, federated_trainer: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_sfubm.__main__ import main
+from lightning_sfubm.cli import SFUBMCLI
 from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.federated.settings import difference, lasting_settings
 from tests.conftest import small_distiller
@@ -54,7 +55,9 @@ def test_places_outputs_and_hardware_may_change_and_what_is_computed_may_not() -
         (["--trainer.callbacks.sigma", "0.0"], "callbacks.0.init_args.sigma was 0.05 and is 0.0"),
         (["--model.init_args.lr", "0.5"], "model.init_args.lr was"),
         ([FED + "rounds", "2"], "set trainer.federation.rounds to 1"),
-        (["--data.init_args.domains.alpha.init_args.seed", "7"], "other"),
+        ([FED + "rounds", "0"], "has 1 rounds behind it, trainer.federation.rounds asks for 0"),
+        (["--data.init_args.domains.alpha.init_args.seed", "7"], "alpha.init_args.seed was 1 and is 7"),
+        (["--trainer.fast_dev_run", "true"], "trainer.fast_dev_run was"),
         (["--data.init_args.domains.alpha.init_args.reader.init_args.num_users", "61"], "other data"),
     ],
 )
@@ -100,6 +103,35 @@ def test_places_and_workers_of_a_finished_run_may_change(finished: tuple[Path, l
     assert {k: v for k, v in after.items() if k != "config.yaml"} == {
         k: v for k, v in before.items() if k != "config.yaml"
     }
+
+
+def test_what_may_change_changes_neither_the_settings_nor_the_hash_of_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def parsed(*more: str) -> SFUBMCLI:
+        return SFUBMCLI(args=["--config", str(SYNTHETIC), "--trainer.accelerator", "cpu", *more], run=False)
+
+    alpha, bars = "--data.init_args.domains.alpha.init_args.", "lightning.pytorch.callbacks."
+    free = ["--trainer.default_root_dir", "elsewhere", "--trainer.logger", "false", "--trainer.log_every_n_steps", "3"]
+    free += ["--trainer.max_epochs", "9", "--data.root", "there"]
+    free += [f"{FED}workers", "2", f"{FED}keep_messages", "true", f"{alpha}eval_batch_size", "9"]
+    free += ["--trainer.callbacks+", bars + "RichProgressBar", "--trainer.callbacks+", bars + "LearningRateMonitor"]
+    free += ["--experiment.init_args.methods", "[popularity]", "--experiment.init_args.title", "other words"]
+    plain, changed = parsed(), parsed(*free)
+    assert difference(plain.lasting_settings, changed.lasting_settings) == ""
+    assert plain._config_hash() == changed._config_hash()
+    rows = parsed("--experiment.init_args.llm_epochs", "3")
+    assert difference(plain.lasting_settings, rows.lasting_settings) == ""
+    assert plain._config_hash() != rows._config_hash()
+    rounds = parsed(f"{FED}rounds", "7")
+    assert difference(plain.lasting_settings, rounds.lasting_settings) == ""  # checked where they are run
+    assert plain._config_hash() != rounds._config_hash()
+    for flag, value in (("--model.init_args.lr", "0.5"), (f"{FED}patience", "7"), ("--trainer.fast_dev_run", "true")):
+        other = parsed(flag, value)
+        assert difference(plain.lasting_settings, other.lasting_settings), flag
+        assert plain._config_hash() != other._config_hash(), flag
 
 
 def test_data_of_equal_shape_are_told_apart_without_a_configuration(
