@@ -22,7 +22,7 @@ def locked(folder: Path, option: str) -> Iterator[None]:
     A file system without locks gives none: a warning says so, and the folder is not kept.
 
     Args:
-        folder: made where it is missing.
+        folder: made where it is missing, and removed again where it is empty at the end.
         option: the option that names another folder, for the error.
 
     Raises:
@@ -32,7 +32,7 @@ def locked(folder: Path, option: str) -> Iterator[None]:
     if folder in _held:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    new = not folder.exists()
     with _taken(folder / LOCK, option):
         _held.add(folder)
         try:
@@ -40,12 +40,19 @@ def locked(folder: Path, option: str) -> Iterator[None]:
         finally:
             _held.discard(folder)
             (folder / LOCK).unlink(missing_ok=True)  # before it is let go, so that it is nobody else's
+            if new:
+                with suppress(OSError):  # it holds something
+                    folder.rmdir()
 
 
 def _taken(path: Path, option: str) -> TextIO:
     """The open lock file, which is held until it is closed."""
     while True:
-        file = path.open("a", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a", encoding="utf-8")
+        except FileNotFoundError:
+            continue  # the folder was new and empty, and the process that kept it has removed it just now
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

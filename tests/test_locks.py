@@ -49,7 +49,13 @@ def test_a_folder_is_kept_while_the_process_lives(tmp_path: Path, end: str) -> N
         other.wait()
     with locked(tmp_path / "new", "--out"):
         assert (tmp_path / "new" / LOCK).is_file()
-    assert list((tmp_path / "new").iterdir()) == []
+    if end == "kill":  # the folder was there, with what the dead process left
+        assert list((tmp_path / "new").iterdir()) == []
+    else:  # nobody has left anything in it
+        assert not (tmp_path / "new").exists()
+    with locked(tmp_path / "filled", "--out"):
+        (tmp_path / "filled/ledger").write_text("")
+    assert [path.name for path in (tmp_path / "filled").iterdir()] == ["ledger"]
 
 
 def test_a_process_may_ask_again_within_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
