@@ -36,7 +36,7 @@ def build_report(run_dir: str | os.PathLike[str]) -> Path:
     from lightning_sfubm.evaluation.report_plots import figures, svg_uri  # matplotlib only where a report is made
 
     folder = RunFolder.read(run_dir)
-    if not (folder.run or folder.results or folder.history):
+    if not (folder.run or folder.results or folder.history or folder.problems):
         raise DataError(
             f"{folder.path}: nothing to report: neither run.json nor results nor history.jsonl; give the folder of a "
             "federated run or experiment (trainer.default_root_dir)"

@@ -164,11 +164,17 @@ def test_a_missing_part_says_so(run, name, sentence):
     assert "not differential privacy" in text
 
 
-def test_an_empty_folder_gives_a_report(tmp_path):
+def test_an_empty_folder_is_refused_and_a_run_without_results_has_a_report(tmp_path):
+    with pytest.raises(DataError, match="nothing to report"):
+        build_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run.json").write_text('{"title": "cut short"}')
     page = Page(build_report(tmp_path).read_text())
     assert "No results were stored" in page.text
     assert "img" not in {tag for tag, _ in page.tags}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "run.json"]
+    (tmp_path / "run.json").write_text("{")  # broken, which the report says
+    assert "run.json: broken JSON" in Page(build_report(tmp_path).read_text()).text
 
 
 def test_broken_parts_are_named_and_the_rest_is_used(run):
