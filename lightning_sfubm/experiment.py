@@ -6,6 +6,7 @@ data, is not computed again when a run is resumed.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -45,6 +46,8 @@ COMPARISONS = (
     ("sfubm", "stage1"),
     ("sfubm", "late_fusion"),
 )
+
+log = logging.getLogger(__name__)
 
 
 class Experiment:
@@ -248,10 +251,10 @@ class Experiment:
         """Read every prompt template now, not after stage 1 has been trained.
 
         Raises:
-            ConfigError: one cannot be read, or is for a domain that there is not.
+            ConfigError: one cannot be read.
         """
-        if unknown := sorted(self.templates.keys() - set(domains)):
-            raise ConfigError(f"experiment.templates names {unknown}; the domains are {sorted(domains)}")
+        if unknown := sorted(self.templates.keys() - set(domains)):  # an overlay may have taken a domain away
+            log.warning("experiment.templates names %s; the domains are %s", unknown, sorted(domains))
         if self.llm is not None and any(METHODS[key].needs_llm for key in self.methods):
             for template in {self.llm.hparams["template"], *self.templates.values()}:
                 load_template(template, "branch")
