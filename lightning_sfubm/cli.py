@@ -162,6 +162,8 @@ class SFUBMCLI(LightningCLI):
         if experiment is None:
             self.trainer.fit(**kwargs)
             return
+        if not isinstance(self.trainer, FederatedTrainer) or self.trainer.federation is None:
+            raise ConfigError("an experiment follows federated rounds: set trainer.federation, or experiment to null")
         experiment.run(
             self.trainer,
             self.model,
