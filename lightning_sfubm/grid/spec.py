@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -49,12 +50,30 @@ class Run:
     def settings_hash(self) -> str:
         """Configuration files, settings files they name, options and seed alone.
 
-        Tells a table, which has no data at hand, what is out of date.
+        Tells a table, which has no data at hand, what is out of date. Of a configuration its values count, without the
+        methods that it would compute by itself: comments, layout and one more row make no cell out of date.
         """
-        parts: list[Any] = [[path.read_text(encoding="utf-8") for path in self.configs], self.flags, self.seed]
+        parts: list[Any] = [[_values(path) for path in self.configs], self.flags, self.seed]
         if named := named_files(self.configs, self.flags):
             parts.append(named)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _values(config: Path) -> Any:
+    """Values of a configuration without ``experiment.init_args.methods``, in whose place a run's rows stand.
+
+    Raises:
+        ConfigError: it is not readable YAML.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
+        raise ConfigError(f"{config} is not readable YAML: {' '.join(str(error).split())}") from error
+    with suppress(TypeError, KeyError, AttributeError):  # none named
+        del values["experiment"]["init_args"]["methods"]
+    return values
 
 
 @dataclass(frozen=True)

@@ -119,15 +119,34 @@ def test_the_hash_of_a_run_follows_the_files_that_it_names(tmp_path: Path, text:
     assert len(set(hashes)) == 4
 
 
-def test_the_hash_of_a_run_that_names_no_file_is_as_it_was_published(
+def test_comments_layout_and_methods_of_a_configuration_make_no_cell_out_of_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = load_grid(grid_file(tmp_path), set(METHODS)).runs[0]
-    (tmp_path / "base.yaml").write_text("seed_everything: 1  # words.yaml\ndata: data.csv\n")
+
+    def of(text: str) -> str:
+        (tmp_path / "base.yaml").write_text(text)
+        return run.settings_hash()
+
     for name in ("words.yaml", "data.csv"):  # a comment names nothing; data are in the hash of the data
         (tmp_path / name).write_text("x")
-    assert run.settings_hash() == "192017950519dc7401749baff80e5d8afc7d1b7a23dc71f904c71dd32ec5a481"
+    first = of(
+        "seed_everything: 1  # words.yaml\ndata: data.csv\nexperiment: {init_args: {methods: [stage1], align: 2}}\n"
+    )
+    again = "data: data.csv\nexperiment:\n  init_args:\n    align: 2\n    methods: [a, b]\nseed_everything: 1\n"
+    assert of(again) == of(again.replace("    methods: [a, b]\n", "")) == first
+    assert of(again.replace("align: 2", "align: 3")) != first != of(again.replace("data.csv", "other.csv"))
+    published = "39e26d701cb2813c68987567049e317223a46b4a9e6498d84babf2dcd8971e1f"
+    assert of("seed_everything: 1\ndata: data.csv\n") == published  # as in the cells under docs/results
+
+
+def test_a_configuration_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    run = load_grid(grid_file(tmp_path), set(METHODS)).runs[0]
+    for text in (b"a: [", b"\xff", b"day: 2020-13-45\n"):
+        (tmp_path / "base.yaml").write_bytes(text)
+        with pytest.raises(ConfigError, match=r"base.yaml is not readable YAML"):
+            run.settings_hash()
 
 
 def test_a_second_command_on_the_same_folder_is_refused_but_for_tables(
