@@ -54,7 +54,7 @@ class DomainDataModule(L.LightningDataModule):
         stage2_positions: positions held out per such user, 0 to 3; 0 = no hold-out.
         max_eval_users: seeded subset of users for validation; test always takes all.
         num_workers: worker processes of each loader; batches do not depend on it.
-        seed: of subset, split, order and candidates.
+        seed: of subset, split and candidates; and of the order of batches where the trainer's run has no seed.
     """
 
     def __init__(
@@ -204,11 +204,11 @@ class DomainDataModule(L.LightningDataModule):
         return {split: self._stored(split, self.num_candidates).sha256 for split in ("val", "test")}
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
-        """Batches of training sequences, bucketed by length, order seeded by epoch."""
+        """Batches of training sequences, bucketed by length; their order follows the run's seed and the epoch."""
         rows = TrainSequences(self.domain, self.splits, self.max_length, self.windows)
         rank, world_size = shard_of(self)
         sampler = BucketBatchSampler(
-            rows.lengths, self.batch_size, seed=self.seed, name=self.name, rank=rank, world_size=world_size
+            rows.lengths, self.batch_size, seed=order_seed_of(self), name=self.name, rank=rank, world_size=world_size
         )
         return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
@@ -357,3 +357,9 @@ def shard_of(datamodule: L.LightningDataModule) -> tuple[int, int]:
     """(rank, world size) of the trainer a data module is attached to; (0, 1) without one."""
     trainer = datamodule.trainer
     return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+
+def order_seed_of(datamodule: "DomainDataModule") -> int:
+    """Seed of the run whose trainer a data module is attached to, so that other seeds see other batches of the same data."""
+    seed = getattr(datamodule.trainer, "run_seed", None)
+    return datamodule.seed if seed is None else int(seed)

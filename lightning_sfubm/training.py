@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -15,6 +16,19 @@ from lightning_sfubm.seeds import derive_seed
 
 TrainerFactory = Callable[..., Trainer]
 EpochHook = Callable[[int, dict[str, float]], None]
+
+
+class SeededTrainer(Trainer):
+    """:class:`lightning.Trainer` that knows the seed of the run it is part of, which the order of batches follows.
+
+    Args:
+        run_seed: of ``seed_everything``; ``None`` where none was set: the order then is the data module's own.
+        kwargs: those of :class:`lightning.Trainer`.
+    """
+
+    def __init__(self, *, run_seed: int | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.run_seed = run_seed
 
 
 class RankSeed(Callback):

@@ -44,3 +44,27 @@ def test_a_second_student_of_ones_own_starts_elsewhere(federated_data: Any, fede
     assert first.seed == template.seed
     assert second.seed not in (template.seed, trainer.seed)
     assert not torch.equal(first.ids.weight, second.ids.weight)
+
+
+def test_batches_come_in_another_order_under_another_seed(
+    federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = federated_data(num_users=60).domains["alpha"]
+    data.prepare_data()
+    data.setup("fit")
+
+    def rows(trainer: Any) -> list[list[int]]:
+        data.trainer = trainer
+        return [batch.rows.tolist() for batch in data.train_dataloader().sampler]
+
+    local, hashes = {}, set()
+    for seed in ("1", "2", "2", ""):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        trainer = federated_trainer()
+        order = rows(trainer)
+        assert order == rows(trainer.make_trainer(label="a round", max_epochs=1))
+        assert local.setdefault(seed, order) == order
+        hashes.add(str(data.candidate_hash))
+    assert local[""] == rows(None) == local[str(data.seed)] != local["2"]
+    assert sorted(sum(local["1"], [])) == sorted(sum(local["2"], []))
+    assert len(hashes) == 1  # what is measured stays the same

@@ -32,7 +32,7 @@ from lightning_sfubm.quiet import quiet_lightning
 from lightning_sfubm.ranks import first_prepares, is_first
 from lightning_sfubm.safe_load import SafeCheckpointIO
 from lightning_sfubm.seeds import derive_seed
-from lightning_sfubm.training import CloseAtExit, RankSeed
+from lightning_sfubm.training import CloseAtExit, RankSeed, SeededTrainer
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -95,7 +95,13 @@ class FederatedTrainer(L.Trainer):
     @property
     def seed(self) -> int:
         """Root seed: the one of ``seed_everything``, or 0."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return self.run_seed or 0
+
+    @property
+    def run_seed(self) -> int | None:
+        """The seed of ``seed_everything``, where one was set: data modules let the order of batches follow it."""
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        return int(seed) if seed else None
 
     def make_trainer(
         self,
@@ -126,7 +132,8 @@ class FederatedTrainer(L.Trainer):
         flags["use_distributed_sampler"] = False  # the batch samplers shard by rank themselves
         flags["enable_model_summary"] = flags.get("enable_model_summary") or False
         quiet_lightning()
-        return L.Trainer(
+        return SeededTrainer(
+            run_seed=self.run_seed,
             max_epochs=max_epochs,
             min_epochs=min_epochs,
             callbacks=[*own, *callbacks],

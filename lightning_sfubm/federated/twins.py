@@ -20,7 +20,7 @@ def train_twins(loop: FederatedLoop, template: LightningModule, run_dir: Path, n
         template: the stage-1 module, untrained.
         run_dir: of the run.
         number: the first twins have the run's seed, further ones a seed of their own for weights, dropout and other draws;
-            the order of batches is the data's.
+            the order of batches is the run's.
     """
     federation = copy.copy(loop.federation)
     federation.exchange = "nothing"

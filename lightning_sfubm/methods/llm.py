@@ -94,7 +94,7 @@ def _align(run: DomainRun) -> str | None:
     trainer = run.trainer.make_trainer(
         label=f"alignment, {run.name}", max_epochs=epochs, folder=run.folder("projector")
     )
-    trainer.fit(projector, datamodule=ItemDataModule(run.data, seed=run.data.seed))
+    trainer.fit(projector, datamodule=ItemDataModule(run.data, seed=run.trainer.seed))
     path = run.run_dir / "models" / run.name / "projector.ckpt"
     trainer.save_checkpoint(path, weights_only=True)
     return str(path)
