@@ -49,3 +49,20 @@ def follow_seed(module: Any, seed: int) -> None:
     """Give a module that is not bound yet a run's seed for its named streams: item tables, negatives, gate noise."""
     if hasattr(module, "seed"):
         module.seed = seed
+
+
+def step_of(module: Any) -> tuple[int, ...]:
+    """Names of the training step at work, for a stream that is drawn from anew in each.
+
+    The optimiser's step; where gradients are accumulated over several batches, the number of the batch besides, since all
+    batches of a step have the same number of the step.
+
+    Args:
+        module: a LightningModule, in training or, without a trainer, at step 0.
+    """
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # not attached to one
+        return (int(module.global_step),)
+    step = int(trainer.global_step)
+    return (step,) if trainer.accumulate_grad_batches == 1 else (step, int(trainer.fit_loop.total_batch_idx))

@@ -21,7 +21,7 @@ from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks, union_over_ranks
 from lightning_sfubm.modules.semantic import SemanticTeacher
 from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
-from lightning_sfubm.seeds import torch_generator
+from lightning_sfubm.seeds import step_of, torch_generator
 
 PHASES = ("teacher", "student", "joint")
 COUNTERS = ("both", "non_target", "what_if", "none")
@@ -300,7 +300,7 @@ class FKDDistiller(CatalogueModule):
         """Value and weighted loss of COUNTER ``what_if`` on sequences with swapped items."""
         if self._neighbours is None:
             self._neighbours = self.teacher.neighbours(self.num_neighbours)
-        generator = torch_generator(self.seed, "what_if", self.global_step)
+        generator = torch_generator(self.seed, "what_if", *step_of(self))
         swapped = swap_items(history, self._neighbours, self.swap_probability, generator)
         with torch.no_grad():
             teacher_states, _ = self.teacher.scaled(self.teacher.states(swapped, z)[predicting], z[:1])

@@ -23,7 +23,7 @@ from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likel
 from lightning_sfubm.modules.llm.optim import adamw_with_warmup
 from lightning_sfubm.modules.llm.sharding import is_sharded, settle, whole
 from lightning_sfubm.modules.losses.ranks import any_rank, mean_over_ranks, union_over_ranks
-from lightning_sfubm.seeds import torch_generator
+from lightning_sfubm.seeds import step_of, torch_generator
 
 RANK_MODES = {"branch": ("head", "score"), "list": ("score", "generate", "constrained")}
 
@@ -163,7 +163,7 @@ class LLMHead(InjectedLM):
         """Curriculum: the chance of a text-only prompt falls linearly from 1 to 0."""
         total = self.trainer.estimated_stepping_batches * self.settings.curriculum
         progress = min(1.0, self.global_step / max(1.0, total))
-        draw = torch.rand((), generator=torch_generator(self.settings.seed, "curriculum", self.global_step))
+        draw = torch.rand((), generator=torch_generator(self.settings.seed, "curriculum", *step_of(self)))
         return draw.item() >= progress
 
     def init_residual(self, weights: Tensor) -> None:

@@ -25,7 +25,7 @@ from lightning_sfubm.modules.losses.sampled import (
 )
 from lightning_sfubm.modules.row_adam import RowAdamW
 from lightning_sfubm.modules.stage1 import CatalogueModule, encoder_width
-from lightning_sfubm.seeds import torch_generator
+from lightning_sfubm.seeds import step_of, torch_generator
 
 FEATURES = ("id", "text", "id+text")
 LOSSES = ("full", "sampled", "bpr_max", "bce")
@@ -181,7 +181,7 @@ class SequentialRecommender(CatalogueModule):
         """Ids of the step's negatives: none, one for each target (V,), or those that all positions share (M,)."""
         if self.loss == "full":
             return targets[:0]
-        generator = torch_generator(self.seed, "negatives", self.global_step)
+        generator = torch_generator(self.seed, "negatives", *step_of(self))
         if self.loss == "bce":
             return other_items(targets, self.num_items, generator)
         if self._cumulative is None:

@@ -3,10 +3,14 @@
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
 from lightning_sfubm.methods import METHODS
+from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.sequential import SequentialRecommender
+from lightning_sfubm.seeds import step_of
 from tests.conftest import small_distiller
 
 
@@ -66,5 +70,35 @@ def test_batches_come_in_another_order_under_another_seed(
         assert local.setdefault(seed, order) == order
         hashes.add(str(data.candidate_hash))
     assert local[""] == rows(None) == local[str(data.seed)] != local["2"]
-    assert sorted(sum(local["1"], [])) == sorted(sum(local["2"], []))
+    first, second = (sorted(row for batch in local[seed] for row in batch) for seed in ("1", "2"))
+    assert first == second == sorted(set(first))
     assert len(hashes) == 1  # what is measured stays the same
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_batches_of_one_accumulated_step_draw_negatives_of_their_own(
+    accumulated: int, federated_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = federated_data(num_users=60).domains["alpha"]
+    data.batch_size = 16
+    data.prepare_data()
+    data.setup("fit")
+    module = SequentialRecommender(SASRec(hidden_dim=16, num_layers=1, max_length=16), loss="sampled", num_negatives=5)
+    drawn: list[tuple[int, list[int]]] = []
+    original = module._negatives
+
+    def watched(targets: torch.Tensor) -> torch.Tensor:
+        drawn.append((module.global_step, original(targets).tolist()))
+        return original(targets)
+
+    monkeypatch.setattr(module, "_negatives", watched)
+    module.bind(data.catalogue)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    L.Trainer(accelerator="cpu", max_epochs=2, accumulate_grad_batches=accumulated, limit_val_batches=0, **quiet).fit(
+        module, datamodule=data
+    )
+    steps, negatives = zip(*drawn, strict=True)
+    assert len(set(map(str, negatives))) == len(negatives) >= 6
+    assert len(set(steps)) == len(steps) // accumulated
+    if accumulated == 1:  # as before gradients could be accumulated
+        assert step_of(SimpleNamespace(trainer=module.trainer)) == (module.global_step,)

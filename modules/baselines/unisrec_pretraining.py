@@ -12,7 +12,7 @@ from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.modules.sequential import SequentialRecommender
-from lightning_sfubm.seeds import torch_generator
+from lightning_sfubm.seeds import step_of, torch_generator
 
 
 class UniSRecPretraining(SequentialRecommender):
@@ -134,7 +134,7 @@ class UniSRecPretraining(SequentialRecommender):
             ids: (M,) distinct item ids.
             table: (M, H) their vectors.
         """
-        generator = torch_generator(self.seed, "augmentation", self.global_step)
+        generator = torch_generator(self.seed, "augmentation", *step_of(self))
         items = float(torch.rand((), generator=generator)) < self.item_drop_share
         chosen = (torch.rand(history.shape, generator=generator) < self.drop_ratio).to(history.device)
         if items or self.masked_text is None:
