@@ -1,5 +1,6 @@
 """Rows that are trained beside stage 1 follow the run's seed, from their first weights on."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from lightning_sfubm.methods import METHODS
+from lightning_sfubm.methods.base import DomainRun
+from lightning_sfubm.modules.baselines.unisrec_pretraining import UniSRecPretraining
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.seeds import step_of
@@ -24,10 +27,14 @@ def test_first_weights_and_draws_differ_by_seed_alone(key: str, federated_data: 
         run: Any = SimpleNamespace(trainer=SimpleNamespace(seed=seed), name="alpha", template=small_distiller())
         run.experiment = SimpleNamespace(baselines={})
         run.full_data, run.fit = data, lambda *arguments: None
+        run.own_encoder = partial(DomainRun.own_encoder, run)
         return METHODS[key].build(run)
 
     first, again, other = untrained(1), untrained(1), untrained(2)
     assert (first.seed, other.seed) == (1, 2)  # of negatives and gate noise
+    # The template's encoder stands still while its teacher is trained; the rows' own does not.
+    assert all(parameter.requires_grad for parameter in first.parameters())
+    assert all(part.training for part in first.encoder.modules())
     tables = [m.items.state_dict() for m in (first, again, other)]
     drawn = [
         name
@@ -102,3 +109,10 @@ def test_batches_of_one_accumulated_step_draw_negatives_of_their_own(
     assert len(set(steps)) == len(steps) // accumulated
     if accumulated == 1:  # as before gradients could be accumulated
         assert step_of(SimpleNamespace(trainer=module.trainer)) == (module.global_step,)
+
+
+def test_pre_training_trains_an_encoder_that_is_to_stand_still_afterwards() -> None:
+    frozen = SASRec(hidden_dim=16, num_layers=1, max_length=16).requires_grad_(False).eval()
+    module = UniSRecPretraining(frozen)
+    assert all(parameter.requires_grad for parameter in module.encoder.parameters())
+    assert all(part.training for part in module.encoder.modules())

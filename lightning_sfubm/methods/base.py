@@ -1,5 +1,6 @@
 """What a method of the table is, and one domain within an experiment as its methods see it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
 
 from lightning_sfubm.contracts import Ranker, Stage1
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule, Split
 from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.evaluate import evaluate_ranker
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.federated.client import Client
@@ -82,6 +85,23 @@ class DomainRun:
     def stage1(self) -> Any:
         """The trained stage-1 module."""
         return self.client.module
+
+    def own_encoder(self, row: str) -> nn.Module:
+        """A copy of ``model.encoder`` for a row, to be trained whatever phase the stage-1 module stands in.
+
+        A distiller whose teacher comes first holds its own encoder still: without gradients, and without dropout.
+
+        Raises:
+            ConfigError: the model has none.
+        """
+        encoder = getattr(self.template, "encoder", None)
+        if encoder is None:
+            raise ConfigError(
+                f"row '{row}' takes its encoder from model.encoder, which this model does not have; "
+                f"configure it as experiment.baselines.{row}"
+            )
+        own: nn.Module = copy.deepcopy(encoder)
+        return own.requires_grad_(True).train()
 
     @cached_property
     def full_data(self) -> DomainDataModule:

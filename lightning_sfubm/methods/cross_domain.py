@@ -20,8 +20,7 @@ def _unisrec(key: str, mode: str, pretrain: bool = True) -> Callable[[DomainRun]
     def build(run: DomainRun) -> Ranker:
         template = run.experiment.baselines.get(key)
         if template is None:
-            encoder = getattr(run.template, "encoder", None)
-            template = UniSRec(copy.deepcopy(encoder), mode=mode, freeze_encoder=pretrain)  # type: ignore[arg-type]
+            template = UniSRec(run.own_encoder(key), mode=mode, freeze_encoder=pretrain)  # type: ignore[arg-type]
         if not isinstance(template, UniSRec):
             raise ConfigError(f"experiment.baselines.{key} must be a UniSRec, not {type(template).__name__}")
         torch.manual_seed(derive_seed(run.trainer.seed, "baseline", key, run.name))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import torch
 
 from lightning_sfubm.contracts import Ranker
-from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods.base import DomainRun, Method
 from lightning_sfubm.modules.baselines.popularity import Popularity
 from lightning_sfubm.modules.baselines.random_ranker import RandomRanker
@@ -46,14 +45,8 @@ def _sequential(key: str, template: Callable[[DomainRun], SequentialRecommender]
 
 def _own_encoder(key: str, features: str) -> Callable[[DomainRun], SequentialRecommender]:
     def template(run: DomainRun) -> SequentialRecommender:
-        encoder = getattr(run.template, "encoder", None)
-        if encoder is None:
-            raise ConfigError(
-                f"row '{key}' takes its encoder from model.encoder, which this model does not have; "
-                f"configure it as experiment.baselines.{key}"
-            )
-        lr: float = run.template.lr  # type: ignore[assignment]
-        return SequentialRecommender(copy.deepcopy(encoder), features=features, lr=lr)  # type: ignore[arg-type]
+        encoder, lr = run.own_encoder(key), run.template.lr
+        return SequentialRecommender(encoder, features=features, lr=lr)  # type: ignore[arg-type]
 
     return template
 

@@ -67,7 +67,8 @@ class UniSRecPretraining(SequentialRecommender):
                 f"seq_seq_weight={seq_seq_weight} must not be negative, drop_ratio={drop_ratio} must lie in [0, 1) and "
                 f"item_drop_share={item_drop_share} in [0, 1]."
             )
-        encoder = SASRec() if encoder is None else encoder
+        # One that is to stay fixed while tuning, as UniSRec's, is trained here.
+        encoder = SASRec() if encoder is None else encoder.requires_grad_(True).train()
         super().__init__(
             encoder,
             features="text",
