@@ -1,5 +1,6 @@
 """User-level differential privacy of the shared teacher: its training phase becomes DP-SGD."""
 
+import hashlib
 import math
 import os
 import secrets
@@ -43,8 +44,9 @@ class DifferentialPrivacy(Callback):
       among them), choosing an epoch or a setting by them, ``weighting: examples``, k-core filtering, which lets one user decide
       whether others are kept: each would need noise and accounting of its own. Neither is anything of this trained before,
       without this callback.
-    - Sampling and noise come from named streams of a pseudo-random generator. Whoever knows the seed can subtract the noise:
-      give ``secret_dir`` where the guarantee has to hold, and read "noise" as that of floating-point numbers.
+    - Sampling and noise come from named streams of a pseudo-random generator, among the names all that a step's sum follows
+      from. Whoever knows the seed can subtract the noise: give ``secret_dir`` where the guarantee has to hold, and read "noise"
+      as that of floating-point numbers.
 
     What is never exchanged needs no noise: phases that train nothing shared (the student) run unchanged, and the trainers of
     local phases and of methods outside the federation do not get the callback (``rounds_only``).
@@ -209,6 +211,7 @@ class DifferentialPrivacy(Callback):
         """A number whose gradient by the teacher's parameters is the private gradient, and nothing else."""
         step, rate = self.accountant.steps, self._sampler.sample_rate
         self.accountant.check(self._sigma, rate)
+        release = (self._client, step, self._sum_of(module, batch))
         with seeded(self._root, "private dropout", self._client, step):
             private = private_gradient(
                 per_user,
@@ -217,7 +220,7 @@ class DifferentialPrivacy(Callback):
                 clip_norm=self.clip_norm,
                 noise_multiplier=self._sigma,
                 expected_users=self._expected,
-                noise=NoiseStream(str(self._root).encode(), "gradient noise", self._client, step),
+                noise=NoiseStream(str(self._root).encode(), "gradient noise", *release),
             )
         self.accountant.step(self._sigma, rate)
         clipped = (private.norms > self.clip_norm).float().mean() if len(private.norms) else torch.zeros(())
@@ -269,6 +272,18 @@ class DifferentialPrivacy(Callback):
         steps = self.total_epochs * len(self._sampler)
         rate, mechanism = self._sampler.sample_rate, self.accountant.mechanism
         return noise_multiplier_for(self.target_epsilon, self.delta, rate, steps, mechanism)
+
+    def _sum_of(self, module: FKDDistiller, batch: TrainBatch) -> str:
+        """Hash of all that a step's clipped sum follows from, so that no noise is added to two sums that differ.
+
+        A run that went back to an earlier state and is given another global teacher, other data or another bound would take a
+        step of the same number, and the difference of the two results would have no noise.
+        """
+        digest = hashlib.blake2b(repr((self.clip_norm, self._sigma, self._expected)).encode(), digest_size=16)
+        tensors = {**module.teacher.state_dict(), "history": batch["history"], "targets": batch["targets"]}
+        for name, value in sorted(tensors.items()):
+            digest.update(f"{name}{tuple(value.shape)}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def _root_seed(self) -> int:
         if self.secret_dir is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_sfubm.evaluation.run_folder import Json
-from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS, TEXTS_ALONE
+from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS, SAME, TEXTS_ALONE, UNTRAINED
 
 _KEYS_AND_SHARES = ("secagg keys", "secagg shares", "secagg unmask")  # they hold nothing of the data
 _OF_ITEMS = ("semantics", "semantics secagg masked input")
@@ -16,13 +16,13 @@ _OF_ITEMS = ("semantics", "semantics secagg masked input")
 def content_of(line: Mapping[str, Any]) -> str | None:
     """Whose data a message that goes up holds: ``"item"``, ``"user"``, or ``None`` = nobody's.
 
-    A kind that is not known counts as made of users' data, and so do item vectors of a later round than the first exchange
-    whose line does not say that they are of texts alone: a module may have trained what it sends.
+    A kind that is not known counts as made of users' data, and so do item vectors whose line does not say that nothing in them
+    was trained.
     """
     kind, said = line.get("kind", ""), mechanism_of(line).get("content")
     if kind.removeprefix("semantics ") in _KEYS_AND_SHARES or (said == INITIAL_WEIGHTS and line.get("round") == 0):
         return None
-    return "item" if kind in _OF_ITEMS and (line.get("round") == 0 or said == TEXTS_ALONE) else "user"
+    return "item" if kind in _OF_ITEMS and said in (TEXTS_ALONE, UNTRAINED) else "user"
 
 
 def mechanism_of(line: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -44,9 +44,12 @@ def coverage(lines: Iterable[Mapping[str, Any]]) -> list[Json]:
         none although every message states one).
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    known: set[str] = set()
     for line in lines:
-        whose = content_of(line)
-        if line["direction"] != "down" and whose is not None and not line.get("resent"):
+        whose, same = content_of(line), json.dumps([line.get(key) for key in SAME])
+        again = line.get("resent") and same in known
+        known.add(same)
+        if line["direction"] != "down" and whose is not None and not again:
             groups.setdefault((line["client"], whose), []).append(line)
     return [_covered(client, whose, sent) for (client, whose), sent in sorted(groups.items())]
 
@@ -100,6 +103,9 @@ def _doubt(bounds: list[Mapping[str, Any]], kinds: list[str]) -> str | None:
         return "its messages state bounds of different kinds, and how they add up is not known"
     if epsilons != sorted(epsilons):
         return "epsilon falls from one message to a later one, so that the later one does not cover all before it"
+    steps = [bound["steps"] for bound in bounds if isinstance(bound.get("steps"), int)]
+    if steps != sorted(set(steps)):
+        return "two of its messages state the same steps of training, so that the later one does not count what the other spent"
     return None
 
 

@@ -171,7 +171,11 @@ def _verdict(guarantee: Json) -> list[str]:
     """What the run as a whole promises to persons, before what each organisation does for its own."""
     number, standing = guarantee["messages"], guarantee["standing"]
     if standing == "nothing sent":
-        return ["For persons none is needed: no message made from user behaviour left."]
+        return [
+            "For persons none is needed for what the messages say: no message made from user behaviour left. Which items were "
+            "sent is another matter: an item that enough users took is sent, so that a single user can decide about one, and "
+            "for that there is no bound."
+        ]
     if standing == "all":
         return [
             f"For persons, yes: each of the {number} messages made from user behaviour left with differential privacy. Which "

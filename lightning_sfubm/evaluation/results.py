@@ -278,15 +278,35 @@ def chance(metric: str, num_candidates: int) -> float | None:
     return float((_gain if kind == "ndcg" else _within)(ranks, int(k)).mean())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+def write_atomically(path: Path, data: bytes, durable: bool = False) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Args:
+        path: the file.
+        data: its content.
+        durable: come back only when it is on disk, where a power cut does not take it back.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner can read
         os.replace(temporary, path)
+        if durable:
+            flush(path.parent)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def flush(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.evaluation.results import flush
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.safe_load import load_checkpoint
@@ -62,17 +63,18 @@ def save_state(
         new = client.saved_sha256 is None
         client.saved_sha256 = files[f"clients/{name}.ckpt"] = client.saved_sha256 or _sha256(file)
         if new or file.stat().st_nlink == 1:  # not one that an earlier state has put on disk
-            _flush(file)
+            flush(file)
     torch.save(server.state_dict(), temporary / "server.ckpt")
     files["server.ckpt"] = _sha256(temporary / "server.ckpt")
     loop = {"format": _FORMAT, "step": step, "linked": linked, "stored": stored, "files": files}
     loop["data"] = {name: client.datamodule.state_dict() for name, client in sorted(clients.items())}
     loop["sha256"] = _content(loop)
     (temporary / "loop.json").write_text(json.dumps(loop, indent=1, sort_keys=True))
-    for file in (temporary / "server.ckpt", temporary / "loop.json"):
-        _flush(file)
+    for file in (temporary / "server.ckpt", temporary / "loop.json", temporary / "clients", temporary):
+        flush(file)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
+    flush(root)
     for name, client in clients.items():
         client.saved_as(final / "clients" / f"{name}.ckpt")
     states = stored_states(root)
@@ -150,11 +152,6 @@ def load_state(state: Path, server: Server, clients: dict[str, Client]) -> dict[
     for name, client in clients.items():
         client.load(state / "clients" / f"{name}.ckpt")
     return result
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def _content(loop: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from lightning_sfubm.contracts import FederatedModule
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.safe_load import load_checkpoint
-from lightning_sfubm.seeds import derive_seed, torch_generator
+from lightning_sfubm.seeds import derive_seed, numpy_generator
 from lightning_sfubm.training import (
     EpochHook,
     EpochRecorder,
@@ -99,8 +99,9 @@ class Client:
         self._changed = True
 
     def _order(self) -> Tensor:
-        generator = torch_generator(self.order_seed, "upload order", self.name)
-        return torch.randperm(len(self.module.semantics()), generator=generator)
+        # Not a torch.Generator, which keeps 32 bits of its seed: all orders that it can draw can be tried.
+        generator = numpy_generator(self.order_seed, "upload order", self.name)
+        return torch.from_numpy(generator.permutation(len(self.module.semantics())))
 
     def train_round(
         self, round: int, rounds: int, epochs: int, folder: Path, record: EpochHook, shares: bool = False

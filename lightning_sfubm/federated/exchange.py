@@ -1,14 +1,17 @@
 """What travels in a federated run: protected, packed, recorded, received, aggregated."""
 
+import hashlib
+import json
 import logging
+import re
 import secrets
 
 from torch import Tensor
 
-from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.errors import CheckpointError, ConfigError, PrivacyError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.hooks import ClientDropped
-from lightning_sfubm.federated.ledger import TEXTS_ALONE
+from lightning_sfubm.federated.ledger import TEXTS_ALONE, UNTRAINED, content_hash
 from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unpack
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.server import SERVER
@@ -75,18 +78,50 @@ class Exchange(RunState):
             )
             views = {}
         else:
+            self._check_same_silos(aggregator, round, set(vectors))
             views = aggregator.views(round, vectors, self.seed, exchanges, record, deliver, self._run_nonce())
         for name, view in views.items():
             self.clients[name].receive_semantics(view)
         self.counters.exchanged = round
 
     def _run_nonce(self) -> str:
-        """A number of this run alone, kept in its folder before the first message, so that a run that goes on has the same."""
+        """A number of this run alone, kept in its folder before the first message, so that a run that goes on has the same.
+
+        Raises:
+            PrivacyError: what is kept there is no such number.
+            CheckpointError: it is that of a run with other settings or data.
+        """
         path = self.run_dir / NONCE
+        data = {name: client.datamodule.state_dict() for name, client in self.clients.items()}
+        about = json.dumps([self.federation.schedule(self.seed), self.settings, data], sort_keys=True, default=str)
+        of = hashlib.sha256(about.encode()).hexdigest()
         if is_first() and not path.exists():
-            write_atomically(path, secrets.token_hex(16).encode())
+            write_atomically(path, f"{secrets.token_hex(16)} {of}".encode(), durable=True)
         wait_for_all()
-        return path.read_text()
+        nonce, _, kept = path.read_text().partition(" ")
+        if not re.fullmatch("[0-9a-f]{32}", nonce):
+            raise PrivacyError(
+                f"{path}: holds no number of a run, without which noise could come twice: start anew in another "
+                "trainer.default_root_dir"
+            )
+        if kept != of:
+            raise CheckpointError(
+                f"{path}: messages of a run with other settings or data have left from here: start anew in another "
+                "trainer.default_root_dir"
+            )
+        return nonce
+
+    def _check_same_silos(self, aggregator: SecureKMeans, round: int, names: set[str]) -> None:
+        """Sums that were opened once and are made again, for a run cut off before its first state, are the same or none."""
+        since = [line for line in self.ledger.since if line["round"] == round and line["direction"] == "up"]
+        opened = any(line["kind"] == "semantics secagg unmask" for line in since)
+        before = {str(line["client"]) for line in since if line["kind"] == "semantics secagg masked input"}
+        if aggregator.epsilon is not None and opened and before != names:
+            raise PrivacyError(
+                f"exchange of semantics: sums over {sorted(before)} were opened before this run was cut off, and sums over "
+                f"{sorted(names)} would be a second release that epsilon does not count: start anew in another "
+                "trainer.default_root_dir"
+            )
 
     def _check_protected(self) -> None:
         if not any("semantics" in c.protects for c in self.callbacks):
@@ -115,6 +150,28 @@ class Exchange(RunState):
             raise PrivacyError(
                 f"round {number}: the run asks for differential privacy, but what {unprotected} trained has no guarantee; "
                 "nothing is sent. Give every client the callback DifferentialPrivacy"
+            )
+        changed = [
+            name
+            for name in sorted(self.counters.privacy)
+            if self.counters.guaranteed.get(name) != content_hash(self.clients[name].module.shared_state())
+        ]
+        if changed:
+            raise PrivacyError(
+                f"round {number}: the weights of {changed} are not those that were trained with differential privacy in this "
+                "round; nothing is sent"
+            )
+
+    def _check_spent(self, name: str, number: int) -> None:
+        """Refuse to train on from a state that does not know what left after it: that spends twice and counts once."""
+        known = int(self.counters.spent.get(name, {}).get("steps", 0))
+        since = self.ledger.private_since(name)
+        lost = [round for round, steps in since.items() if round < number and steps > known]
+        if self._private and self.shares_teacher and lost:
+            raise PrivacyError(
+                f"{self.ledger.path}: in round {lost[0]} '{name}' sent weights with differential privacy that the newest whole "
+                f"state does not know of, so that what round {number} spends could not be counted: put the later states back, "
+                "or start anew in another trainer.default_root_dir"
             )
 
     def _update(self, name: str) -> dict[str, Tensor]:
@@ -192,12 +249,20 @@ class Exchange(RunState):
         mechanism: dict[str, object] = {}
         if kind == "semantics" and getattr(self.clients[name].module, "semantics_of_texts", False):
             mechanism["content"] = TEXTS_ALONE
+        elif kind == "semantics" and self._untrained(name):
+            mechanism["content"] = UNTRAINED
         if kind == "teacher" and name in self.counters.privacy:
             mechanism["differential privacy"] = self.counters.privacy[name]
         for callback in self.callbacks:
             tensors = callback.on_upload(self, name, kind, tensors)  # type: ignore[arg-type]  # this is the loop
             mechanism |= callback.describe_upload(kind)
         return tensors, mechanism
+
+    def _untrained(self, name: str) -> bool:
+        """Whether nothing in a client's module was trained, by it or by others."""
+        client, counters = self.clients[name], self.counters
+        trained = name in counters.trained or client.rounds_done or client.phases_done
+        return not trained and not counters.versions.get(name, 0)
 
     def _receive(self, name: str, schema: MessageSchema, message: Message, round: int) -> dict[str, Tensor]:
         """What the server sent a client; refused unless it is the server's, of that round, and new."""

@@ -1,5 +1,6 @@
 """The federated schedule: what is exchanged, for how many rounds, and who takes part in each."""
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -120,6 +121,14 @@ class Federation:
             for name in given:
                 if name not in known:
                     raise ConfigError(f"federation: {entry} names '{name}'; the clients are {', '.join(known)}")
+
+    def of(self, client: str) -> "Federation":
+        """A silo's own part of the schedule, without what it says of clients that are elsewhere."""
+        own = copy.copy(self)
+        for entry in ("client_epochs", "joins", "leaves"):
+            given: dict[str, int] = getattr(self, entry)
+            setattr(own, entry, {name: number for name, number in given.items() if name == client})
+        return own
 
     def epochs(self, client: str) -> int:
         """Epochs a client trains in a round."""

@@ -8,11 +8,12 @@ resumed run sends again what it cannot know to have arrived: the lines written b
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from lightning_sfubm.errors import CheckpointError
-from lightning_sfubm.evaluation.results import write_atomically
+from lightning_sfubm.evaluation.results import flush, write_atomically
 from lightning_sfubm.federated.messages import Message
 from lightning_sfubm.federated.recording import MessageStore
 from lightning_sfubm.ranks import is_first
@@ -21,7 +22,9 @@ Entry = dict[str, object]
 GENESIS = "0" * 64
 #: what a line's mechanism may say of a message's ``content``, where nothing trained on users is in it
 INITIAL_WEIGHTS, TEXTS_ALONE = "initial weights, from the seed", "item texts alone"
-_SAME = ("round", "client", "direction", "kind", "content_sha256")
+UNTRAINED = "item texts and initial weights"
+#: entries in which a message that is sent again agrees with the one before
+SAME = ("round", "client", "direction", "kind", "content_sha256")
 _FORM: dict[str, type] = {
     "round": int,
     "client": str,
@@ -46,9 +49,14 @@ class Ledger:
 
     def __init__(self, path: Path, store: MessageStore | None = None) -> None:
         self.path, self.store = path, store
+        #: whether each line is on disk before its message leaves: after a power cut it is all that tells of it
+        self.durable = False
         self.entries = 0
         self._last = GENESIS
         self._earlier: set[tuple[object, ...]] = set()
+        #: lines of messages that left after the state which the run went on from
+        self.since: list[Entry] = []
+        self._again: set[tuple[str, int]] = set()
 
     def start(self) -> None:
         """Begin an empty ledger; one of an earlier run in the same place is replaced."""
@@ -56,7 +64,7 @@ class Ledger:
             self.path.write_text("")
             if self.store is not None:
                 self.store.keep_only(set())
-        self.entries, self._last, self._earlier = 0, GENESIS, set()
+        self.entries, self._last, self._earlier, self.since = 0, GENESIS, set(), []
 
     def resume(self, entries: int) -> None:
         """Go on with the ledger of an interrupted run.
@@ -80,8 +88,24 @@ class Ledger:
             )
         if self.store is not None:  # a message is kept before its line is written: without a line it never left
             self.store.keep_only({str(line["sha256"]) for line in lines})
-        self._earlier = {tuple(line[key] for key in _SAME) for line in lines[entries:]}
+        self.since = lines[entries:]
+        self._earlier = {tuple(line[key] for key in SAME) for line in self.since}
         self.entries, self._last = len(lines), entry_hash(lines[-1]) if lines else GENESIS
+
+    def flush(self) -> None:
+        """Put the lines so far on disk: a state must not be there without the lines it counts."""
+        if is_first():
+            flush(self.path)
+
+    def private_since(self, client: str) -> dict[int, int]:
+        """Steps of training that a client's private messages :attr:`since` state, by round, unless they were sent again."""
+        steps: dict[int, int] = {}
+        for line in self.since:
+            mechanism: Any = line["mechanism"]
+            privacy = mechanism.get("differential privacy")
+            if line["client"] == client and isinstance(privacy, dict) and isinstance(privacy.get("steps"), int):
+                steps[int(str(line["round"]))] = privacy["steps"]
+        return {round: taken for round, taken in sorted(steps.items()) if (client, round) not in self._again}
 
     def record(self, client: str, direction: str, message: Message, mechanism: dict[str, object]) -> None:
         """Write one line, before the message is used.
@@ -136,12 +160,15 @@ class Ledger:
             "mechanism": mechanism,
             "previous": self._last,
         }
-        if tuple(entry[key] for key in _SAME) in self._earlier:
+        if tuple(entry[key] for key in SAME) in self._earlier:
             entry["resent"] = True
+            self._again.add((client, round))
         if self.store is not None:
             self.store.keep(payload)
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry, sort_keys=True) + "\n")
+        if self.durable:
+            self.flush()
         self.entries, self._last = self.entries + 1, entry_hash(entry)
 
 

@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.exchange import Exchange
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import ClientDropped
-from lightning_sfubm.federated.state import Counters
+from lightning_sfubm.federated.ledger import content_hash
+from lightning_sfubm.federated.state import OF_SILO, Counters
 from lightning_sfubm.federated.workers import Job, Trained
 from lightning_sfubm.ranks import wait_for_all
 
@@ -83,6 +84,11 @@ class FederatedLoop(Exchange):
     def _run(self) -> None:
         federation = self.federation
         if self.counters.step == 0:
+            if (self.run_dir / OF_SILO).exists():
+                raise ConfigError(
+                    f"{self.run_dir} holds a silo's part of a federated run and the record of what left it, which a run from "
+                    "the beginning would clear: go on from it by --ckpt_path last, or give another trainer.default_root_dir"
+                )
             self._start()
         if self.counters.exchanged is None and len(federation.active(self.clients, 0)) > 1:
             self._exchange_semantics(0)
@@ -121,7 +127,7 @@ class FederatedLoop(Exchange):
                 self._exchange_teacher(number)
             for callback in self.callbacks:
                 callback.on_aggregate(self, number)
-        counters.round, counters.trained, counters.privacy, counters.dropped = number, {}, {}, []
+        counters.turn_to(number)
         with self.stopwatch("stage 1: checkpoints"):
             self._checkpoint()
         for callback in self.callbacks:
@@ -129,6 +135,7 @@ class FederatedLoop(Exchange):
 
     def _begin(self, name: str, number: int) -> bool:
         """Before a client trains in a round; whether it is there. One that drops out is noted and left as it was."""
+        self._check_spent(name, number)
         try:
             for callback in self.callbacks:
                 callback.on_client_start(self, name, number)
@@ -155,6 +162,7 @@ class FederatedLoop(Exchange):
         self.counters.trained[name] = client.metrics
         if client.privacy is not None:
             self.counters.privacy[name] = self.counters.spent[name] = client.privacy
+            self.counters.guaranteed[name] = content_hash(client.module.shared_state())
         self.counters.rounds_done[name] = client.rounds_done
 
     def _round_arguments(self, name: str, number: int) -> dict[str, Any]:

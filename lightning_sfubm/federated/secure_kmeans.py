@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.federated.ledger import content_hash
 from lightning_sfubm.federated.messages import Message, MessageSchema, TensorSchema, pack, unpack
 from lightning_sfubm.federated.secure import Record, SecureAggregation
 from lightning_sfubm.federated.server import SERVER
@@ -42,11 +43,14 @@ class _Noise:
     shares: int
     secrets: Mapping[str, bytes]
     names: tuple[object, ...]
+    centroids: str = ""  #: hash of those that the sums are about
 
     def __call__(self, client: str, step: int, tensors: dict[str, Tensor], sensitivity: float) -> dict[str, Tensor]:
         if not self.scale:
             return tensors
-        noise = NoiseStream(self.secrets[client], "secure k-means noise", *self.names, step)
+        noise = NoiseStream(
+            self.secrets[client], "secure k-means noise", *self.names, self.centroids, step, content_hash(tensors)
+        )
         std = self.scale * sensitivity / math.sqrt(self.shares)
         return {
             name: value + std * noise.normal(tuple(value.shape), value.dtype) for name, value in sorted(tensors.items())
@@ -171,11 +175,20 @@ class SecureKMeans:
                 raise MessageError(
                     f"client '{name}' has {len(rows[name])} items, SecureKMeans.max_items = {self.max_items} admits no more"
                 )
-        # All that changes what is released is in the names: the same noise on two different sums would give one away.
-        settings = (self.epsilon, self.delta, self.num_clusters, self.min_members, self.iterations, exchanges)
+        # All that changes what is released is in the names, and a client's own sums (content_hash): the same noise on two
+        # different sums would give one away, and so would that of the others where one client changes or is not there.
+        settings = (
+            self.epsilon,
+            self.delta,
+            self.num_clusters,
+            self.min_members,
+            self.iterations,
+            exchanges,
+            self.seed,
+        )
         # Whoever receives the total may be one of the clients, and knows its own share.
         shares = max(1, min(self.secure.survivors(len(names)), len(names) - 1))
-        noise = _Noise(self._scale(exchanges), shares, self._secrets(names, seed), (nonce, *settings, round))
+        noise = _Noise(self._scale(exchanges), shares, self._secrets(names, seed), (nonce, *settings, round, *names))
         total = partial(self.secure.sum, round, clip=4.0 * self.max_items, record=record, prefix="semantics ")
         moments = total({n: noise(n, 0, local_moments(rows[n]), MOMENTS_SENSITIVITY) for n in names})
         mean, spread = mean_and_spread(moments)
@@ -184,6 +197,7 @@ class SecureKMeans:
         for step in range(1, self.iterations + 1):
             held = self._send(names, round, centroids, deliver)
             local = {name: local_cluster_sums(rows[name], held[name], self.min_members) for name in names}
+            noise = replace(noise, centroids=content_hash({"centroids": centroids}))
             sums = ClusterSums(**total({n: noise(n, step, local[n], sensitivity) for n in names}))
             moved = sums.centroids(centroids, spread, torch_generator(self.seed, "secure k-means", step))
             settled = float((1 - (moved * centroids).sum(1)).max()) < _SETTLED

@@ -5,7 +5,6 @@ as a resumed loop does, and writes one after every piece of work. A request that
 and cannot know what arrived) is answered twice and trained once.
 """
 
-import copy
 import json
 import logging
 import warnings
@@ -33,6 +32,8 @@ from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.messages import Message, MessageSchema, ReplayGuard, pack, unpack
 from lightning_sfubm.federated.server import SERVER
+from lightning_sfubm.federated.state import OF_SILO
+from lightning_sfubm.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -68,17 +69,14 @@ class Silo(FederatedLoop):
     ) -> None:
         check_across_machines(federation)
         self.agreed, self.name = federation, client.name
-        own = copy.copy(federation)  # settings of clients that are elsewhere
-        for entry in ("client_epochs", "joins", "leaves"):
-            given: dict[str, int] = getattr(federation, entry)
-            setattr(own, entry, {name: value for name, value in given.items() if name == client.name})
-        super().__init__(own, {client.name: client}, callbacks, run_dir, seed, loggers, settings)
+        super().__init__(federation.of(client.name), {client.name: client}, callbacks, run_dir, seed, loggers, settings)
         self._simulated = [
             type(c).__name__
             for c in callbacks
             if getattr(c, "secret_dir", "none needed") is None and getattr(c, "sigma", None) != 0
         ]
         self._global: Message | None = None
+        self.ledger.durable = True
 
     @property
     def client(self) -> Client:
@@ -97,10 +95,12 @@ class Silo(FederatedLoop):
             SFUBMError: it is refused. Nothing has left then.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.run_dir / ".flower.lock"):  # an abandoned request may still be at work in another process
+        # An abandoned request may still be at work in another process, and is waited for; a ``fit`` in this folder is not.
+        with FileLock(self.run_dir / ".flower.lock"), locked(self.run_dir, "--trainer.default_root_dir"):
             self._check_terms(request)
             self._check_due(request)
             self._open(request)
+            self._check_untrained(request)
             if request.action == "hello":
                 return self._hello()
             if request.action == "semantics":
@@ -141,6 +141,11 @@ class Silo(FederatedLoop):
             due = number == 0 or number in own.joins.values()
         elif request.action == "train":
             due = 1 <= number <= own.rounds
+        elif request.action == "finish":
+            last = int(str(read_terms(request.terms)["rounds"]))
+            if number != last + 1:
+                raise ConfigError(f"the run asks to finish in round {number}, and its terms say {last} rounds")
+            return
         else:
             return
         if not due or number > own.rounds or not own.active([self.name], number):
@@ -149,16 +154,35 @@ class Silo(FederatedLoop):
                 f"rounds {own.joins.get(self.name, 1)} to {min(own.rounds, own.leaves.get(self.name, own.rounds))}"
             )
 
+    def _check_untrained(self, request: Request) -> None:
+        """Refuse to send what was trained for this silo alone, or item vectors that training may have changed."""
+        client, counters = self.client, self.counters
+        if request.action in ("train", "semantics") and client.phases_done:
+            raise MessageError(
+                f"'{request.action}' of round {request.round} arrived after this silo had finished: what it has trained "
+                "since then stays here"
+            )
+        texts_alone = getattr(client.module, "semantics_of_texts", False)
+        if (
+            request.action == "semantics"
+            and not texts_alone
+            and (request.round or 1) <= counters.round + bool(counters.trained)
+        ):
+            raise MessageError(
+                f"'semantics' of round {request.round} arrived after this silo had trained in round "
+                f"{counters.round + bool(counters.trained)}: its item vectors are not those of round {request.round} any more"
+            )
+
     def _open(self, request: Request) -> None:
         """Go on where the last request ended."""
-        marker, states = self.run_dir / "federation.id", any(self.checkpoints.glob("state-*"))
+        marker, states = self.run_dir / OF_SILO, any(self.checkpoints.glob("state-*"))
         if (marker.read_text() != request.federation) if marker.exists() else states:
             raise ConfigError(
                 f"{self.run_dir} holds another run: move it away, or give this silo another trainer.default_root_dir"
             )
         if not marker.exists() and request.action != "hello":
             raise MessageError(f"'{request.action}' from a federated run that never said hello to this silo")
-        write_atomically(marker, request.federation.encode())
+        write_atomically(marker, request.federation.encode(), durable=True)
         self.answers = ReplayGuard()  # what comes again with a request that comes again is not new, and yet no replay
         if states:
             self.resume(self.checkpoints)
@@ -229,8 +253,7 @@ class Silo(FederatedLoop):
         if number <= self.counters.round:
             raise MessageError(f"round {number} arrived after round {self.counters.round} was over (replay)")
         if number > self.counters.round + 1:
-            counters = self.counters
-            counters.round, counters.trained, counters.privacy, counters.dropped = number - 1, {}, {}, []
+            self.counters.turn_to(number - 1)
 
     def _record_up(
         self, schema: MessageSchema, round: int, tensors: Mapping[str, Tensor], mechanism: dict[str, object]

@@ -27,6 +27,7 @@ from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
 log = logging.getLogger(__name__)
+OF_SILO = "federation.id"  #: file that says of which run across machines a silo's folder holds its part
 NONCE = "noise_nonce"  #: file of a run's folder; see :meth:`Exchange._run_nonce`
 
 
@@ -41,6 +42,7 @@ class Counters:
         trained: metrics of the clients that have finished training in the round after ``round``: validation, and what has been
             spent of privacy.
         privacy: guarantee of what each of them trained, where there is one.
+        guaranteed: hash of the weights that it is a guarantee of: nothing else leaves under it.
         spent: the last guarantee of each client: over all its rounds so far.
         dropped: clients that dropped out of that round.
         versions: round whose global teacher a client holds.
@@ -53,11 +55,16 @@ class Counters:
     exchanged: int | None = None
     trained: dict[str, dict[str, float]] = field(default_factory=dict)
     privacy: dict[str, dict[str, Any]] = field(default_factory=dict)
+    guaranteed: dict[str, str] = field(default_factory=dict)
     spent: dict[str, dict[str, Any]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     versions: dict[str, int] = field(default_factory=dict)
     rounds_done: dict[str, int] = field(default_factory=dict)
     phases: dict[str, list[str]] = field(default_factory=dict)
+
+    def turn_to(self, round: int) -> None:
+        """Complete a round: what was noted of it is noted of no other."""
+        self.round, self.trained, self.privacy, self.guaranteed, self.dropped = round, {}, {}, {}, []
 
 
 class RunState:
@@ -225,4 +232,5 @@ class RunState:
             "ledger": self.ledger.entries,
             "settings": self.settings,
         }
+        self.ledger.flush()
         save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)

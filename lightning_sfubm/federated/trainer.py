@@ -25,6 +25,7 @@ from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.launch import run_together
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
+from lightning_sfubm.federated.state import OF_SILO
 from lightning_sfubm.federated.twins import train_twins
 from lightning_sfubm.federated.workers import WorkerPool, import_ahead
 from lightning_sfubm.locks import locked
@@ -165,6 +166,8 @@ class FederatedTrainer(L.Trainer):
         if federation is None:
             raise ConfigError(_NEEDS)
         clients = self.build_clients(model, datamodule)
+        if len(clients) == 1 and (self.run_dir / OF_SILO).exists():  # goes on from what a silo holds, after its rounds
+            federation = federation.of(next(iter(clients)))
         loop = FederatedLoop(
             federation, clients, self.loop_callbacks, self.run_dir, self.seed, self.shared_loggers, self.settings
         )

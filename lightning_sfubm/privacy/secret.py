@@ -5,6 +5,7 @@ import secrets
 from pathlib import Path
 
 from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.evaluation.results import flush
 
 _BYTES = 32
 
@@ -32,6 +33,8 @@ def client_secret(folder: str | Path, client: str) -> bytes:
         temporary = path.with_name(f".{client}.{secrets.token_hex(8)}.tmp")
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -39,6 +42,7 @@ def client_secret(folder: str | Path, client: str) -> bytes:
         except OSError:  # a file system without links
             os.replace(temporary, path)
         temporary.unlink(missing_ok=True)
+        flush(path.parent)  # a secret that a power cut takes back would be another one afterwards
     secret = path.read_bytes()
     if len(secret) < _BYTES // 2:
         raise PrivacyError(f"{path}: the secret has {len(secret)} bytes, at least {_BYTES // 2} are needed: delete it")

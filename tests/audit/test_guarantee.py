@@ -11,11 +11,11 @@ from lightning_sfubm.audit.facts import mechanisms
 from lightning_sfubm.audit.guarantee import content_of, coverage, guarantee
 from lightning_sfubm.audit.replay import replay
 from lightning_sfubm.audit.report import build_privacy_report
-from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS, TEXTS_ALONE, Ledger
+from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS, TEXTS_ALONE, UNTRAINED, Ledger
 from tests.audit.test_report import checkpoint, in_words
 
 SECURE = {"secure aggregation": "threshold 0.6"}
-NOISE = {"mechanism": "Gaussian perturbation", "sigma": 0.05}
+NOISE = {"mechanism": "Gaussian perturbation", "sigma": 0.05, "content": TEXTS_ALONE}
 
 
 def private(epsilon: Any = 2.0, **changed: Any) -> dict[str, Any]:
@@ -40,7 +40,9 @@ def report(folder: Path, lines: list[dict[str, Any]]) -> tuple[dict[str, Any], s
 
 def test_kinds_that_are_not_known_are_taken_for_users_data() -> None:
     kinds = ("semantics", "semantics secagg masked input", "teacher", "secagg masked input", "anything", "")
-    assert [content_of(up("a", 0, {}, kind)) for kind in kinds] == ["item", "item", "user", "user", "user", "user"]
+    assert [content_of(up("a", 0, {}, kind)) for kind in kinds] == ["user"] * 6
+    texts = [content_of(up("a", 0, {"content": TEXTS_ALONE}, kind)) for kind in kinds]
+    assert texts == ["item", "item", "user", "user", "user", "user"]
     steps = [f"{of}secagg {step}" for of in ("", "semantics ") for step in ("keys", "shares", "unmask")]
     assert {content_of(up("a", 3, {}, step)) for step in steps} == {None}
     assert content_of(up("a", 0, {}, "teacher secagg keys")) == "user"
@@ -48,7 +50,8 @@ def test_kinds_that_are_not_known_are_taken_for_users_data() -> None:
 
 def test_what_was_not_trained_is_said_by_its_line() -> None:
     """Item vectors that come again may have learnt from users; weights of round 0 are the seed's where the line says so."""
-    assert content_of(up("a", 3, {}, "semantics")) == "user"
+    assert content_of(up("a", 0, {}, "semantics")) == content_of(up("a", 3, {}, "semantics")) == "user"
+    assert content_of(up("a", 3, {"content": UNTRAINED}, "semantics")) == "item"
     assert content_of(up("a", 3, {"content": TEXTS_ALONE}, "semantics")) == "item"
     assert content_of(up("a", 0, {"content": INITIAL_WEIGHTS})) is None
     assert content_of(up("a", 1, {"content": INITIAL_WEIGHTS})) == "user"
@@ -179,3 +182,22 @@ def test_no_limit_stands_beside_an_attack_where_an_earlier_message_had_no_bound(
 
     assert privacy(private(1.0)) == [2.0, 2.0]  # the client's own, and the aggregated one
     assert privacy({}) == [None, None]
+
+
+def test_two_messages_of_the_same_steps_are_no_bound_for_both() -> None:
+    """A client that went back to an earlier state spends again what its accountant does not know of."""
+    grows = [up("a", 1, private(1.0, steps=4)), up("a", 2, private(2.0, steps=8))]
+    assert guarantee(grows, [])["standing"] == "all"
+    twice = [*grows, up("a", 3, private(2.0, steps=8))]
+    facts = guarantee(twice, [])
+    assert facts["standing"] == "unknown"
+    assert facts["doubts"] == [
+        "a: two of its messages state the same steps of training, so that the later one does not count what the other spent"
+    ]
+
+
+def test_a_line_that_says_it_was_sent_again_counts_unless_it_was() -> None:
+    first = up("a", 1, private(1.0))
+    again = {**first, "resent": True}
+    assert guarantee([first, again], [])["messages"] == 1
+    assert guarantee([first, {**up("a", 2, {}), "resent": True}], [])["standing"] == "none"

@@ -14,13 +14,13 @@ from lightning_sfubm.audit.command import schemas
 from lightning_sfubm.audit.facts import mechanisms
 from lightning_sfubm.audit.replay import replay
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
-from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError, PrivacyError
 from lightning_sfubm.federated.aggregation import KMeans
 from lightning_sfubm.federated.envelopes import check_across_machines
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
-from lightning_sfubm.federated.secure_kmeans import SecureKMeans
+from lightning_sfubm.federated.secure_kmeans import SecureKMeans, _Noise
 from tests.conftest import small_distiller
 
 pytest.importorskip("cryptography")
@@ -202,3 +202,55 @@ def test_with_one_client_there_each_keeps_its_own_vectors(
     assert "client 'beta' dropped out" in caplog.text
     assert "a sum needs two at least" in caplog.text
     assert [json.loads(line) for line in (trainer.run_dir / "ledger.jsonl").read_text().splitlines()] == []
+
+
+def test_no_noise_is_added_to_two_sums_that_differ() -> None:
+    """The difference of two such sums would have none: of a run begun again with an item less, or without a client."""
+    sums = {"sums": torch.arange(6.0).reshape(2, 3)}
+
+    def drawn(
+        names: tuple[object, ...] = ("nonce", 0, "a", "b"), step: int = 1, plus: float = 0.0, of: str = ""
+    ) -> Tensor:
+        noise = _Noise(1.0, 1, {"a": b"k" * 32}, names, of)
+        tensors = {"sums": sums["sums"] + plus}
+        return noise("a", step, tensors, 1.0)["sums"] - tensors["sums"]
+
+    torch.testing.assert_close(drawn(), drawn())
+    others = [drawn(("nonce", 1, "a", "b")), drawn(("nonce", 0, "a", "b", "c")), drawn(step=2), drawn(plus=1.0)]
+    for other in [*others, drawn(of="other centroids")]:
+        assert float((drawn() - other).abs().min()) > 1e-3
+
+
+def test_a_run_begun_again_keeps_its_number_unless_settings_or_data_are_others(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    trainer = federated_trainer()
+    loop = trainer.build_loop(small_distiller(), federated_data(num_users=20))
+    number = loop._run_nonce()
+    assert loop._run_nonce() == number
+    loop.settings = {"trainer": "another"}
+    with pytest.raises(CheckpointError, match="noise_nonce: messages of a run with other settings or data have left"):
+        loop._run_nonce()
+    for torn in ("", number[:-1], "../" + number):
+        (trainer.run_dir / "noise_nonce").write_text(torn)
+        with pytest.raises(PrivacyError, match="noise_nonce: holds no number of a run"):
+            loop._run_nonce()
+
+
+def test_sums_that_were_opened_are_not_made_again_of_other_silos(federated_data: Any, federated_trainer: Any) -> None:
+    loop = federated_trainer().build_loop(small_distiller(), federated_data(num_users=20))
+
+    def line(client: str, step: str) -> dict[str, Any]:
+        return {"client": client, "round": 0, "direction": "up", "kind": f"semantics secagg {step}"}
+
+    private = SecureKMeans(epsilon=1.0)
+    loop.ledger.since = [line(name, "masked input") for name in ("alpha", "beta")]
+    loop._check_same_silos(private, 0, {"alpha", "beta", "gamma"})  # nothing was opened: nobody knows a sum
+    loop.ledger.since += [line(name, "unmask") for name in ("alpha", "beta")]
+    loop._check_same_silos(private, 0, {"alpha", "beta"})
+    loop._check_same_silos(private, 1, {"alpha", "beta", "gamma"})
+    loop._check_same_silos(SecureKMeans(), 0, {"alpha"})
+    with pytest.raises(
+        PrivacyError, match=r"\['alpha', 'beta'\] were opened .* \['alpha'\] would be a second release"
+    ):
+        loop._check_same_silos(private, 0, {"alpha"})

@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_sfubm.audit.guarantee import guarantee
+from lightning_sfubm.callbacks import differential_privacy
 from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import ConfigError, MessageError, PrivacyError
+from lightning_sfubm.federated.checkpoint import stored_states
 from lightning_sfubm.federated.envelopes import Reply, Request
 from lightning_sfubm.federated.ledger import read_ledger
-from lightning_sfubm.federated.messages import pack
+from lightning_sfubm.federated.loop import FederatedLoop
+from lightning_sfubm.federated.messages import pack, unpack
 from lightning_sfubm.federated.silo import Silo
+from lightning_sfubm.privacy.noise import NoiseStream
+from tests.conftest import small_distiller
 from tests.federated.machines import coordinator
 
 
@@ -145,3 +151,112 @@ def test_an_order_that_the_server_cannot_undo(hello: Any) -> None:
     private = silo.client.semantics()
     silo.client.order_seed = silo.seed  # what whoever knows the seed would try
     assert not torch.equal(private, silo.client.semantics())
+
+
+def test_what_a_silo_keeps_of_what_left_is_not_cleared_by_a_run_from_the_beginning(hello: Any, tmp_path: Path) -> None:
+    make, request = hello()
+    make().answer(request)
+    silo = make()
+    folder = tmp_path / "silo/alpha"
+    kept = (folder / "ledger.jsonl").read_bytes()
+    alone = FederatedLoop(silo.agreed, silo.clients, (), folder, silo.seed)
+    with pytest.raises(ConfigError, match=r"silo/alpha holds a silo's part of a federated run .* --ckpt_path last"):
+        alone.run()
+    assert (folder / "ledger.jsonl").read_bytes() == kept
+
+
+def test_a_fit_goes_on_from_what_a_silo_holds_whatever_the_schedule_says_of_others(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    trainer = federated_trainer(leaves={"beta": 1, "alpha": 2})
+    data = federated_data(domains=1, num_users=20)
+    with pytest.raises(ConfigError, match="leaves names 'beta'"):
+        trainer.build_loop(small_distiller(), data)
+    trainer.run_dir.mkdir(parents=True, exist_ok=True)
+    (trainer.run_dir / "federation.id").write_text("0" * 32)
+    assert trainer.build_loop(small_distiller(), data).federation.leaves == {"alpha": 2}
+
+
+def private(folder: Path) -> DifferentialPrivacy:
+    return DifferentialPrivacy(
+        noise_multiplier=1.0, expected_batch_size=8, secret_dir=str(folder / "secrets"), accounting="rdp"
+    )
+
+
+def test_nothing_that_was_trained_after_the_rounds_leaves(hello: Any, tmp_path: Path) -> None:
+    make, request = hello([private(tmp_path)], exchange="teacher", rounds=2)
+    make().answer(request)
+    first = make().answer(replace(request, action="train", round=1)).teacher
+    for early in (1, 2, 4):
+        with pytest.raises(ConfigError, match=f"finish in round {early}, and its terms say 2 rounds"):
+            make().answer(replace(request, action="finish", round=early))
+    assert (
+        make().answer(replace(request, action="train", round=1)).teacher[-100:] == first[-100:]
+    )  # what was trained then
+    make().answer(replace(request, action="train", round=2))
+    make().answer(replace(request, action="finish", round=3))
+    lines = read_ledger(tmp_path / "silo/alpha/ledger.jsonl")
+    for number in (1, 2):
+        with pytest.raises(MessageError, match=f"'train' of round {number} arrived after this silo had finished"):
+            make().answer(replace(request, action="train", round=number))
+    terms = json.dumps({**json.loads(request.terms), "rounds": 0})
+    with pytest.raises(MessageError, match="replay"):
+        make().answer(replace(request, action="finish", round=1, terms=terms))
+    assert read_ledger(tmp_path / "silo/alpha/ledger.jsonl") == lines
+
+
+def test_weights_without_the_guarantee_they_were_trained_with_do_not_leave(hello: Any, tmp_path: Path) -> None:
+    make, request = hello([private(tmp_path)], exchange="teacher", rounds=2)
+    silo = make()
+    silo.answer(request)
+    silo.answer(replace(request, action="train", round=1))
+    with torch.no_grad():
+        next(iter(silo.client.module.teacher.parameters())).add_(1e-3)
+    with pytest.raises(PrivacyError, match=r"weights of \['alpha'\] are not those that were trained with differential"):
+        silo._train_round(1)
+
+
+def test_a_silo_that_lost_its_newest_state_does_not_spend_uncounted(
+    hello: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, request = hello([private(tmp_path)], exchange="teacher", rounds=3)
+    train = replace(request, action="train")
+    make().answer(request)
+    make().answer(replace(train, round=1))
+    sent = make().answer(replace(train, round=2)).teacher
+    states = stored_states(tmp_path / "silo/alpha/checkpoints")
+    (states[-1] / "server.ckpt").write_bytes(b"")  # as a disk that failed leaves it
+    weights = {key: torch.zeros_like(value) for key, value in make().server.global_teacher.items()}
+    schema = make().server.broadcast_schema
+    assert schema is not None
+    teacher = pack(schema, "server", 2, weights).payload
+    with pytest.raises(
+        PrivacyError, match=r"in round 2 'alpha' sent weights .* what round 3 spends could not be counted"
+    ):
+        make().answer(replace(train, round=3, teacher=teacher))
+
+    used: list[object] = []
+
+    def watched(secret: bytes, *names: object) -> NoiseStream:
+        used.append(names)
+        return NoiseStream(secret, *names)
+
+    monkeypatch.setattr(differential_privacy, "NoiseStream", watched)
+    again = make().answer(replace(train, round=2)).teacher  # the same once more: nothing new is spent
+    server = make().server
+    assert server.teacher is not None
+    assert all(
+        torch.equal(value, unpack(server.teacher, sent).tensors[key])
+        for key, value in unpack(server.teacher, again).tensors.items()
+    )
+    lines = read_ledger(tmp_path / "silo/alpha/ledger.jsonl")
+    assert lines[-1].get("resent")
+    assert guarantee(lines, [])["standing"] == "all"
+    same = list(used)
+    used.clear()
+    silo = make()
+    silo.resume(states[-2])
+    silo.client.receive_teacher(weights)
+    silo.client.train_round(2, 3, 1, tmp_path / "other", lambda *entry: None, shares=True)
+    assert len(used) == len(same)
+    assert not set(used) & set(same)  # the same steps on other weights
