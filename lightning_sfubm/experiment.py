@@ -30,6 +30,7 @@ from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.methods import METHODS, DomainRun
+from lightning_sfubm.methods.published_llm import PUBLISHED_LLM
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.privacy.report import privacy_figures
 from lightning_sfubm.ranks import first_prepares, is_first, wait_for_all
@@ -64,7 +65,8 @@ class Experiment:
         llm_epochs: passes over the held-out stage-2 samples.
         llm_batch_size: samples a step.
         llm_eval_batch_size: users a ranking batch.
-        train_candidates: candidates of a training sample.
+        train_candidates: candidates of a training sample where each is a branch of its own; prompts that list them, such as
+            those of TALLRec, LLaRA and A-LLMRec, list all of them.
         align_epochs: title alignment of the projectors before tuning; 0 = none.
         calibration_users: validation users by whom the tuned head's addition to stage 1 is weighed; 0 = as tuned.
         max_train_users: users whose held-out positions tune the LLM; ``None`` = all.
@@ -256,8 +258,10 @@ class Experiment:
         if unknown := sorted(self.templates.keys() - set(domains)):  # an overlay may have taken a domain away
             log.warning("experiment.templates names %s; the domains are %s", unknown, sorted(domains))
         if self.llm is not None and any(METHODS[key].needs_llm for key in self.methods):
-            for template in {self.llm.hparams["template"], *self.templates.values()}:
-                load_template(template, "branch")
+            forms = {"branch", self.llm.hparams["form"]} | {"list" for key in self.methods if key in PUBLISHED_LLM}
+            for template in sorted({self.llm.hparams["template"], *self.templates.values()}):
+                for form in sorted(forms):
+                    load_template(template, form)
 
     def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:
         for name, card in datamodule.data_cards.items():

@@ -237,8 +237,13 @@ class SequentialRecommender(CatalogueModule):
     def _start_items(self) -> None:
         assert self.items.ids is not None
         vectors = cooccurrence_vectors(self.train_histories(), self.num_items, self.hidden_dim, self.seed)
+        # Under cosine logits alone a zero row has gradients without bound: items without neighbours keep their random start.
+        started = vectors.any(1, keepdim=True) | (self.logits != "cosine" or "text" in self.features)
         with torch.no_grad():
-            self.items.ids.weight.copy_(vectors)
+            self.items.ids.weight.copy_(
+                torch.where(started.to(self.device), vectors.to(self.device), self.items.ids.weight)
+            )
+            self.items.ids.weight[0].zero_()
         self.items_started.fill_(True)
 
     # ------------------------------------------------------------------ contracts

@@ -1,6 +1,7 @@
 """Rows that are trained beside stage 1 follow the run's seed, from their first weights on."""
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +9,16 @@ import lightning as L
 import pytest
 import torch
 
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
-from lightning_sfubm.methods.base import DomainRun
+from lightning_sfubm.methods.base import DomainRun, _trained
+from lightning_sfubm.modules.baselines.late_fusion import LateFusion
+from lightning_sfubm.modules.baselines.unisrec import UniSRec, transferable
 from lightning_sfubm.modules.baselines.unisrec_pretraining import UniSRecPretraining
 from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.llm.tiny import write_tiny_llm
+from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.seeds import step_of
 from tests.conftest import small_distiller
@@ -116,3 +123,29 @@ def test_pre_training_trains_an_encoder_that_is_to_stand_still_afterwards() -> N
     module = UniSRecPretraining(frozen)
     assert all(parameter.requires_grad for parameter in module.encoder.parameters())
     assert all(part.training for part in module.encoder.modules())
+
+
+def test_parameters_that_are_counted_as_trained_were(federated_data: Any) -> None:
+    data = federated_data(num_users=30).domains["alpha"]
+    data.prepare_data()
+    data.setup("fit")
+    students = small_distiller()  # in the phase of its teacher: its own encoder stands still just now
+    students.bind(data.catalogue)
+    everything = sum(parameter.numel() for parameter in students.parameters())
+    assert _trained(students) == everything
+    fusion = LateFusion(students)
+    assert _trained(fusion) == fusion.weights.numel()  # it builds on a stage 1, whose numbers are counted there
+    tuned = UniSRec(SASRec(hidden_dim=16, num_layers=1, max_length=16))
+    tuned.bind(data.catalogue)
+    before = _trained(tuned)
+    tuned.load_pretrained({name: value.detach() for name, value in transferable(tuned).items()})
+    assert _trained(tuned) == before - sum(parameter.numel() for parameter in tuned.encoder.parameters())
+
+
+def test_forms_of_a_template_that_rows_need_are_read_before_anything_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "words.yaml").write_text("list: {question: 'Which {absent}?'}\n")
+    llm = LLMHead(llm=str(write_tiny_llm(tmp_path / "llm")), template="shopping", history_length=3, title_tokens=6)
+    templates = {"alpha": str(tmp_path / "words.yaml")}
+    Experiment(llm=llm, methods=["zero_shot"], templates=templates)._check_templates(["alpha"])
+    with pytest.raises(ConfigError, match=r"words\.yaml"):
+        Experiment(llm=llm, methods=["tallrec"], templates=templates)._check_templates(["alpha"])

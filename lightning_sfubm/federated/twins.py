@@ -19,8 +19,8 @@ def train_twins(loop: FederatedLoop, template: LightningModule, run_dir: Path, n
         loop: of the federated run.
         template: the stage-1 module, untrained.
         run_dir: of the run.
-        number: the first twins have the run's seed, further ones a seed of their own for weights, dropout and other draws;
-            the order of batches is the run's.
+        number: the first twins have the run's seed, further ones a seed of their own for item tables, adaptors, dropout and
+            other draws; their encoders start from the template's weights, and the order of batches is the run's.
     """
     federation = copy.copy(loop.federation)
     federation.exchange = "nothing"

@@ -248,7 +248,10 @@ class DomainRun:
 
 
 def _trained(ranker: Ranker) -> int:
-    """Parameters that some phase of training moved: an LLM's are those with gradients, a stage-1 module's are all."""
+    """Numbers that some phase of training moved: parameters with gradients, all of a stage-1 module's, a fusion's weights."""
     if not isinstance(ranker, torch.nn.Module):
         return 0
-    return sum(p.numel() for p in ranker.parameters() if p.requires_grad or not isinstance(ranker, LLMHead))
+    phased = [] if isinstance(ranker, LLMHead) else [m for m in ranker.modules() if hasattr(m, "local_phases")]
+    moved = {id(p) for module in phased for p in module.parameters()}
+    fitted = ranker.weights.numel() if isinstance(ranker, LateFusion) else 0
+    return fitted + sum(p.numel() for p in ranker.parameters() if p.requires_grad or id(p) in moved)

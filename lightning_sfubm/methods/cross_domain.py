@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -38,22 +39,16 @@ def _unisrec(key: str, mode: str, pretrain: bool = True) -> Callable[[DomainRun]
 def _pretrained(run: DomainRun, template: UniSRec) -> dict[str, torch.Tensor]:
     """Weights pre-trained on the union of all domains, once for all rows of a run that share the settings."""
     encoder = str(template.hparams["encoder"])  # its class and arguments
-    settings = (encoder, template.num_experts, template.text_dropout, template.tau, template.lr)
-    name = f"unisrec {settings}"
+    names = ("num_experts", "text_dropout", "tau", "lr", "weight_decay", "warmup_steps", "logits_precision")
+    settings: dict[str, Any] = {name: getattr(template, name) for name in names}
+    name = f"unisrec {encoder} {settings}"
     if name not in run.shared:
         clients = run.trainer.loop.clients if run.trainer.loop is not None else {}
         domains = {key: client.datamodule.without_holdout() for key, client in clients.items()}  # type: ignore[attr-defined]
         union = UnionDataModule(domains, batch_size=UNION_BATCH, seed=run.trainer.seed)
         union.setup("fit")
         torch.manual_seed(derive_seed(run.trainer.seed, "unisrec", "pretraining"))
-        module = UniSRecPretraining(
-            copy.deepcopy(template.encoder),
-            num_experts=template.num_experts,
-            text_dropout=template.text_dropout,
-            tau=template.tau,
-            lr=template.lr,
-            seed=run.trainer.seed,
-        )
+        module = UniSRecPretraining(copy.deepcopy(template.encoder), **settings, seed=run.trainer.seed)
         run.fit(module, "unisrec_pretraining", union)
         run.shared[name] = module.shared_state()
     return run.shared[name]

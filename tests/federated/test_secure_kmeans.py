@@ -250,7 +250,5 @@ def test_sums_that_were_opened_are_not_made_again_of_other_silos(federated_data:
     loop._check_same_silos(private, 0, {"alpha", "beta"})
     loop._check_same_silos(private, 1, {"alpha", "beta", "gamma"})
     loop._check_same_silos(SecureKMeans(), 0, {"alpha"})
-    with pytest.raises(
-        PrivacyError, match=r"\['alpha', 'beta'\] were opened .* \['alpha'\] would be a second release"
-    ):
+    with pytest.raises(PrivacyError, match=r"\['alpha', 'beta'\] were opened .* \['alpha'\] would be a second release"):
         loop._check_same_silos(private, 0, {"alpha"})

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sfubm.contracts import TrainHistories
+from lightning_sfubm.contracts import Catalogue, TrainHistories
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors, cooccurrences
+from lightning_sfubm.modules.sequential import SequentialRecommender
 
 NUM_ITEMS = 40
 
@@ -96,3 +98,25 @@ def test_other_training_users_mean_other_histories(synthetic: DomainDataModule) 
     assert histories is not None
     assert (histories.ends[10:] == histories.starts[10:]).all()
     assert (histories.ends[:10] > histories.starts[:10]).all()
+
+
+@pytest.mark.parametrize("logits", ["dot", "cosine"])
+def test_an_item_without_neighbours_has_a_gradient_that_is_bounded(histories: TrainHistories, logits: str) -> None:
+    """Under cosine logits the gradient of a zero vector is not: such an item keeps its random start."""
+    counts = torch.ones(NUM_ITEMS + 1, dtype=torch.long)
+    module = SequentialRecommender(SASRec(8, dropout=0.0), item_init="cooccurrence", logits=logits)  # type: ignore[arg-type]
+    module.bind(Catalogue("shop", NUM_ITEMS, [""] * (NUM_ITEMS + 1), None, counts, histories))
+    module.train_histories = lambda: histories  # type: ignore[method-assign]
+    module._start_items()
+    assert module.items.ids is not None
+    alone = module.items.ids.weight[NUM_ITEMS]
+    assert (float(alone.detach().norm()) > 0.1) == (logits == "cosine")
+    assert not module.items.ids.weight[0].any()
+    history = torch.tensor([[1, 2, NUM_ITEMS]])
+    module.train()
+    module.log_losses = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    batch = {"history": history, "targets": torch.tensor([[2, NUM_ITEMS, 3]]), "user": torch.arange(1)}
+    module.training_step(batch, 0).backward()  # type: ignore[arg-type]
+    gradient = module.items.ids.weight.grad
+    assert gradient is not None
+    assert float(gradient.norm(dim=1).max()) < 1e3
