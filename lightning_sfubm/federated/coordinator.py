@@ -36,7 +36,7 @@ from lightning_sfubm.federated.envelopes import (
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.membership import Membership, Patience, Transport
-from lightning_sfubm.federated.messages import Message, MessageSchema, teacher_schema, unpack
+from lightning_sfubm.federated.messages import Message, MessageSchema, ReplayGuard, teacher_schema, unpack
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.weights import TooFewClientsError
 
@@ -285,11 +285,13 @@ class Coordinator:
     def _accepted(
         self, round: int, replies: dict[str, Reply], schema: MessageSchema, pick: Callable[[Reply], bytes]
     ) -> dict[str, bytes]:
-        """Messages that follow the schema, checked one by one so that a bad one drops its sender alone."""
-        accepted = {}
+        """Messages that the server will take, checked one by one so that a bad one drops its sender alone."""
+        accepted, guard = {}, ReplayGuard()
+        guard.load_state_dict(self.server.guard.state_dict())  # a copy: the server's own refuses all of them or none
         for name, reply in replies.items():
             try:
                 message = self._checked(schema, name, round, pick(reply))
+                guard.accept(message, round, name)
             except MessageError as error:
                 self._drop(round, name, f"message refused: {error}")
                 continue

@@ -10,7 +10,41 @@ import torch
 
 from lightning_sfubm.errors import ConfigError, MessageError
 from lightning_sfubm.federated.envelopes import Reply, Request, describe_shapes, read_shapes
+from lightning_sfubm.federated.messages import MessageSchema, unpack
 from tests.federated.machines import HASTY, coordinator
+
+
+def with_nonce(schema: MessageSchema, payload: bytes, nonce: str) -> bytes:
+    """The same message under another nonce."""
+    return payload.replace(unpack(schema, payload).nonce.encode(), nonce.encode()) if payload else b""
+
+
+def test_a_silo_that_reuses_its_nonce_drops_out_alone(
+    machines: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a round and in an exchange, also where the coordinator was started again in between."""
+    names, schedule = ["alpha", "beta", "gamma"], {"rounds": 2, "local_max_epochs": 1, "joins": {"gamma": 2}}
+    transport, nonce, kills = machines(names, **schedule), "5" * 32, [2]
+
+    def forge(name: str, request: Request, reply: Reply) -> Reply:
+        if (request.action, request.round) == ("train", 2) and kills:
+            kills.pop()
+            raise KeyboardInterrupt
+        if name != "beta" or request.action not in ("semantics", "train"):
+            return reply
+        assert driver.server.teacher is not None
+        vectors = with_nonce(driver.server.semantics, reply.semantics, nonce)
+        return replace(reply, semantics=vectors, teacher=with_nonce(driver.server.teacher, reply.teacher, nonce))
+
+    transport.after = forge
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run()
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    assert driver.progress.dropped == {"1": ["beta"], "2": ["beta", "beta"]}  # its vectors of the start were the first
+    assert driver.server.version == 2
+    assert f"'beta' dropped out (message refused: message {nonce} of client 'beta' was already received" in caplog.text
 
 
 @pytest.mark.parametrize(
