@@ -145,3 +145,17 @@ def test_an_order_that_the_server_cannot_undo(hello: Any) -> None:
     private = silo.client.semantics()
     silo.client.order_seed = silo.seed  # what whoever knows the seed would try
     assert not torch.equal(private, silo.client.semantics())
+
+
+@pytest.mark.parametrize("rows", [-1, 1])
+def test_an_answer_of_another_length_is_refused_in_one_sentence(
+    rows: int, hello: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, request = hello(rounds=2)
+    make().answer(request)
+    silo = make()
+    own = silo.client.semantics()
+    wrong = own[:rows] if rows < 0 else torch.cat([own, own[:rows]])
+    view = pack(silo.server.semantics, "server", 0, {"vectors": wrong}).payload
+    with pytest.raises(MessageError, match=f"'alpha' has {len(own)} items.* {len(wrong)} rows"):
+        make().answer(replace(request, action="train", round=1, semantics=view))
