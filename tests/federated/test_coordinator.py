@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
+from lightning_sfubm.federated.checkpoint import read_loop, stored_states
 from lightning_sfubm.federated.envelopes import Reply, Request, describe_shapes, read_shapes
 from lightning_sfubm.federated.messages import MessageSchema, unpack
 from tests.federated.machines import HASTY, coordinator
@@ -92,3 +93,108 @@ def test_a_silo_with_impossible_shapes_is_not_taken(
     assert (
         "a silo is not taken: a silo describes shared weights of more than 2 billion values (with 'w')" in caplog.text
     )
+
+
+# ------------------------------------------------------------------ files
+
+
+def referred_to(server: Path) -> set[str]:
+    """Hashes of the messages that a state on disk still wants delivered."""
+    outboxes = [read_loop(s)["stored"]["progress"]["outbox"] for s in stored_states(server / "checkpoints")]
+    return {sha256 for outbox in outboxes for kinds in outbox.values() for sha256 in kinds.values()}
+
+
+def test_messages_are_the_owners_alone_and_gone_once_delivered(machines: Any, tmp_path: Path) -> None:
+    """Whenever the coordinator is killed, every message that a state wants delivered is there."""
+    names, schedule = ["alpha", "beta"], {"rounds": 3, "local_max_epochs": 1, "leaves": {"alpha": 2}}
+    transport, outbox = machines(names, **schedule), tmp_path / "server/outbox"
+    outbox.mkdir(parents=True)  # as an earlier version made it
+    outbox.chmod(0o755)
+    foreign = outbox / "note.txt"
+    foreign.write_text("put here by hand")
+    seen: list[int] = []
+
+    def look(name: str, request: Request, reply: Reply) -> Reply:
+        files = {path for path in outbox.iterdir() if path != foreign}
+        assert {path.name for path in files} >= referred_to(tmp_path / "server")
+        assert outbox.stat().st_mode & 0o777 == 0o700 or not files
+        assert all(path.stat().st_mode & 0o777 == 0o600 for path in files)
+        seen.append(len(files))
+        if len(transport.asked) in (5, 7, 8):
+            raise KeyboardInterrupt
+        return reply
+
+    transport.after = look
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            coordinator(transport, tmp_path, names, **schedule).run()
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    assert max(seen) >= 2
+    assert driver.progress.finished == names
+    assert [path.name for path in outbox.iterdir()] == ["note.txt"]
+    assert outbox.stat().st_mode & 0o777 == 0o700
+
+
+def test_nothing_is_deleted_while_a_state_cannot_be_read(machines: Any, tmp_path: Path) -> None:
+    schedule = {"exchange": "semantics", "rounds": 1, "local_max_epochs": 1}
+    transport = machines(["alpha", "beta"], **schedule)
+    driver = coordinator(transport, tmp_path, ["alpha", "beta"], **schedule)
+    transport.after = lambda name, request, reply: None if request.action in ("train", "finish") else reply
+    driver.run()
+    kept = {path.name for path in (tmp_path / "server/outbox").iterdir()}
+    assert len(kept) == 2
+    assert kept == referred_to(tmp_path / "server")
+    driver.progress.outbox.clear()
+    older = stored_states(tmp_path / "server/checkpoints")[-1] / "loop.json"
+    older.write_text(older.read_text()[:50])
+    driver._checkpoint()
+    assert {path.name for path in (tmp_path / "server/outbox").iterdir()} == kept
+    driver._checkpoint()
+    driver._checkpoint()
+    assert not list((tmp_path / "server/outbox").iterdir())
+
+
+def test_a_message_that_is_gone_or_changed_is_named(machines: Any, tmp_path: Path) -> None:
+    schedule = {"exchange": "semantics", "rounds": 1, "local_max_epochs": 1}
+    transport = machines(["alpha", "beta"], **schedule)
+    transport.after = lambda name, request, reply: None if request.action in ("train", "finish") else reply
+    coordinator(transport, tmp_path, ["alpha", "beta"], **schedule).run()
+    for path in (tmp_path / "server/outbox").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"outbox/[0-9a-f]{64}: .*changed"):
+        coordinator(transport, tmp_path, ["alpha", "beta"], **schedule).run()
+    for path in (tmp_path / "server/outbox").iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"outbox/[0-9a-f]{64}: .*No such file"):
+        coordinator(transport, tmp_path, ["alpha", "beta"], **schedule).run()
+
+
+@pytest.mark.parametrize("content", [b"", b"0" * 31, b"0" * 32 + b"\n", b"g" * 32, b"A" * 32, b"\xff" * 32, None])
+def test_a_torn_name_of_the_run_is_refused(content: bytes | None, machines: Any, tmp_path: Path) -> None:
+    transport = machines(["alpha", "beta"])
+    file = tmp_path / "server/federation.id"
+    file.parent.mkdir()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"server/federation\.id: "):
+        coordinator(transport, tmp_path, ["alpha", "beta"]).run()
+    assert transport.asked == []
+
+
+def test_the_name_of_the_run_stays(machines: Any, tmp_path: Path) -> None:
+    transport = machines(["alpha", "beta"], rounds=1, local_max_epochs=1)
+
+    def kill(name: str, request: Request, reply: Reply) -> Reply:
+        raise KeyboardInterrupt
+
+    transport.after = kill
+    driver = coordinator(transport, tmp_path, ["alpha", "beta"], rounds=1, local_max_epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run()
+    again = coordinator(transport, tmp_path, ["alpha", "beta"], rounds=1, local_max_epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        again.run()
+    assert again.progress.federation == driver.progress.federation == (tmp_path / "server/federation.id").read_text()
