@@ -117,7 +117,7 @@ class Coordinator:
 
         Raises:
             ConfigError: too few silos came, or another coordinator is at work in this folder.
-            CheckpointError: the folder holds a run of another schedule, or a torn one.
+            CheckpointError: the folder holds a run of another schedule, of another kind, or a torn one.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -326,7 +326,12 @@ class Coordinator:
         return b"" if sha256 is None else self.outbox.read(sha256)
 
     def _resume(self) -> None:
-        stored: dict[str, Any] = read_loop(find_state(self.checkpoints))["stored"]
+        state = find_state(self.checkpoints)
+        stored: dict[str, Any] = read_loop(state)["stored"]
+        if not {"progress", "schedule", "silos"} <= set(stored):
+            raise CheckpointError(
+                f"{state}: was not written by a server of silos on machines of their own: give the server another run_dir"
+            )
         agreed = {"schedule": self.federation.schedule(self.seed), "silos": self.silos}
         if {key: stored[key] for key in agreed} != agreed:
             raise CheckpointError(f"{self.checkpoints}: was written by another schedule or for other silos: {stored}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
-from lightning_sfubm.federated.checkpoint import read_loop, stored_states
+from lightning_sfubm.federated.checkpoint import find_state, read_loop, stored_states
 from lightning_sfubm.federated.envelopes import Reply, Request, describe_shapes, read_shapes
 from lightning_sfubm.federated.messages import MessageSchema, unpack
 from tests.federated.machines import HASTY, coordinator
@@ -198,3 +198,17 @@ def test_the_name_of_the_run_stays(machines: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         again.run()
     assert again.progress.federation == driver.progress.federation == (tmp_path / "server/federation.id").read_text()
+
+
+def test_a_state_of_the_other_kind_is_refused(machines: Any, in_one_process: Any, tmp_path: Path) -> None:
+    names, schedule = ["alpha", "beta"], {"exchange": "teacher", "rounds": 1, "local_max_epochs": 1}
+    together = in_one_process(names, **schedule)
+    transport = machines(names, **schedule)
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    other = coordinator(transport, tmp_path, names, **schedule)
+    other.run_dir = together.run_dir
+    with pytest.raises(CheckpointError, match=f"{find_state(other.checkpoints)}: .*not .* a server"):
+        other.run()
+    with pytest.raises(CheckpointError, match=f"{find_state(driver.checkpoints)}: .*not .* clients"):
+        together.loop.resume(driver.checkpoints)
