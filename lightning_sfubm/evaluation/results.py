@@ -278,13 +278,14 @@ def chance(metric: str, num_candidates: int) -> float | None:
     return float((_gain if kind == "ndcg" else _within)(ranks, int(k)).mean())
 
 
-def write_atomically(path: Path, data: bytes, durable: bool = False) -> None:
+def write_atomically(path: Path, data: bytes, durable: bool = False, mode: int = 0o644) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
     Args:
         path: the file.
         data: its content.
         durable: come back only when it is on disk, where a power cut does not take it back.
+        mode: permissions.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -294,7 +295,7 @@ def write_atomically(path: Path, data: bytes, durable: bool = False) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner can read
+        os.chmod(temporary, mode)  # mkstemp makes files that only the owner can read
         os.replace(temporary, path)
         if durable:
             flush(path.parent)

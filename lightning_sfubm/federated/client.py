@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sfubm.contracts import FederatedModule
-from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
 from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.safe_load import load_checkpoint
 from lightning_sfubm.seeds import derive_seed, numpy_generator
@@ -88,7 +88,14 @@ class Client:
         self._changed = True
 
     def in_catalogue_order(self, vectors: Tensor) -> Tensor:
-        """Rows in the private order of :meth:`semantics`, put back: row i belongs to item i + 1."""
+        """Rows in the private order of :meth:`semantics`, put back: row i belongs to item i + 1.
+
+        Raises:
+            MessageError: there are more rows than items, or fewer.
+        """
+        items = len(self.module.semantics())
+        if len(vectors) != items:
+            raise MessageError(f"client '{self.name}' has {items} items and was sent semantics of {len(vectors)} rows")
         restored = torch.empty_like(vectors)
         restored[self._order()] = vectors
         return restored

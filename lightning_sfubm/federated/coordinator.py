@@ -22,7 +22,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
-from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.checkpoint import find_state, load_state, read_loop, save_state
 from lightning_sfubm.federated.envelopes import (
     Action,
@@ -36,7 +35,9 @@ from lightning_sfubm.federated.envelopes import (
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.membership import Membership, Patience, Transport
-from lightning_sfubm.federated.messages import Message, MessageSchema, teacher_schema, unpack
+from lightning_sfubm.federated.messages import Message, MessageSchema, ReplayGuard, teacher_schema, unpack
+from lightning_sfubm.federated.outbox import Outbox
+from lightning_sfubm.federated.run_name import lasting_name
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.weights import TooFewClientsError
 
@@ -96,6 +97,7 @@ class Coordinator:
         self.members = Membership(self.silos, transport, self.patience, self._agree)
         self.progress = _Progress()
         self.ledger = Ledger(run_dir / "ledger.jsonl")
+        self.outbox = Outbox(run_dir / "outbox", self.checkpoints)
         self._server: Server | None = None
 
     @property
@@ -115,7 +117,7 @@ class Coordinator:
 
         Raises:
             ConfigError: too few silos came, or another coordinator is at work in this folder.
-            CheckpointError: the folder holds a run of another schedule.
+            CheckpointError: the folder holds a run of another schedule, of another kind, or a torn one.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         try:
@@ -132,7 +134,8 @@ class Coordinator:
             log.info("going on after round %d of %d", progress.round, federation.rounds)
         else:
             self.ledger.resume(0)
-            self._name_run()
+            # before anything is sent: silos keep to the name, also if there is no state to go on from yet
+            progress.federation = lasting_name(self.run_dir / "federation.id", progress.federation)
         self._gather()
         if progress.exchanged is None and len(federation.active(self.silos, 0)) > 1:
             self._exchange_semantics(0)
@@ -141,14 +144,6 @@ class Coordinator:
             self._round(number)
             log.info("round %d of %d: %.1f s", number, federation.rounds, time.monotonic() - started)
         self._finish()
-
-    def _name_run(self) -> None:
-        """Give the run its name before anything is sent: silos keep to it, also if there is no state to go on from yet."""
-        file = self.run_dir / "federation.id"
-        if file.exists():
-            self.progress.federation = file.read_text()
-        else:
-            write_atomically(file, self.progress.federation.encode())
 
     # ------------------------------------------------------------------ who is there
 
@@ -238,7 +233,8 @@ class Coordinator:
             number, {name: self._request("finish", number, name) for name in left}, self.patience.finish_s
         )
         self.progress.finished = sorted({*self.progress.finished, *replies})
-        self._checkpoint()
+        if self._checkpoint():
+            self._checkpoint()  # no later state would take the place of the one that refers to what is now delivered
         missing = sorted(set(self.silos) - set(self.progress.finished))
         if missing:
             log.warning(
@@ -285,11 +281,13 @@ class Coordinator:
     def _accepted(
         self, round: int, replies: dict[str, Reply], schema: MessageSchema, pick: Callable[[Reply], bytes]
     ) -> dict[str, bytes]:
-        """Messages that follow the schema, checked one by one so that a bad one drops its sender alone."""
-        accepted = {}
+        """Messages that the server will take, checked one by one so that a bad one drops its sender alone."""
+        accepted, guard = {}, ReplayGuard()
+        guard.load_state_dict(self.server.guard.state_dict())  # a copy: the server's own refuses all of them or none
         for name, reply in replies.items():
             try:
                 message = self._checked(schema, name, round, pick(reply))
+                guard.accept(message, round, name)
             except MessageError as error:
                 self._drop(round, name, f"message refused: {error}")
                 continue
@@ -320,27 +318,28 @@ class Coordinator:
 
     def _post(self, name: str, message: Message) -> None:
         """Keep a message until its silo takes part again."""
-        write_atomically(self.run_dir / "outbox" / message.sha256, message.payload)
+        self.outbox.keep(message)
         self.progress.outbox.setdefault(name, {})[message.kind] = message.sha256
 
     def _posted(self, name: str, kind: str) -> bytes:
         sha256 = self.progress.outbox.get(name, {}).get(kind)
-        if sha256 is None:
-            return b""
-        try:
-            return (self.run_dir / "outbox" / sha256).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{self.run_dir / 'outbox' / sha256}: {error}") from None
+        return b"" if sha256 is None else self.outbox.read(sha256)
 
     def _resume(self) -> None:
-        stored: dict[str, Any] = read_loop(find_state(self.checkpoints))["stored"]
+        state = find_state(self.checkpoints)
+        stored: dict[str, Any] = read_loop(state)["stored"]
+        if not {"progress", "schedule", "silos"} <= set(stored):
+            raise CheckpointError(
+                f"{state}: was not written by a server of silos on machines of their own: give the server another run_dir"
+            )
         agreed = {"schedule": self.federation.schedule(self.seed), "silos": self.silos}
         if {key: stored[key] for key in agreed} != agreed:
             raise CheckpointError(f"{self.checkpoints}: was written by another schedule or for other silos: {stored}")
         self.progress = _Progress(**stored["progress"])
         self.ledger.resume(self.progress.ledger)
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self) -> bool:
+        """Write a state; returns whether an older one still refers to messages that this one does not."""
         self.progress.step += 1
         self.progress.ledger = self.ledger.entries
         stored = {
@@ -349,3 +348,4 @@ class Coordinator:
             "silos": self.silos,
         }
         save_state(self.checkpoints, self.progress.step, stored, self.server, {})
+        return self.outbox.clean()

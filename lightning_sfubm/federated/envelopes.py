@@ -5,9 +5,10 @@ fields around them are bounded here; none can hold anything of a silo's data.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, empty
 
@@ -17,7 +18,12 @@ from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 
 Action = Literal["hello", "semantics", "train", "finish"]
 _ID = re.compile(r"[0-9a-f]{32}")
-_MAX_TENSORS, _MAX_VALUES = 10_000, 1 << 31
+_MAX_TENSORS, _MAX_RANK, _MAX_VALUES = 10_000, 8, 1 << 31
+
+
+def is_run_name(text: str) -> bool:
+    """Whether a text has the form of a federated run's name: 32 hexadecimal digits."""
+    return _ID.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.action not in get_args(Action):
             raise MessageError(f"request '{str(self.action)[:20]}' is unknown: one of {get_args(Action)} is expected")
-        if not _ID.fullmatch(self.federation):
+        if not is_run_name(self.federation):
             raise MessageError("the name of the federated run must be 32 hexadecimal digits")
         if not 0 <= self.round < 1_000_000_000:
             raise MessageError(f"round {self.round} is not a round number")
@@ -132,14 +138,33 @@ def read_shapes(text: str) -> tuple[int, dict[str, Tensor]]:
     """
     try:
         given = json.loads(text)
-        dim, shapes = given["dim"], dict(given["teacher"])
-        sizes = [dim, *(size for shape in shapes.values() for size in shape)]
-        fits = len(shapes) <= _MAX_TENSORS and all(type(size) is int and 0 < size < _MAX_VALUES for size in sizes)
+        dim, shapes = given["dim"], given["teacher"]
+        fits = _is_size(dim) and isinstance(shapes, dict) and len(shapes) <= _MAX_TENSORS
     except (ValueError, KeyError, TypeError, RecursionError):
         fits = False
     if not fits:
         raise MessageError("a silo's description of its shared weights is not one")
-    template = {str(name): empty(shape, device="meta") for name, shape in shapes.items()}
-    if sum(x.numel() for x in template.values()) > _MAX_VALUES:
-        raise MessageError("a silo describes shared weights of more than 2 billion values")
-    return dim, template
+    values = 0
+    for name, shape in shapes.items():  # all before the first tensor: torch raises errors of its own
+        values += _count(name, shape)
+        if values > _MAX_VALUES:
+            raise MessageError(f"a silo describes shared weights of more than 2 billion values (with {name[:80]!r})")
+    return dim, {name: empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _count(name: str, shape: Any) -> int:
+    """Number of values of one entry of a description; refuses a shape that is none or too large."""
+    about = f"a silo's description of its shared weights: {name[:80]!r}"
+    if name == "__weight__":  # a message's own entry beside the weights
+        raise MessageError(f"{about} is the name of a number of examples")
+    if not isinstance(shape, list):
+        raise MessageError(f"{about} has no list of sizes")
+    if len(shape) > _MAX_RANK:
+        raise MessageError(f"{about} has {len(shape)} dimensions, at most {_MAX_RANK} are accepted")
+    if not all(_is_size(size) for size in shape):
+        raise MessageError(f"{about} has a size that is not a number from 1 to {_MAX_VALUES - 1}")
+    return math.prod(shape)
+
+
+def _is_size(size: object) -> bool:
+    return type(size) is int and 0 < size < _MAX_VALUES  # ``True`` is an int to isinstance

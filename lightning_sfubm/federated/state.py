@@ -146,7 +146,12 @@ class RunState:
             CheckpointError: none is whole, or it belongs to another model, other clients, data or settings, or another
                 schedule.
         """
-        stored = load_state(find_state(path), self.server, self.clients)
+        state = find_state(path)
+        if "counters" not in json.loads((state / "loop.json").read_text())["stored"]:
+            raise CheckpointError(
+                f"{state}: was not written by a run that holds its clients: give this one another trainer.default_root_dir"
+            )
+        stored = load_state(state, self.server, self.clients)
         if stored["schedule"] != self.federation.schedule(self.seed):
             raise CheckpointError(
                 f"{path}: was written by the schedule {stored['schedule']}, this run has {self.federation.schedule(self.seed)}"

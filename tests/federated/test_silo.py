@@ -260,3 +260,17 @@ def test_a_silo_that_lost_its_newest_state_does_not_spend_uncounted(
     silo.client.train_round(2, 3, 1, tmp_path / "other", lambda *entry: None, shares=True)
     assert len(used) == len(same)
     assert not set(used) & set(same)  # the same steps on other weights
+
+
+@pytest.mark.parametrize("rows", [-1, 1])
+def test_an_answer_of_another_length_is_refused_in_one_sentence(
+    rows: int, hello: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, request = hello(rounds=2)
+    make().answer(request)
+    silo = make()
+    own = silo.client.semantics()
+    wrong = own[:rows] if rows < 0 else torch.cat([own, own[:rows]])
+    view = pack(silo.server.semantics, "server", 0, {"vectors": wrong}).payload
+    with pytest.raises(MessageError, match=f"'alpha' has {len(own)} items.* {len(wrong)} rows"):
+        make().answer(replace(request, action="train", round=1, semantics=view))

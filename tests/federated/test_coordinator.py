@@ -1,0 +1,214 @@
+"""What one silo sends can cost that silo its round and no more; what the server keeps in its folder, and for how long."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
+from lightning_sfubm.federated.checkpoint import find_state, read_loop, stored_states
+from lightning_sfubm.federated.envelopes import Reply, Request, describe_shapes, read_shapes
+from lightning_sfubm.federated.messages import MessageSchema, unpack
+from tests.federated.machines import HASTY, coordinator
+
+
+def with_nonce(schema: MessageSchema, payload: bytes, nonce: str) -> bytes:
+    """The same message under another nonce."""
+    return payload.replace(unpack(schema, payload).nonce.encode(), nonce.encode()) if payload else b""
+
+
+def test_a_silo_that_reuses_its_nonce_drops_out_alone(
+    machines: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a round and in an exchange, also where the coordinator was started again in between."""
+    names, schedule = ["alpha", "beta", "gamma"], {"rounds": 2, "local_max_epochs": 1, "joins": {"gamma": 2}}
+    transport, nonce, kills = machines(names, **schedule), "5" * 32, [2]
+
+    def forge(name: str, request: Request, reply: Reply) -> Reply:
+        if (request.action, request.round) == ("train", 2) and kills:
+            kills.pop()
+            raise KeyboardInterrupt
+        if name != "beta" or request.action not in ("semantics", "train"):
+            return reply
+        assert driver.server.teacher is not None
+        vectors = with_nonce(driver.server.semantics, reply.semantics, nonce)
+        return replace(reply, semantics=vectors, teacher=with_nonce(driver.server.teacher, reply.teacher, nonce))
+
+    transport.after = forge
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run()
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    assert driver.progress.dropped == {"1": ["beta"], "2": ["beta", "beta"]}  # its vectors of the start were the first
+    assert driver.server.version == 2
+    assert f"'beta' dropped out (message refused: message {nonce} of client 'beta' was already received" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [
+        ({"w": [1 << 30, 1 << 30, 1 << 30]}, "2 billion values .*'w'"),
+        ({"a": [1 << 30], "w": [1 << 30, 2]}, "2 billion values .*'w'"),
+        ({"a": [2], "w": [1] * 9}, "'w'.* 9 dimensions"),
+        ({"a": [2], "w": [1] * 100_000}, "'w'.* 100000 dimensions"),
+        ({"w": [4, 1 << 31]}, "'w'"),
+        ({"w": [4, 0]}, "'w'"),
+        ({"w": [4, True]}, "'w'"),
+        ({"w": {}}, "'w'"),
+        ({"w": "44"}, "'w'"),
+        ({"w": None}, "'w' has no list"),
+        ({"__weight__": [1]}, "'__weight__'"),
+        ([["w", [4]]], "is not one"),
+    ],
+)
+def test_shapes_are_bounded_before_anything_is_made_of_them(teacher: Any, reason: str) -> None:
+    with pytest.raises(MessageError, match=f"shared weights.*{reason}"):
+        read_shapes(json.dumps({"dim": 4, "teacher": teacher}))
+
+
+def test_shapes_that_fit_are_read() -> None:
+    shared = {"w": torch.zeros(3, 4, 2), "scale": torch.zeros(())}
+    dim, template = read_shapes(describe_shapes(4, shared))
+    assert (dim, {k: v.shape for k, v in template.items()}) == (4, {k: v.shape for k, v in shared.items()})
+
+
+def test_a_silo_with_impossible_shapes_is_not_taken(
+    machines: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names, schedule = ["alpha", "beta"], {"exchange": "teacher", "rounds": 1, "local_max_epochs": 1}
+    transport = machines(names, **schedule)
+
+    def boast(name: str, request: Request, reply: Reply) -> Reply:
+        shape = json.dumps({"dim": 4, "teacher": {"w": [1 << 30] * 3}})
+        return replace(reply, shape=shape) if name == "alpha" and reply.shape else reply
+
+    transport.after = boast
+    driver = coordinator(transport, tmp_path, names, HASTY, **schedule)
+    with pytest.raises(ConfigError, match=r"1 silos came .* missing: \['alpha'\]"):
+        driver.run()
+    assert (
+        "a silo is not taken: a silo describes shared weights of more than 2 billion values (with 'w')" in caplog.text
+    )
+
+
+# ------------------------------------------------------------------ files
+
+
+def referred_to(server: Path) -> set[str]:
+    """Hashes of the messages that a state on disk still wants delivered."""
+    outboxes = [read_loop(s)["stored"]["progress"]["outbox"] for s in stored_states(server / "checkpoints")]
+    return {sha256 for outbox in outboxes for kinds in outbox.values() for sha256 in kinds.values()}
+
+
+def test_messages_are_the_owners_alone_and_gone_once_delivered(machines: Any, tmp_path: Path) -> None:
+    """Whenever the coordinator is killed, every message that a state wants delivered is there."""
+    names, schedule = ["alpha", "beta"], {"rounds": 3, "local_max_epochs": 1, "leaves": {"alpha": 2}}
+    transport, outbox = machines(names, **schedule), tmp_path / "server/outbox"
+    outbox.mkdir(parents=True)  # as an earlier version made it
+    outbox.chmod(0o755)
+    foreign = outbox / "note.txt"
+    foreign.write_text("put here by hand")
+    seen: list[int] = []
+
+    def look(name: str, request: Request, reply: Reply) -> Reply:
+        files = {path for path in outbox.iterdir() if path != foreign}
+        assert {path.name for path in files} >= referred_to(tmp_path / "server")
+        assert outbox.stat().st_mode & 0o777 == 0o700 or not files
+        assert all(path.stat().st_mode & 0o777 == 0o600 for path in files)
+        seen.append(len(files))
+        if len(transport.asked) in (5, 7, 8):
+            raise KeyboardInterrupt
+        return reply
+
+    transport.after = look
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            coordinator(transport, tmp_path, names, **schedule).run()
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    assert max(seen) >= 2
+    assert driver.progress.finished == names
+    assert [path.name for path in outbox.iterdir()] == ["note.txt"]
+    assert outbox.stat().st_mode & 0o777 == 0o700
+
+
+def test_nothing_is_deleted_while_a_state_cannot_be_read(machines: Any, tmp_path: Path) -> None:
+    schedule = {"exchange": "semantics", "rounds": 1, "local_max_epochs": 1}
+    transport = machines(["alpha", "beta"], **schedule)
+    driver = coordinator(transport, tmp_path, ["alpha", "beta"], **schedule)
+    transport.after = lambda name, request, reply: None if request.action in ("train", "finish") else reply
+    driver.run()
+    kept = {path.name for path in (tmp_path / "server/outbox").iterdir()}
+    assert len(kept) == 2
+    assert kept == referred_to(tmp_path / "server")
+    driver.progress.outbox.clear()
+    older = stored_states(tmp_path / "server/checkpoints")[-1] / "loop.json"
+    older.write_text(older.read_text()[:50])
+    driver._checkpoint()
+    assert {path.name for path in (tmp_path / "server/outbox").iterdir()} == kept
+    driver._checkpoint()
+    driver._checkpoint()
+    assert not list((tmp_path / "server/outbox").iterdir())
+
+
+def test_a_message_that_is_gone_or_changed_is_named(machines: Any, tmp_path: Path) -> None:
+    schedule = {"exchange": "semantics", "rounds": 1, "local_max_epochs": 1}
+    transport = machines(["alpha", "beta"], **schedule)
+    transport.after = lambda name, request, reply: None if request.action in ("train", "finish") else reply
+    coordinator(transport, tmp_path, ["alpha", "beta"], **schedule).run()
+    for path in (tmp_path / "server/outbox").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"outbox/[0-9a-f]{64}: .*changed"):
+        coordinator(transport, tmp_path, ["alpha", "beta"], **schedule).run()
+    for path in (tmp_path / "server/outbox").iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"outbox/[0-9a-f]{64}: .*No such file"):
+        coordinator(transport, tmp_path, ["alpha", "beta"], **schedule).run()
+
+
+@pytest.mark.parametrize("content", [b"", b"0" * 31, b"0" * 32 + b"\n", b"g" * 32, b"A" * 32, b"\xff" * 32, None])
+def test_a_torn_name_of_the_run_is_refused(content: bytes | None, machines: Any, tmp_path: Path) -> None:
+    transport = machines(["alpha", "beta"])
+    file = tmp_path / "server/federation.id"
+    file.parent.mkdir()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"server/federation\.id: "):
+        coordinator(transport, tmp_path, ["alpha", "beta"]).run()
+    assert transport.asked == []
+
+
+def test_the_name_of_the_run_stays(machines: Any, tmp_path: Path) -> None:
+    transport = machines(["alpha", "beta"], rounds=1, local_max_epochs=1)
+
+    def kill(name: str, request: Request, reply: Reply) -> Reply:
+        raise KeyboardInterrupt
+
+    transport.after = kill
+    driver = coordinator(transport, tmp_path, ["alpha", "beta"], rounds=1, local_max_epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        driver.run()
+    again = coordinator(transport, tmp_path, ["alpha", "beta"], rounds=1, local_max_epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        again.run()
+    assert again.progress.federation == driver.progress.federation == (tmp_path / "server/federation.id").read_text()
+
+
+def test_a_state_of_the_other_kind_is_refused(machines: Any, in_one_process: Any, tmp_path: Path) -> None:
+    names, schedule = ["alpha", "beta"], {"exchange": "teacher", "rounds": 1, "local_max_epochs": 1}
+    together = in_one_process(names, **schedule)
+    transport = machines(names, **schedule)
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    other = coordinator(transport, tmp_path, names, **schedule)
+    other.run_dir = together.run_dir
+    with pytest.raises(CheckpointError, match=f"{find_state(other.checkpoints)}: .*not .* a server"):
+        other.run()
+    with pytest.raises(CheckpointError, match=f"{find_state(driver.checkpoints)}: .*not .* clients"):
+        together.loop.resume(driver.checkpoints)
