@@ -126,7 +126,7 @@ def _self_check(folder: RunFolder, check: Check, communication: Json, audit: Jso
         attacked = "by the hash of the last line"
     elif (folder.path / "audit.json").is_file():
         attacked = "audit.json does not say it, or cannot be used"
-    broken = bool(check.problems) or check.head == GENESIS
+    broken = bool(check.problems or unread) or check.head == GENESIS
     rows: list[Json] = [
         {
             "what": "The ledger is whole: every line follows the one before it, and none is missing at the end",
