@@ -24,6 +24,7 @@ from lightning_sfubm.datamodules.splits import Splits, leave_one_out, retrained,
 from lightning_sfubm.datamodules.storage import prepared_domain
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.candidates import CandidateLists, CandidateSampler, stored_candidates, title_groups
+from lightning_sfubm.names import path_part
 from lightning_sfubm.seeds import numpy_generator
 
 Split = Literal["train2", "val", "test"]
@@ -35,7 +36,7 @@ class DomainDataModule(L.LightningDataModule):
     Run it under ``Trainer(use_distributed_sampler=False)``: the batch samplers shard by rank themselves.
 
     Args:
-        name: domain name.
+        name: domain name; files and folders are called by it.
         reader: where the data comes from.
         root: folder that the reader's relative paths start from.
         text_encoder: frozen encoder of the item texts; ``None`` leaves ``catalogue.text_embeddings`` empty.
@@ -81,7 +82,7 @@ class DomainDataModule(L.LightningDataModule):
         seed: int = 1,
     ) -> None:
         super().__init__()
-        self.name: str = name
+        self.name: str = path_part(name, "a domain (init_args.name)")
         self.reader = reader
         self.root = root
         self.text_encoder = text_encoder

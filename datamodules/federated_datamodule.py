@@ -8,6 +8,7 @@ from lightning_sfubm.datamodules.card import DataCard
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.candidates import normalise_title
+from lightning_sfubm.names import path_part
 
 
 class FederatedDataModule(L.LightningDataModule):
@@ -25,6 +26,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.root = root
         self.domains = {name: domains[name] for name in sorted(domains)}
         for name, domain in self.domains.items():
+            path_part(name, "data.domains")
             if domain.name != name:
                 raise ConfigError(f"domain '{domain.name}' stands under the name '{name}'; give both the same name")
             if domain.root is None:

@@ -4,7 +4,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -26,14 +26,23 @@ def locked(folder: Path, option: str) -> Iterator[None]:
         option: the option that names another folder, for the error.
 
     Raises:
-        ConfigError: another process keeps the folder.
+        ConfigError: another process keeps the folder, or it cannot be made or written into.
     """
-    folder = folder.resolve()
-    if folder in _held:
+    try:
+        folder = folder.resolve()
+        new = not folder.exists()
+        taken = nullcontext() if folder in _held else _taken(folder / LOCK, option)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # it lies below a file, nobody may write there, its name is none
+        raise ConfigError(
+            f"{str(folder)!r} cannot be written into ({getattr(error, 'strerror', None) or error}); give another folder by "
+            f"{option}"
+        ) from None
+    if isinstance(taken, nullcontext):
         yield
         return
-    new = not folder.exists()
-    with _taken(folder / LOCK, option):
+    with taken:
         _held.add(folder)
         try:
             yield

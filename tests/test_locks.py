@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lightning_sfubm.__main__ import main
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.locks import LOCK, locked
 
@@ -97,3 +99,45 @@ def test_a_file_system_without_locks_is_told(
     monkeypatch.setattr(fcntl, "flock", flock)
     with caplog.at_level(logging.WARNING), locked(tmp_path, "--out"):
         assert f"{tmp_path} cannot be locked" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("file/out", "Not a directory"),
+        ("file", "File exists"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "null (byte|character)"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_one_sentence(tmp_path: Path, place: str, reason: str) -> None:
+    (tmp_path / "file").write_text("text")
+    with (
+        pytest.raises(ConfigError, match=f"cannot be written into .*{reason}.*; give another folder by --out$"),
+        locked(tmp_path / place, "--out"),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "text"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_nobody_may_write_to_is_one_sentence(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with (
+        pytest.raises(
+            ConfigError, match=r"cannot be written into \(Permission denied\); give another folder by --out$"
+        ),
+        locked(tmp_path / "out", "--out"),
+    ):
+        pass
+    tmp_path.chmod(0o700)
+
+
+def test_the_command_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    grid = str(Path(__file__).resolve().parent.parent / "configs/results/demo.yaml")
+    with pytest.raises(SystemExit) as exit:
+        main(["results", "--grid", grid, "--out", str(tmp_path / "file/out")])
+    assert exit.value.code == 2
+    assert "file/out' cannot be written into (Not a directory)" in capsys.readouterr().err

@@ -99,7 +99,7 @@ def _against_checkpoint(run_dir: Path, check: Check) -> None:
     state = states[-1]
     try:
         lines = int(json.loads((state / "loop.json").read_text())["stored"]["ledger"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         check.unchecked.append(f"{unknown}: {state.name}/loop.json, the newest checkpoint, is missing or unreadable")
         return
     if check.lines < lines:
@@ -154,7 +154,7 @@ def _against_messages(
 def _differences(entry: dict[str, Any], message: Message, nonces: set[str]) -> list[str]:
     """What a message's own words say otherwise than its line. A broadcast says "server" whoever receives it."""
     tensors = {name: list(tensor.shape) for name, tensor in message.tensors.items()}
-    stated = {name: tensor.get("shape") for name, tensor in entry["tensors"].items()}
+    stated = {name: t.get("shape") if isinstance(t, dict) else None for name, t in entry["tensors"].items()}
     sender = entry["client"] if entry["direction"] == "up" else "server"
     agrees = {
         "round": message.round == entry["round"],

@@ -1,10 +1,10 @@
 """Privacy beside utility over several audited runs: one point a run and domain."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning_sfubm.audit.forms import AUDIT, read_formed
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.facts import plain
@@ -66,9 +66,11 @@ def _utility(folder: RunFolder, domain: str) -> Json:
 
 def _audit(run_dir: Path) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = json.loads((run_dir / "audit.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise DataError(f"{run_dir}: no readable audit.json there; run 'lightning-sfubm audit' on it first") from None
-    if "membership" not in facts:
+        facts: dict[str, Any] = read_formed(run_dir / "audit.json", AUDIT)
+    except DataError as error:
+        raise DataError(
+            f"{run_dir}: no readable audit.json there ({error}); run 'lightning-sfubm audit' on it first"
+        ) from None
+    if not facts.keys() >= {"membership", "linkage"}:
         raise DataError(f"{run_dir}: its messages did not agree with its ledger, so nothing was attacked")
     return facts

@@ -1,13 +1,16 @@
 """The facts of the privacy report, as JSON values: what ``privacy_report.json`` holds."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lightning_sfubm.audit.check import Check, check_run
+from lightning_sfubm.audit.forms import AUDIT, read_formed
+from lightning_sfubm.audit.forms import CURVE as CURVE_FORM
 from lightning_sfubm.audit.guarantee import content_of, coverage, guarantee, mechanism_of
 from lightning_sfubm.audit.replay import GLOBAL
+from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.facts import ledger_facts, plain
+from lightning_sfubm.evaluation.forms import Form
 from lightning_sfubm.evaluation.run_folder import Json, RunFolder
 from lightning_sfubm.federated.ledger import GENESIS
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
@@ -24,10 +27,12 @@ def privacy_facts(folder: RunFolder) -> Json:
         folder: of a finished run; ``audit.json`` and ``privacy_curve.json`` are read from it where they are there.
     """
     check = check_run(folder.path)
-    audit = _read(folder.path / "audit.json", folder.problems) or {}
-    communication = ledger_facts(folder.ledger)
-    attacks = {name: audit.get(name, []) for name in _ATTACKS}
+    audit = _read(folder.path / "audit.json", AUDIT, folder.problems) or {}
+    communication = ledger_facts(folder.ledger, folder.unread)
+    attacks = {name: audit.get(name) or [] for name in _ATTACKS}
     doubts = check.problems or check.unchecked
+    if folder.unread and not check.problems:  # a line can have the form and yet be none that is ever written
+        doubts = [f"lines of the ledger that cannot be read: {folder.unread}", *doubts]
     facts: Json = {
         "run": {name: folder.run.get(name) for name in ("title", "command", "started", "finished")},
         "ledger": {"file": "ledger.jsonl", "lines": check.lines, "bytes": check.bytes, "head": check.head},
@@ -35,10 +40,10 @@ def privacy_facts(folder: RunFolder) -> Json:
         "communication": communication,
         "mechanisms": mechanisms(folder.ledger, established=not doubts),
         "guarantee": guarantee(folder.ledger, doubts),
-        "attacks": {**attacks, "not_run": audit.get("not_run", [])},
+        "attacks": {**attacks, "not_run": audit.get("not_run") or []},
         "audit": {name: audit.get(name) for name in ("started", "commit", "command", "settings")} if audit else None,
         "perturbation": folder.privacy,
-        "curve": _read(folder.path / CURVE, folder.problems) or [],
+        "curve": _read(folder.path / CURVE, CURVE_FORM, folder.problems) or [],
         "problems": folder.problems,
     }
     return plain(facts)  # type: ignore[no-any-return]
@@ -114,8 +119,14 @@ def _self_check(folder: RunFolder, check: Check, communication: Json, audit: Jso
     total = sum(row["bytes"] for row in communication["rows"]) + sum(line["bytes"] for line in resent)
     stated = sum(check.bytes.values())
     kept = bool(MessageStore(folder.path / FOLDER).names())
-    lines = check.lines
-    broken = bool(check.problems) or check.head == GENESIS
+    lines, unread = check.lines, folder.unread
+    left_out = f" checked, {unread} left out, for they cannot be read" if unread else ""
+    attacked = "no audit was made"
+    if audit.get("check"):
+        attacked = "by the hash of the last line"
+    elif (folder.path / "audit.json").is_file():
+        attacked = "audit.json does not say it, or cannot be used"
+    broken = bool(check.problems or unread) or check.head == GENESIS
     rows: list[Json] = [
         {
             "what": "The ledger is whole: every line follows the one before it, and none is missing at the end",
@@ -124,12 +135,12 @@ def _self_check(folder: RunFolder, check: Check, communication: Json, audit: Jso
         },
         {
             "what": "The messages of this report are those of the ledger, no more and no fewer",
-            "holds": messages == lines,
-            "detail": f"{messages} in the table (with {len(resent)} sent again), {lines} lines",
+            "holds": messages == lines and not unread,
+            "detail": f"{messages} in the table (with {len(resent)} sent again), {lines} lines{left_out}",
         },
         {
             "what": "The bytes of this report add up to those of the ledger",
-            "holds": total == stated,
+            "holds": total == stated and not unread,
             "detail": f"{total:,} in the table, {stated:,} in the ledger",
         },
         {
@@ -142,18 +153,18 @@ def _self_check(folder: RunFolder, check: Check, communication: Json, audit: Jso
             "holds": audit["check"]["head"] == check.head and not audit["check"]["problems"]
             if audit.get("check")
             else None,
-            "detail": "by the hash of the last line" if audit.get("check") else "no audit was made",
+            "detail": attacked,
         },
     ]
     holds = False if any(row["holds"] is False for row in rows) else rows[0]["holds"]
     return {"holds": holds, "rows": rows, "problems": check.problems, "unchecked": check.unchecked}
 
 
-def _read(path: Path, problems: list[str]) -> Any:
+def _read(path: Path, form: Form, problems: list[str]) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        problems.append(f"{path.name}: broken JSON ({error}); left out.")
+        return read_formed(path, form)
+    except DataError as error:
+        problems.append(f"{error}; left out. Run 'lightning-sfubm audit' again.")
         return None

@@ -79,7 +79,10 @@ were sent again, word for word, after an interruption.{% endif %}</p>
 {% endfor %}</tbody>
 <caption>Round 0 is the exchange of item vectors before the first round. Every tensor with its shape stands in
 privacy_report.json, every message with its hash in ledger.jsonl.</caption></table></div>
-{% else %}<p class="note">Nothing: the ledger holds no message.</p>{% endif %}
+{% elif not communication.unread %}<p class="note">Nothing: the ledger holds no message.</p>{% endif %}
+{% if communication.unread %}<p class="note">{{ communication.unread|count }}
+line{{ "s" if communication.unread != 1 }} of the ledger cannot be read: more may
+have left than is told here.</p>{% endif %}
 </section>
 
 <section id="mechanisms"><h2>Mechanisms and what they promise</h2>
@@ -99,6 +102,7 @@ privacy_report.json, every message with its hash in ledger.jsonl.</caption></tab
 something from the attackers that were tried and
 promises nothing about others. ε and δ are those of the last message and cover all before it; none are shown where they
 are not known to cover every message of the client.</caption></table></div>
+{% elif communication.unread %}<p class="note">Not known: the ledger cannot be read.</p>
 {% else %}<p class="note">No client sent anything.</p>{% endif %}
 </section>
 

@@ -39,6 +39,11 @@ _NEVER = (
 )
 
 
+_NO_VECTORS_KNOWN = (
+    "No attack on item vectors is known; whether any were sent is not, for the ledger cannot be read whole."
+)
+
+
 def _left(facts: Json) -> list[str]:
     sentences = []
     rows = [row for row in facts["communication"]["rows"] if row["direction"] == "up"]
@@ -48,6 +53,9 @@ def _left(facts: Json) -> list[str]:
             what = _KINDS.get(row["kind"], f"{row['kind']} (keys and shares of the secure aggregation)")
             parts.append(f"{row['messages']} message{_s(row['messages'])} of {what}")
         sentences.append(f"{client} sent {', '.join(parts)}.")
+    if unread := facts["communication"]["unread"]:  # what is left out must not pass for what was not sent
+        more = "There may be more" if sentences else "This is not known"
+        return [*sentences, f"{more}: {unread} line{_s(unread)} of the ledger cannot be read."]
     return sentences or ["Nothing: no message was sent."]
 
 
@@ -91,13 +99,20 @@ def _recognised(facts: Json) -> list[str]:
     rows = facts["attacks"]["linkage"]
     if not rows:
         used = [
-            (domain, entry) for domain, entries in facts["perturbation"].items() for entry in entries if entry["used"]
+            (domain, entry)
+            for domain, entries in facts["perturbation"].items()
+            for entry in entries
+            if entry.get("used") and isinstance(entry.get("linkage_with_replacement"), int | float)
         ]
         return [
             f"{domain}: somebody who has a list of candidate products would recognise "
             f"{_percent(entry['linkage_with_replacement'])} of them (simulated, not on recorded messages)."
             for domain, entry in used
-        ] or ["No item vectors were sent, or none were attacked."]
+        ] or [
+            _NO_VECTORS_KNOWN
+            if facts["communication"]["unread"]
+            else "No item vectors were sent, or none were attacked."
+        ]
     sentences = [
         f"{row['client']}: somebody who has a list of candidate products with their texts recognises "
         f"{_percent(row['with_replacement']['value'])} of the {row['attacked']} vectors tried, and "

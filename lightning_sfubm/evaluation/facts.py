@@ -23,7 +23,7 @@ def run_facts(folder: RunFolder) -> Json:
             "domains": [domain_facts(domain, rows) for domain, rows in _ordered(folder)],
             "comparisons": comparison_facts(folder),
             "privacy": folder.privacy,
-            "communication": ledger_facts(folder.ledger),
+            "communication": ledger_facts(folder.ledger, folder.unread),
             "history": folder.history,
             "data_cards": folder.cards,
             "config": folder.config,
@@ -138,12 +138,16 @@ def comparison_facts(folder: RunFolder) -> list[Json]:
     return facts
 
 
-def ledger_facts(ledger: list[Json]) -> Json:
+def ledger_facts(ledger: list[Json], unread: int = 0) -> Json:
     """Messages and bytes per client, direction and kind, with the tensors they held.
 
+    Args:
+        ledger: its lines.
+        unread: lines beside them that are no entries.
+
     Returns:
-        ``rows`` (one per client, direction and kind), ``totals`` (bytes up and down), ``messages`` and ``resent``: what an
-        interrupted run sent again, word for word, when it went on; it is not counted twice.
+        ``rows`` (one per client, direction and kind), ``totals`` (bytes up and down), ``messages``, ``resent`` (what an
+        interrupted run sent again, word for word, when it went on; it is not counted twice) and ``unread``.
     """
     groups: dict[tuple[str, str, str], list[Json]] = {}
     once = [line for line in ledger if not line.get("resent")]
@@ -151,11 +155,7 @@ def ledger_facts(ledger: list[Json]) -> Json:
         groups.setdefault((line["client"], line["direction"], line.get("kind", "")), []).append(line)
     rows = []
     for (client, direction, kind), lines in sorted(groups.items(), key=lambda item: (item[0][1] != "up", item[0])):
-        tensors = Counter(
-            f"{name} {'×'.join(map(str, tensor.get('shape', [])))} {tensor.get('dtype', '')}".strip()
-            for line in lines
-            for name, tensor in line.get("tensors", {}).items()
-        )
+        tensors = Counter(_tensor(name, tensor) for line in lines for name, tensor in line.get("tensors", {}).items())
         # One guarantee covers all messages up to the one it stands at: of those, the last is told.
         mechanisms = {_what(line["mechanism"]): _words(line["mechanism"]) for line in lines if line.get("mechanism")}
         rows.append(
@@ -171,7 +171,16 @@ def ledger_facts(ledger: list[Json]) -> Json:
             }
         )
     totals = {way: sum(row["bytes"] for row in rows if row["direction"] == way) for way in ("up", "down")}
-    return {"rows": rows, "totals": totals, "messages": len(once), "resent": len(ledger) - len(once)}
+    resent = len(ledger) - len(once)
+    return {"rows": rows, "totals": totals, "messages": len(once), "resent": resent, "unread": unread}
+
+
+def _tensor(name: str, tensor: Any) -> str:
+    """``"vectors 7×4 float32"``; the form of a line does not say what stands in its tensors."""
+    stated = tensor if isinstance(tensor, dict) else {}
+    shape = stated.get("shape")
+    sizes = "×".join(map(str, shape)) if isinstance(shape, list) else ""
+    return f"{name} {sizes} {stated.get('dtype', '')}".strip()
 
 
 def _what(mechanism: Any) -> str:

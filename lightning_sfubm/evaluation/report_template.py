@@ -213,7 +213,11 @@ whether the ledger is whole, and what attacks reached: <a href="privacy_report.h
 <td class="text wrap">{{ row.mechanisms|join("; ") or ("none" if row.direction == "up" else "–") }}</td></tr>
 {% endfor %}</tbody>
 <caption>Shapes and types of every tensor stand in report.json.</caption></table></div>
-{% else %}<p class="note">No federated messages were recorded (ledger.jsonl is missing or empty).</p>{% endif %}
+{% elif not communication.unread %}<p class="note">No federated messages were recorded (ledger.jsonl is missing or
+empty).</p>{% endif %}
+{% if communication.unread %}<div class="warn"><p>{{ communication.unread|count }}
+line{{ "s" if communication.unread != 1 }} of ledger.jsonl cannot be read: the ledger cannot be checked to its end, and more
+may have left than is told here.</p></div>{% endif %}
 </section>
 
 <section id="timings"><h2>Timings</h2>

@@ -16,6 +16,7 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.membership import Patience
 from lightning_sfubm.federated.run_config import RunConfig, Value, run_config
+from lightning_sfubm.names import path_part
 
 FLOWER = "1.41"
 #: nothing is sent to Flower's makers, and no run fetches packages
@@ -104,20 +105,31 @@ def flower_app(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     shared = _load(options.config)
     settings = _federation_settings(shared, options.config)
-    silos = options.silos or sorted((shared.get("data") or {}).get("init_args", {}).get("domains", {}))
+    seed = _seed(shared, options.config)
+    silos = options.silos or _domains(shared, options.config)
     if not silos:
         raise ConfigError("flower-app: give the names of the silos (--silos), or data.domains in the configuration")
+    for silo in silos:
+        if "," in path_part(silo, "--silos"):
+            raise ConfigError(
+                f"flower-app: the silo '{silo}' has a comma in its name, which parts the names in a run config"
+            )
     config = run_config(
         settings,
-        int(shared.get("seed_everything", 1)),
+        seed,
         sorted(silos),
         options.run_dir or options.out / "server",
         options.min_silos,
         Patience(options.start_s, options.round_s, options.finish_s),
     )
     check(config)
-    for path, text in files(config, options).items():
-        write_atomically(options.out / path, text.encode())
+    try:
+        for path, text in files(config, options).items():
+            write_atomically(options.out / path, text.encode())
+    except OSError as error:
+        raise ConfigError(
+            f"{options.out} cannot be written into ({error.strerror}); give another folder by --out"
+        ) from None
     print(f"{options.out / 'README.md'}: the commands that start it")
 
 
@@ -205,18 +217,52 @@ def _commands(config: Mapping[str, Value], options: argparse.Namespace) -> str:
 def _load(paths: Sequence[Path]) -> dict[str, Any]:
     try:
         merged = OmegaConf.merge(*(OmegaConf.load(path) for path in paths))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{', '.join(map(str, paths))}: cannot be read: {' '.join(str(error).split())}") from None
+        wanted = {}
+        if isinstance(merged, DictConfig):
+            wanted = {key: merged.get(key) for key in ("seed_everything", "trainer", "data") if key in merged}
+    # what YAML, a reference in it, or files that do not go together may raise
+    except (OSError, ValueError, TypeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{_names(paths)}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(merged, DictConfig):
         raise ConfigError(f"{paths[0]}: not a configuration")
-    wanted = {key: merged.get(key) for key in ("seed_everything", "trainer", "data") if key in merged}
     return {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in wanted.items()}
 
 
 def _federation_settings(shared: Mapping[str, Any], paths: Sequence[Path]) -> dict[str, Any]:
-    federation = (shared.get("trainer") or {}).get("federation")
+    federation = _mapping(_mapping(shared, "trainer", paths), "federation", paths, "trainer.")
     if not federation:
+        raise ConfigError(f"{_names(paths)}: trainer.federation is missing: it is the schedule of the rounds")
+    settings = (
+        _mapping(federation, "init_args", paths, "trainer.federation.") if "class_path" in federation else federation
+    )
+    if strange := [key for key in settings if not isinstance(key, str)]:
+        raise ConfigError(f"{_names(paths)}: trainer.federation has no setting {strange[0]!r}")
+    return dict(settings)
+
+
+def _domains(shared: Mapping[str, Any], paths: Sequence[Path]) -> list[str]:
+    """Names of the domains in ``data``, which are those of the silos; none where there are no data."""
+    data = _mapping(_mapping(shared, "data", paths), "init_args", paths, "data.")
+    names = [path_part(name, f"{_names(paths)}: data.domains") for name in _mapping(data, "domains", paths, "data.")]
+    return sorted(names)
+
+
+def _seed(shared: Mapping[str, Any], paths: Sequence[Path]) -> int:
+    seed = shared.get("seed_everything", 1)
+    if type(seed) is not int or seed < 0:
         raise ConfigError(
-            f"{', '.join(map(str, paths))}: trainer.federation is missing: it is the schedule of the rounds"
+            f"{_names(paths)}: seed_everything must be an integer from 0 on, the same for all silos, not {seed!r}"
         )
-    return dict(federation.get("init_args", {}) if "class_path" in federation else federation)
+    return seed
+
+
+def _mapping(parent: Mapping[Any, Any], key: str, paths: Sequence[Path], where: str = "") -> Mapping[Any, Any]:
+    """An entry of a configuration that holds further ones; empty where it is missing or null."""
+    entry = parent.get(key)
+    if not isinstance(entry, Mapping | None):
+        raise ConfigError(f"{_names(paths)}: {where}{key} must be a mapping of settings, not {entry!r}")
+    return entry or {}
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))

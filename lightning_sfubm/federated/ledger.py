@@ -185,7 +185,7 @@ def read_ledger(path: Path) -> list[Entry]:
     entries: list[Entry] = []
     last = GENESIS
     for number, line in enumerate(lines, 1):
-        entry = _entry(line)
+        entry = read_entry(line)
         if entry is None:
             raise CheckpointError(f"{path}, line {number}: not an entry of a ledger")
         if entry["previous"] != last:
@@ -197,8 +197,8 @@ def read_ledger(path: Path) -> list[Entry]:
     return entries
 
 
-def _entry(line: bytes) -> Entry | None:
-    """The entry a line holds; ``None`` unless it is spelled as :meth:`Ledger.record_bytes` spells it."""
+def read_entry(line: bytes) -> Entry | None:
+    """The entry a line holds; ``None`` unless it is spelled as :meth:`Ledger.record_bytes` spells it. No chain is checked."""
     try:
         entry = json.loads(line)
         if json.dumps(entry, sort_keys=True).encode() != line or not isinstance(entry, dict):

@@ -11,6 +11,7 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.envelopes import check_across_machines
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.membership import Patience
+from lightning_sfubm.names import path_part
 
 #: settings of the schedule that a coordinator needs; those of the local phases are each silo's own
 _SCHEDULE = (
@@ -66,6 +67,8 @@ class RunConfig:
             raise ConfigError(f"the run config lacks {missing}: generate the app again with flower-app") from None
         except ValueError as error:
             raise ConfigError(f"the run config cannot be read: {error}") from None
+        for name in silos:
+            path_part(name, "the run config, silos")
         if not Path(run_dir).is_absolute():
             raise ConfigError(
                 f"run-dir = '{run_dir}' must be an absolute path: the ServerApp starts in some other folder"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -10,6 +11,7 @@ from typing import Any
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.grid.named_files import named_files
+from lightning_sfubm.names import path_part
 
 _GRID_KEYS = {"title", "pairs", "runs", "comparisons"}
 _RUN_KEYS = {"rows", "seeds", "config", "flags", "pairs"}
@@ -124,35 +126,79 @@ def load_grid(path: Path, known_rows: set[str]) -> Grid:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:  # ValueError: no UTF-8, or a date that is none
         raise ConfigError(f"grid {path} is not readable YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not {"pairs", "runs"} <= content.keys():
         raise ConfigError(f"grid {path} needs the entries 'pairs' and 'runs'")
     _check_keys(path, "", content, _GRID_KEYS)
     pairs = {
         name: tuple(_existing(path, f"pairs.{name}", file) for file in _as_list(files))
-        for name, files in content["pairs"].items()
+        for name, files in _named(path, "pairs", content["pairs"]).items()
     }
+    if empty := [name for name, files in pairs.items() if not files]:
+        raise ConfigError(f"grid {path}: pairs.{empty[0]} names no configuration file")
     runs: list[Run] = []
-    for name, entry in content["runs"].items():
+    for name, entry in _named(path, "runs", content["runs"]).items():
         if not isinstance(entry, dict) or not entry.get("rows"):
             raise ConfigError(f"grid {path}: runs.{name} needs 'rows'")
-        _check_keys(path, f"runs.{name}.", entry, _RUN_KEYS)
+        where = f"runs.{name}."
+        _check_keys(path, where, entry, _RUN_KEYS)
         rows, labels = _rows(path, name, entry["rows"], known_rows)
-        overlays = [_existing(path, f"runs.{name}.config", file) for file in _as_list(entry.get("config"))]
+        overlays = [_existing(path, f"{where}config", file) for file in _as_list(entry.get("config"))]
+        flags, seeds = _flags(path, where, entry.get("flags")), _seeds(path, where, entry.get("seeds"))
         for pair in _as_list(entry.get("pairs")) or list(pairs):
-            if pair not in pairs:
-                raise ConfigError(f"grid {path}: runs.{name}.pairs names '{pair}'; pairs are {', '.join(pairs)}")
-            for seed in _as_list(entry.get("seeds")) or [1]:
-                flags = tuple(str(flag) for flag in _as_list(entry.get("flags")))
-                runs.append(Run(pair, name, int(seed), (*pairs[pair], *overlays), flags, rows, labels))
+            if not isinstance(pair, str) or pair not in pairs:
+                raise ConfigError(f"grid {path}: {where}pairs names '{pair}'; pairs are {', '.join(pairs)}")
+            runs += [Run(pair, name, seed, (*pairs[pair], *overlays), flags, rows, labels) for seed in seeds]
     _each_cell_once(path, runs)
     methods = {method for run in runs for method in run.rows.values()}
-    comparisons = [tuple(pair) for pair in content.get("comparisons") or []]
-    for pair in comparisons:
-        if len(pair) != 2 or not set(pair) <= methods:
-            raise ConfigError(f"grid {path}: comparison {list(pair)} must name two of its methods: {sorted(methods)}")
-    return Grid(content.get("title", path.stem), pairs, tuple(runs), tuple(comparisons))
+    comparisons = _comparisons(path, content.get("comparisons"), methods)
+    title = content.get("title")
+    if not isinstance(title, str | int | float | None):
+        raise ConfigError(f"grid {path}: title must be text, not {title!r}")
+    return Grid(path.stem if title is None else str(title), pairs, tuple(runs), comparisons)
+
+
+def _named(path: Path, where: str, entries: Any) -> dict[str, Any]:
+    """A mapping by names that folders can be called by: a run's lies at ``out/runs/<pair>/<run>/<seed>``."""
+    if not isinstance(entries, dict) or not entries:
+        raise ConfigError(f"grid {path}: {where} must be a mapping by name with at least one entry, not {entries!r}")
+    return {path_part(name, f"grid {path}: {where}"): entry for name, entry in entries.items()}
+
+
+def _seeds(path: Path, where: str, value: Any) -> list[int]:
+    seeds = _as_list(value) or [1]
+    for seed in seeds:
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise ConfigError(f"grid {path}: {where}seeds names {seed!r}; a seed is an integer from 0 to {2**32 - 1}")
+    return seeds
+
+
+def _flags(path: Path, where: str, value: Any) -> tuple[str, ...]:
+    flags = _as_list(value)
+    for flag in flags:
+        if not isinstance(flag, str | int | float):
+            raise ConfigError(f"grid {path}: {where}flags holds {flag!r}; it is a list of options and values in quotes")
+    if flags and not str(flags[0]).startswith("--"):
+        raise ConfigError(
+            f"grid {path}: {where}flags starts with {flags[0]!r}; it is a list that starts with an option"
+        )
+    return tuple(str(flag) for flag in flags)
+
+
+def _comparisons(path: Path, value: Any, methods: set[str]) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, list | None):
+        raise ConfigError(f"grid {path}: comparisons must be a list of pairs of methods, not {value!r}")
+    for pair in value or []:
+        named = isinstance(pair, list) and len(pair) == 2 and all(isinstance(m, str) and m in methods for m in pair)
+        if not named:
+            raise ConfigError(f"grid {path}: comparison {pair!r} must name two of its methods: {sorted(methods)}")
+    return tuple((first, second) for first, second in value or [])
 
 
 def _each_cell_once(path: Path, runs: list[Run]) -> None:
@@ -170,7 +216,11 @@ def _each_cell_once(path: Path, runs: list[Run]) -> None:
 
 def _rows(path: Path, run: str, rows: Any, known: set[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Rows of a run by method name, and labels. A list keeps the rows' names; a mapping row -> label is a variant."""
-    unknown = [row for row in rows if row not in known]
+    if not isinstance(rows, list | dict):
+        raise ConfigError(
+            f"grid {path}: runs.{run}.rows must be a list of rows, or a mapping of rows to their labels, not {rows!r}"
+        )
+    unknown = [row for row in rows if not isinstance(row, str) or row not in known]
     if unknown:
         raise ConfigError(f"grid {path}: runs.{run}.rows names {unknown}; known rows are {', '.join(sorted(known))}")
     if isinstance(rows, list):
@@ -186,7 +236,7 @@ def _check_keys(path: Path, where: str, entry: dict[str, Any], known: set[str]) 
 
 
 def _existing(path: Path, where: str, file: Any) -> Path:
-    if not isinstance(file, str) or not Path(file).is_file():
+    if not isinstance(file, str) or not os.path.isfile(file):  # which takes whatever text for a name
         raise ConfigError(f"grid {path}: {where} names {file}, which is not there")
     return Path(file)
 

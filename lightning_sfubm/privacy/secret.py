@@ -4,8 +4,9 @@ import os
 import secrets
 from pathlib import Path
 
-from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.errors import PrivacyError
 from lightning_sfubm.evaluation.results import flush
+from lightning_sfubm.names import path_part
 
 _BYTES = 32
 
@@ -24,9 +25,7 @@ def client_secret(folder: str | Path, client: str) -> bytes:
         ConfigError: the client's name is no file name.
         PrivacyError: the file is too short to be a secret.
     """
-    if Path(client).name != client:
-        raise ConfigError(f"client name '{client}' cannot be a file name: choose another to use secret_dir")
-    path = Path(folder) / f"{client}.key"
+    path = Path(folder) / f"{path_part(client, 'secret_dir, client')}.key"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         # Written under another name and then linked: two processes that come at once end with one whole secret.

@@ -17,6 +17,7 @@ from lightning_sfubm.evaluation.report_plots import figures
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.evaluation.terminal import print_results
+from lightning_sfubm.federated.ledger import Ledger
 
 from .conftest import METHODS, make_result
 
@@ -196,7 +197,9 @@ def test_broken_parts_are_named_and_the_rest_is_used(run):
 
 def test_sparse_entries_print_a_dash(run):
     (run / "privacy.json").write_text('{"action films": [{"sigma": 0.1, "cosine_mean": 0.5}]}')
-    (run / "ledger.jsonl").write_text('{"client": "a", "direction": "up", "bytes": 10}\n')
+    ledger = Ledger(run / "ledger.jsonl")
+    ledger.start()
+    ledger.record_bytes("a", "up", "", 0, b"0123456789", {})
     (run / "run.json").write_text('{"timings": {"training": {"wall_s": 2.0}}}')
     text = words(Page(build_report(run).read_text()))
     assert "0.1 0.500 – – –" in text

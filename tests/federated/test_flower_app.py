@@ -154,6 +154,65 @@ def test_incomplete_configurations_are_refused(tmp_path: Path, capsys: pytest.Ca
         RunConfig.read({key: value for key, value in config.items() if key != "round-s"})
 
 
+LOOP = "lightning_sfubm.federated.loop.Federation"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed_everything: null", "seed_everything must be an integer from 0 on, the same for all silos, not None"),
+        ("seed_everything: true", "seed_everything must be an integer from 0 on, the same for all silos, not True"),
+        ("seed_everything: x", "seed_everything must be an integer from 0 on, the same for all silos, not 'x'"),
+        ("seed_everything: ${nope}", "cannot be read: Interpolation key 'nope' not found"),
+        ("trainer: [1]", "trainer must be a mapping of settings, not [1]"),
+        ("trainer: {federation: abc}", "trainer.federation must be a mapping of settings, not 'abc'"),
+        (
+            f"trainer: {{federation: {{class_path: {LOOP}, init_args: 5}}}}",
+            "trainer.federation.init_args must be a mapping",
+        ),
+        ("trainer: {federation: {init_args: {1: 2}, 3: 4}}", "trainer.federation has no setting 3"),
+        ("trainer: {federation: null}", "trainer.federation is missing"),
+        ("data: 5", "data must be a mapping of settings, not 5"),
+        ("data: {init_args: [1]}", "data.init_args must be a mapping of settings, not [1]"),
+        ("data: {init_args: {domains: abc}}", "data.domains must be a mapping of settings, not 'abc'"),
+        ("data: {init_args: {domains: {1: null}}}", "data.domains: the name 1 is no text; write it in quotes"),
+        ("data: {init_args: {domains: {../a: null}}}", "data.domains: the name '../a' cannot be a file name"),
+        ("data: {init_args: {domains: null}}", "give the names of the silos (--silos), or data.domains"),
+        ("data: {init_args: {domains: {'a,b': null}}}", "the silo 'a,b' has a comma in its name"),
+        ("- a", "cannot be read"),
+        ("seed_everything: 2020-99-99", "seed_everything must be an integer from 0 on"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_one_sentence_that_names_it(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+    base = [] if text.startswith("trainer") else ["--config", str(shared(tmp_path))]
+    with pytest.raises(SystemExit) as exit:
+        main(["flower-app", *base, "--config", str(bad), "--out", str(tmp_path / "out")])
+    assert exit.value.code == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert words in message
+    assert "bad.yaml" in message or "silo" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_silos_and_an_output_folder_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    config = str(shared(tmp_path))
+    for name in ("../a", "", "a/b"):
+        with pytest.raises(ConfigError, match=r"--silos: the name .* cannot be a file name"):
+            flower_app(["--config", config, "--out", str(tmp_path / "out"), "--silos", name, "b"])
+    assert not (tmp_path / "out").exists()
+    values = app_config(generate(tmp_path))["config"]
+    with pytest.raises(ConfigError, match=r"the run config, silos: the name '\.\.'"):
+        RunConfig.read({**values, "silos": "a,.."})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/out cannot be written into .*give another folder by --out"):
+        flower_app(["--config", config, "--out", str(tmp_path / "file/out"), "--silos", "a", "b", "c", "d", "e"])
+
+
 def test_a_silo_starts_no_task_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SFUBM_CACHE", str(tmp_path))
     folder = write_commands()

@@ -1,6 +1,7 @@
 """The results grid: what a grid file may say, what is computed again, and what the tables state."""
 
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,68 @@ def test_a_bad_grid_is_refused_by_entry(tmp_path: Path, changes: dict[str, Any],
         load_grid(grid_file(tmp_path, **changes), set(METHODS))
 
 
-def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
+def main_run(**entries: Any) -> dict[str, Any]:
+    return {"runs": {"main": {"rows": ["stage1"], **entries}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"runs": []}, "runs must be a mapping by name with at least one entry, not []"),
+        ({"runs": {}}, "runs must be a mapping by name with at least one entry, not {}"),
+        ({"runs": {"main": [1]}}, "runs.main needs 'rows'"),
+        ({"pairs": ["x"]}, "pairs must be a mapping by name with at least one entry, not ['x']"),
+        ({"pairs": None}, "pairs must be a mapping by name with at least one entry, not None"),
+        ({"pairs": {"p": None}}, "pairs.p names no configuration file"),
+        ({"pairs": {"p": [["x"]]}}, "pairs.p names ['x'], which is not there"),
+        ({"pairs": {"p": "x" * 5000}}, "which is not there"),
+        ({"pairs": {"p": "a\0b"}}, "which is not there"),
+        (main_run(seeds=["x"]), "runs.main.seeds names 'x'; a seed is an integer from 0"),
+        (main_run(seeds=[1.5]), "runs.main.seeds names 1.5"),
+        (main_run(seeds=[True]), "runs.main.seeds names True"),
+        (main_run(seeds=-1), "runs.main.seeds names -1"),
+        (main_run(seeds={"a": 1}), "runs.main.seeds names {'a': 1}"),
+        (main_run(rows=5), "runs.main.rows must be a list of rows, or a mapping of rows to their labels, not 5"),
+        (main_run(rows="stage1"), "runs.main.rows must be a list of rows"),
+        (main_run(rows=[[1]]), "runs.main.rows names [[1]]"),
+        (main_run(flags=5), "runs.main.flags starts with 5"),
+        (main_run(flags=["--a", ["b"]]), "runs.main.flags holds ['b']"),
+        (main_run(flags={"a": "b"}), "runs.main.flags holds {'a': 'b'}"),
+        (main_run(flags=[None]), "runs.main.flags holds None"),
+        (main_run(pairs=[["p"]]), "runs.main.pairs names '['p']'"),
+        (main_run(config=5), "runs.main.config names 5, which is not there"),
+        ({"comparisons": 5}, "comparisons must be a list of pairs of methods, not 5"),
+        ({"comparisons": [1]}, "comparison 1 must name two of its methods"),
+        ({"comparisons": [[["stage1"], "popularity"]]}, "comparison [['stage1'], 'popularity'] must name two"),
+        ({"comparisons": ["ab"]}, "comparison 'ab' must name two"),
+        ({"title": ["T"]}, "title must be text, not ['T']"),
+        ({"pairs": {"../p": "x.yaml"}}, "pairs: the name '../p' cannot be a file name"),
+        ({"runs": {"a/b": {"rows": ["stage1"]}}}, "runs: the name 'a/b' cannot be a file name"),
+        ({"runs": {".": {"rows": ["stage1"]}}}, "runs: the name '.' cannot be a file name"),
+        ({"runs": {"": {"rows": ["stage1"]}}}, "runs: the name '' cannot be a file name"),
+        ({"runs": {"a\0": {"rows": ["stage1"]}}}, "cannot be a file name"),
+    ],
+)
+def test_an_entry_of_the_wrong_kind_is_one_sentence_that_names_it(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as refusal:
+        load_grid(grid_file(tmp_path, **changes), set(METHODS))
+    assert str(refusal.value).startswith(f"grid {tmp_path / 'grid.yaml'}: ")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_name_that_is_no_text_is_told_to_be_quoted(tmp_path: Path) -> None:
+    path = grid_file(tmp_path)
+    path.write_text(f"pairs: {{1: {tmp_path / 'base.yaml'}}}\nruns: {{main: {{rows: [stage1]}}}}\n")
+    with pytest.raises(ConfigError, match=r"grid\.yaml: pairs: the name 1 is no text; write it in quotes"):
+        load_grid(path, set(METHODS))
+
+
+@pytest.mark.parametrize("text", ["pairs: [", "title: 2020-99-99", "[" * 5000, "\udcff"])
+def test_broken_yaml_names_the_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "g.yaml"
-    path.write_text("pairs: [")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ConfigError, match=r"g\.yaml is not readable YAML"):
         load_grid(path, set(METHODS))
 
