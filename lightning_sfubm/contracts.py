@@ -63,6 +63,8 @@ class Catalogue:
         text_embeddings: (N + 1, D) float32, unit rows, row 0 zero; ``None`` where no text encoder is configured.
         train_counts: (N + 1,) int64 training interactions per item.
         histories: training sequences, where they are of one domain; they stay in the process that trains.
+        origin: what a checkpoint that was trained on these data says of them (``DomainDataModule.state_dict``): hashes of
+            the data and of the positions that train stage 1. ``None`` where nobody says.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Catalogue:
     text_embeddings: Tensor | None = field(repr=False)
     train_counts: Tensor = field(repr=False)
     histories: TrainHistories | None = field(default=None, repr=False)
+    origin: dict[str, str] | None = field(default=None, repr=False)
 
 
 @runtime_checkable

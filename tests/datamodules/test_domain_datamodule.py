@@ -259,6 +259,24 @@ def test_checkpoint_of_other_data_is_refused() -> None:
         ready(k_core=6).load_state_dict(state)
 
 
+def test_a_state_says_which_positions_trained_and_only_while_that_is_true() -> None:
+    held_out, whole = ready(stage2_positions=1), ready()
+    state = held_out.state_dict()
+    assert state["train_positions"] != whole.state_dict()["train_positions"]
+    assert state == ready(stage2_positions=1, seed=2).state_dict()  # without a subset the seed draws none
+    assert held_out.state_dict() == held_out.catalogue.origin
+    differing = [ready(stage2_positions=1, **some) for some in ({"stage2_users": 9}, {"train_users": 40})]
+    differing += [ready(stage2_positions=1, stage2_users=9, seed=2), held_out.trained_by(np.arange(80) % 2 == 0)]
+    assert len({data.catalogue.origin["train_positions"] for data in (held_out, whole, *differing)}) == 6
+    of_an_earlier_version = {"fingerprint": state["fingerprint"]}
+    for other in (of_an_earlier_version, whole.state_dict()):
+        data = ready(stage2_positions=1)
+        data.load_state_dict(other)
+        assert data.state_dict() == {"fingerprint": state["fingerprint"]}
+        data.load_state_dict(state)
+        assert data.state_dict() == state
+
+
 def test_use_before_setup_and_unknown_split() -> None:
     data = DomainDataModule("shop", SyntheticReader())
     with pytest.raises(ConfigError, match=r"call setup\(\) first"):
