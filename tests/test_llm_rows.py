@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lightning_sfubm.methods import METHODS, llm
 from lightning_sfubm.methods.published_llm import _head
 from lightning_sfubm.modules.baselines.a_llmrec import ALLMRec
 from lightning_sfubm.modules.baselines.llara import LLaRA
@@ -38,3 +39,15 @@ def test_template_of_the_domain_then_of_the_baseline_then_of_the_llm(key: str, k
     assert template(kind("no-model", template="books"), beta="food") == "books"
     assert template(kind("no-model", template="books"), alpha="food") == "food"
     assert kind("no-model").settings.template == "shopping"
+
+
+@pytest.mark.parametrize("aligned", [None, "aligned.ckpt"])
+def test_configured_projectors_stay_where_none_are_aligned(
+    aligned: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "tune", lambda run, head, key: head)
+    monkeypatch.setattr(LLMHead, "attach_stage1", lambda self, stage1, catalogue: None)
+    if aligned:
+        monkeypatch.setattr(llm, "_align", lambda run: aligned)
+    row: Any = METHODS["sfubm"].build(run_of(LLMHead("no-model", projector_checkpoint="configured.ckpt")))
+    assert row.settings.projector_checkpoint == (aligned or "configured.ckpt")
