@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sfubm.contracts import Catalogue, Stage1
-from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.safe_load import load_checkpoint
 
 #: class name noted in a checkpoint -> module; a name from a file is never imported as it stands
@@ -70,3 +70,21 @@ def _check_origin(path: str | Path, content: dict[str, Any], catalogue: Catalogu
             f"{path}: this stage 1 was trained on other positions of domain '{name}' than are left to stage 1 here, so it "
             f"may know those the LLM learns from; {remedy}, or as many as here, and the same stage2_users, train_users and seed"
         )
+
+
+def check_same_catalogue(attached: Catalogue, datamodule: Any) -> None:
+    """Refuse to run a module that was attached to one domain on the data of another: its tables are the first one's.
+
+    Raises:
+        ConfigError: name, number of items or titles differ. A data module without a catalogue is not compared.
+    """
+    given = getattr(datamodule, "catalogue", None)
+    if given is None or given is attached:
+        return
+    for what in ("name", "num_items", "titles"):
+        if getattr(given, what) != getattr(attached, what):
+            raise ConfigError(
+                f"the module was attached to domain '{attached.name}' with {attached.num_items} items, the datamodule holds "
+                f"'{given.name}' with {given.num_items} ({what} differs); call attach_stage1() with this domain's stage 1 "
+                "and catalogue first"
+            )
