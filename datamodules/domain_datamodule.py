@@ -12,12 +12,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_sfubm.assets import cache_dir
-from lightning_sfubm.contracts import Catalogue, RankBatch, TextEncoder, TrainBatch, TrainHistories
+from lightning_sfubm.contracts import Catalogue, PredictBatch, RankBatch, TextEncoder, TrainBatch, TrainHistories
 from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler, order_seed_of, shard_of
 from lightning_sfubm.datamodules.card import DataCard
 from lightning_sfubm.datamodules.domain import Domain
 from lightning_sfubm.datamodules.preprocess import PreprocessSettings
-from lightning_sfubm.datamodules.ranking import FixedCandidates, RankRows, RedrawnCandidates
+from lightning_sfubm.datamodules.ranking import CompleteRows, FixedCandidates, RankRows, RedrawnCandidates
 from lightning_sfubm.datamodules.readers.base import Reader
 from lightning_sfubm.datamodules.sequences import TrainSequences, Windows
 from lightning_sfubm.datamodules.splits import Splits, leave_one_out, retrained, train_counts
@@ -228,9 +228,12 @@ class DomainDataModule(L.LightningDataModule):
         """Test targets of all users."""
         return self._evaluation("test", None)
 
-    def predict_dataloader(self) -> DataLoader[RankBatch]:
-        """The same as :meth:`test_dataloader`."""
-        return self.test_dataloader()
+    def predict_dataloader(self) -> DataLoader[PredictBatch]:
+        """Complete sequences of all users, for what to recommend now: the test item is known by then."""
+        rows = CompleteRows(self.domain.items, self.domain.offsets, self.max_length)
+        rank, world_size = shard_of(self)
+        sampler = SortedBatchSampler(rows.lengths, self.eval_batch_size, rank=rank, world_size=world_size)
+        return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def rank_rows(
         self,

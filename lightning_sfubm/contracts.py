@@ -37,6 +37,14 @@ class RankBatch(TypedDict):
     seen: NotRequired[Tensor]  #: (B, S) int64, padded with 0: complete known history, to be masked in full rankings
 
 
+class PredictBatch(TypedDict):
+    """What users have done up to now, for recommendations; what follows is not known."""
+
+    history: Tensor  #: (B, L) int64, left-padded with 0, newest item last
+    user: Tensor  #: (B,) int64 row of the user in the domain
+    seen: Tensor  #: (B, S) int64, padded with 0: all items of the user, not to be recommended
+
+
 @dataclass(frozen=True)
 class TrainHistories:
     """The training part of every user's sequence: of user u the positions ``starts[u]`` to ``ends[u] - 1``.

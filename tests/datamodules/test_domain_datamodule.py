@@ -140,6 +140,21 @@ def test_seen_is_the_complete_known_history_beyond_max_length() -> None:
             assert target == sequence[-1]
 
 
+def test_predictions_follow_the_complete_sequence_of_every_user(raw_domain) -> None:
+    rows = [(user, (user * 3 + step) % 40, step) for user in range(40) for step in range(6)]
+    rows += [(100, 5, 0), (101, 6, 0), (101, 7, 1)]  # too short to be evaluated
+    data = ready(Given(raw_domain(rows)), k_core=0, max_length=4, train_users=5, eval_batch_size=7)
+    found = {}
+    for batch in data.predict_dataloader():
+        assert batch.keys() == {"history", "user", "seen"}
+        for user, history, seen in zip(batch["user"].tolist(), batch["history"], batch["seen"], strict=True):
+            found[user] = (history[history > 0].tolist(), seen[seen > 0].tolist())
+    assert len(found) == data.domain.num_users == 42
+    for user, (history, seen) in found.items():
+        assert seen == data.domain.sequence(user).tolist()
+        assert history == seen[-4:]
+
+
 def test_evaluation_negatives_lie_outside_the_complete_history() -> None:
     data = ready(SyntheticReader(num_users=80, num_items=60, mean_length=20))
     for loader in (data.val_dataloader(), data.test_dataloader()):
