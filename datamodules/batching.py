@@ -1,8 +1,9 @@
 """Batch samplers: rows of similar length together, the same number of batches on every rank, seeded by epoch."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import lightning as L
 import numpy as np
 from torch.utils.data import Sampler
 
@@ -110,3 +111,15 @@ def _check(batch_size: int, rank: int, world_size: int) -> None:
         raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} does not lie in a world of {world_size}")
+
+
+def shard_of(datamodule: L.LightningDataModule) -> tuple[int, int]:
+    """(rank, world size) of the trainer a data module is attached to; (0, 1) without one."""
+    trainer = datamodule.trainer
+    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+
+def order_seed_of(datamodule: Any) -> int:
+    """Seed of the run whose trainer a data module is attached to, so that other seeds see other batches of the same data."""
+    seed = getattr(datamodule.trainer, "run_seed", None)
+    return int(datamodule.seed if seed is None else seed)

@@ -12,12 +12,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_sfubm.assets import cache_dir
-from lightning_sfubm.contracts import Catalogue, RankBatch, TextEncoder, TrainBatch, TrainHistories
-from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler
+from lightning_sfubm.contracts import Catalogue, PredictBatch, RankBatch, TextEncoder, TrainBatch, TrainHistories
+from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler, order_seed_of, shard_of
 from lightning_sfubm.datamodules.card import DataCard
 from lightning_sfubm.datamodules.domain import Domain
 from lightning_sfubm.datamodules.preprocess import PreprocessSettings
-from lightning_sfubm.datamodules.ranking import FixedCandidates, RankRows, RedrawnCandidates
+from lightning_sfubm.datamodules.ranking import CompleteRows, FixedCandidates, RankRows, RedrawnCandidates
 from lightning_sfubm.datamodules.readers.base import Reader
 from lightning_sfubm.datamodules.sequences import TrainSequences, Windows
 from lightning_sfubm.datamodules.splits import Splits, leave_one_out, retrained, train_counts
@@ -102,6 +102,7 @@ class DomainDataModule(L.LightningDataModule):
         self.settings = PreprocessSettings(k_core, user_range, max_users, subset_seed, user_fold, item_share)
         self._domain: Domain | None = None
         self._candidates: dict[tuple[str, int], CandidateLists] = {}
+        self._goes_on_elsewhere = False  # whether weights were loaded that other or unknown positions have trained
 
     def prepare_data(self) -> None:
         """Fill the caches (prepared domain, text vectors) in one process, before the others start."""
@@ -129,6 +130,7 @@ class DomainDataModule(L.LightningDataModule):
             text_embeddings=self._text_embeddings(domain),
             train_counts=torch.from_numpy(train_counts(domain, self._splits)),
             histories=_histories(domain, self._splits),
+            origin=_origin(domain, self._splits),
         )
         self._domain = domain
         for split in ("val", "test"):
@@ -154,6 +156,7 @@ class DomainDataModule(L.LightningDataModule):
         twin.trainer = None
         twin.stage2_positions = 0
         twin._domain = None
+        twin._goes_on_elsewhere = False
         return twin
 
     def trained_by(self, users: np.ndarray) -> "DomainDataModule":
@@ -166,8 +169,13 @@ class DomainDataModule(L.LightningDataModule):
         twin.trainer = None
         twin._splits = retrained(self.splits, users, self.stage2_positions)
         counts = torch.from_numpy(train_counts(self.domain, twin._splits))
-        histories = _histories(self.domain, twin._splits)
-        twin._catalogue = replace(self.catalogue, train_counts=counts, histories=histories)
+        twin._catalogue = replace(
+            self.catalogue,
+            train_counts=counts,
+            histories=_histories(self.domain, twin._splits),
+            origin=_origin(self.domain, twin._splits),
+        )
+        twin._goes_on_elsewhere = False
         return twin
 
     @property
@@ -221,9 +229,12 @@ class DomainDataModule(L.LightningDataModule):
         """Test targets of all users."""
         return self._evaluation("test", None)
 
-    def predict_dataloader(self) -> DataLoader[RankBatch]:
-        """The same as :meth:`test_dataloader`."""
-        return self.test_dataloader()
+    def predict_dataloader(self) -> DataLoader[PredictBatch]:
+        """Complete sequences of all users, for what to recommend now: the test item is known by then."""
+        rows = CompleteRows(self.domain.items, self.domain.offsets, self.max_length)
+        rank, world_size = shard_of(self)
+        sampler = SortedBatchSampler(rows.lengths, self.eval_batch_size, rank=rank, world_size=world_size)
+        return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def rank_rows(
         self,
@@ -294,11 +305,18 @@ class DomainDataModule(L.LightningDataModule):
         return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: the data's fingerprint."""
-        return {"fingerprint": self.domain.fingerprint}
+        """What a checkpoint must agree with: hashes of the data and, for an LLM that is to read it, of the training positions.
+
+        Once weights of other positions, or of a file that names none, have been loaded, the second is left out: what is
+        trained further on these positions has still seen those.
+        """
+        state = _origin(self.domain, self.splits)
+        if self._goes_on_elsewhere:
+            del state["train_positions"]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare a checkpoint's data with the data that is loaded.
+        """Compare a checkpoint's data with the data that is loaded. Training positions may differ, or be unknown.
 
         Raises:
             CheckpointError: item and user numbers of the checkpoint belong to other data.
@@ -309,6 +327,7 @@ class DomainDataModule(L.LightningDataModule):
                 f"{state_dict['fingerprint'][:12]} there, {self.domain.fingerprint[:12]} here); use the data settings "
                 "it was trained with"
             )
+        self._goes_on_elsewhere = state_dict.get("train_positions") != self.splits.train_hash
 
     def _evaluation(self, split: Split, max_users: int | None) -> DataLoader[RankBatch]:
         rank, world_size = shard_of(self)
@@ -354,13 +373,5 @@ def _histories(domain: Domain, splits: Splits) -> TrainHistories:
     return TrainHistories(domain.items, splits.train_start, splits.train_end)
 
 
-def shard_of(datamodule: L.LightningDataModule) -> tuple[int, int]:
-    """(rank, world size) of the trainer a data module is attached to; (0, 1) without one."""
-    trainer = datamodule.trainer
-    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-
-
-def order_seed_of(datamodule: "DomainDataModule") -> int:
-    """Seed of the run whose trainer a data module is attached to, so that other seeds see other batches of the same data."""
-    seed = getattr(datamodule.trainer, "run_seed", None)
-    return datamodule.seed if seed is None else int(seed)
+def _origin(domain: Domain, splits: Splits) -> dict[str, str]:
+    return {"fingerprint": domain.fingerprint, "train_positions": splits.train_hash}

@@ -1,4 +1,4 @@
-"""Rows with one target among candidates: validation, test, and the training samples of stage 2."""
+"""Rows with one target among candidates (validation, test, training samples of stage 2), and rows with none to predict."""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lightning_sfubm.contracts import RankBatch
+from lightning_sfubm.contracts import PredictBatch, RankBatch
 from lightning_sfubm.datamodules.batching import BatchIndex
 from lightning_sfubm.datamodules.sequences import left_padded
 from lightning_sfubm.evaluation.candidates import CandidateLists, CandidateSampler
@@ -98,3 +98,31 @@ class RankRows(Dataset[RankBatch]):
         if self.with_seen:
             batch["seen"] = torch.from_numpy(left_padded(self.items, self.first[rows], ends))
         return batch
+
+
+class CompleteRows(Dataset[PredictBatch]):
+    """Complete sequences of users, the newest item among the history.
+
+    Args:
+        items: (M,) item ids of the domain.
+        offsets: (U + 1,) bounds of the users' sequences; users without an item have no row.
+        max_length: L, longest history.
+    """
+
+    def __init__(self, items: np.ndarray, offsets: np.ndarray, max_length: int) -> None:
+        self.items = items
+        self.users = np.flatnonzero(offsets[1:] > offsets[:-1])
+        self.first, self.ends = offsets[self.users], offsets[self.users + 1]
+        self.starts = np.maximum(self.first, self.ends - max_length)
+        self.lengths = self.ends - self.starts
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def __getitem__(self, index: BatchIndex) -> PredictBatch:
+        rows = index.rows
+        return {
+            "history": torch.from_numpy(left_padded(self.items, self.starts[rows], self.ends[rows])),
+            "user": torch.from_numpy(self.users[rows]),
+            "seen": torch.from_numpy(left_padded(self.items, self.first[rows], self.ends[rows])),
+        }

@@ -94,7 +94,7 @@ class RankingDataModule(L.LightningDataModule):
         return self._evaluation("test", self.max_test_users)
 
     def predict_dataloader(self) -> DataLoader[RankBatch]:
-        """The same as :meth:`test_dataloader`."""
+        """The same as :meth:`test_dataloader`: an LLM scores candidates, and the stored ones are those of the test."""
         return self.test_dataloader()
 
     def _evaluation(self, split: str, max_users: int | None) -> DataLoader[RankBatch]:

@@ -4,6 +4,7 @@ Everything is an index into the domain's flat item array: a split copies no data
 bounds that a test can check.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,6 +43,12 @@ class Splits:
     stage2: np.ndarray
     stage2_users: np.ndarray
     trained: np.ndarray
+
+    @property
+    def train_hash(self) -> str:
+        """sha256 of the positions that train stage 1: other bounds, other users or another hold-out give another one."""
+        bounds = np.stack([self.train_start, self.train_end])
+        return hashlib.sha256(np.ascontiguousarray(bounds, dtype="<i8").tobytes()).hexdigest()
 
 
 def leave_one_out(

@@ -10,7 +10,7 @@ commands
   fit       train; with an experiment config: federated rounds, LLM stage, evaluation and report
   validate  evaluate a checkpoint on validation data
   test      evaluate a checkpoint on test data
-  predict   top items for each user, from a checkpoint
+  predict   items each user has not had, best first after all they have, from a checkpoint
   report    build report.html and privacy_report.html (with .json) again from a finished run folder
   audit     check a run's recorded messages against its ledger, attack them, refresh the privacy report
   results   run a grid of pairs, methods and seeds, and build its tables; can be stopped and given again

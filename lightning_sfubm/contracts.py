@@ -37,6 +37,14 @@ class RankBatch(TypedDict):
     seen: NotRequired[Tensor]  #: (B, S) int64, padded with 0: complete known history, to be masked in full rankings
 
 
+class PredictBatch(TypedDict):
+    """What users have done up to now, for recommendations; what follows is not known."""
+
+    history: Tensor  #: (B, L) int64, left-padded with 0, newest item last
+    user: Tensor  #: (B,) int64 row of the user in the domain
+    seen: Tensor  #: (B, S) int64, padded with 0: all items of the user, not to be recommended
+
+
 @dataclass(frozen=True)
 class TrainHistories:
     """The training part of every user's sequence: of user u the positions ``starts[u]`` to ``ends[u] - 1``.
@@ -63,6 +71,8 @@ class Catalogue:
         text_embeddings: (N + 1, D) float32, unit rows, row 0 zero; ``None`` where no text encoder is configured.
         train_counts: (N + 1,) int64 training interactions per item.
         histories: training sequences, where they are of one domain; they stay in the process that trains.
+        origin: what a checkpoint that was trained on these data says of them (``DomainDataModule.state_dict``): hashes of
+            the data and of the positions that train stage 1. ``None`` where nobody says.
     """
 
     name: str
@@ -71,6 +81,7 @@ class Catalogue:
     text_embeddings: Tensor | None = field(repr=False)
     train_counts: Tensor = field(repr=False)
     histories: TrainHistories | None = field(default=None, repr=False)
+    origin: dict[str, str] | None = field(default=None, repr=False)
 
 
 @runtime_checkable

@@ -60,7 +60,8 @@ class Experiment:
         llm: head of SF-UBM; the other LLM rows are derived from it, so that all share backbone, prompt and budget.
         baselines: modules by row (``encoder``, ``id_text``, ``tallrec`` ...), for baselines with settings of their own; a
             sequential row not named here takes encoder and learning rate of ``model``, an LLM row the settings of ``llm``.
-        templates: prompt template by domain; others use that of ``llm``.
+        templates: prompt template by domain, for all LLM rows; others use that set for the row under ``baselines``, else
+            that of ``llm``.
         patience: epochs without improvement that end a row's training, by row; others use that of ``trainer.federation``.
         llm_epochs: passes over the held-out stage-2 samples.
         llm_batch_size: samples a step.

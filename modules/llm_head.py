@@ -315,8 +315,29 @@ class LLMHead(InjectedLM):
             self._prior = None
         return super().train(mode)
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As :meth:`InjectedLM.load_state_dict`; other weights have other title priors."""
+        self._prior = None
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _build_prompts(self) -> None:
+        self._prior = None  # of another catalogue
+        super()._build_prompts()
+
+    def _fit_context(self, num_candidates: int) -> None:
+        if num_candidates > self._fitted_candidates:
+            self._prior = None  # titles may be cut
+        super()._fit_context(num_candidates)
+
+    def on_validation_start(self) -> None:
+        """Forget the title priors: Lightning moves weights without a call of :meth:`train`."""
+        self._prior = None
+
+    on_test_start = on_predict_start = on_validation_start
+
     def training_step(self, batch: RankBatch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
+        self._prior = None
         loss, terms = self._loss_and_terms(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["target"]))
         if self.residual_weights is not None:

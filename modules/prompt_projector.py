@@ -11,7 +11,7 @@ from lightning_sfubm.contracts import Catalogue, Stage1
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.llm.optim import adamw_with_warmup
 from lightning_sfubm.modules.llm.projection import TokenProjector
-from lightning_sfubm.modules.llm.stage1 import load_stage1
+from lightning_sfubm.modules.llm.stage1 import check_same_catalogue, load_stage1
 from lightning_sfubm.modules.llm.titles import mean_title_embeddings
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.seeds import seeded
@@ -59,6 +59,7 @@ class PromptProjector(L.LightningModule):
             raise ConfigError(f"temperature must be positive, got {temperature}")
         self.save_hyperparameters()
         self.tokens: TokenProjector | None = None
+        self.catalogue: Catalogue | None = None
 
     @property
     def settings(self) -> Any:
@@ -76,6 +77,7 @@ class PromptProjector(L.LightningModule):
         self.register_buffer("id_table", ids.detach().float().cpu(), persistent=False)
         self.register_buffer("semantic_table", semantics.detach().float().cpu(), persistent=False)
         self._build(int(stage1.hidden_dim), targets.shape[1], scale)
+        self.catalogue = catalogue
 
     def _build(self, hidden_dim: int, output_dim: int, scale: float) -> None:
         if self.tokens is None:
@@ -83,9 +85,16 @@ class PromptProjector(L.LightningModule):
                 self.tokens = TokenProjector(hidden_dim, output_dim, scale)
 
     def setup(self, stage: str) -> None:
-        """Take catalogue and stage 1 from the datamodule and ``stage1_checkpoint`` where nothing was attached."""
-        if not hasattr(self, "title_table"):
-            catalogue = getattr(getattr(self.trainer, "datamodule", None), "catalogue", None)
+        """Take catalogue and stage 1 from the datamodule and ``stage1_checkpoint`` where nothing was attached.
+
+        Raises:
+            ConfigError: one of them is missing, or the attached catalogue is another domain's than the datamodule's.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.catalogue is not None:
+            check_same_catalogue(self.catalogue, datamodule)
+        else:
+            catalogue = getattr(datamodule, "catalogue", None)
             if catalogue is None or not self.settings.stage1_checkpoint:
                 raise ConfigError(
                     "the projector needs a datamodule and stage1_checkpoint, or attach_stage1() before fit"

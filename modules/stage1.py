@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch, TrainHistories
+from lightning_sfubm.contracts import Catalogue, PredictBatch, RankBatch, TrainBatch, TrainHistories
 from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics, user_blocks
 
@@ -194,14 +194,14 @@ class CatalogueModule(L.LightningModule):
         """As :meth:`validation_step`, under ``test/``."""
         self._evaluate("test", batch)
 
-    def predict_step(self, batch: RankBatch, batch_idx: int) -> dict[str, Tensor]:
-        """The :data:`TOP_ITEMS` best items of the catalogue that the user has not had yet.
+    def predict_step(self, batch: PredictBatch, batch_idx: int) -> dict[str, Tensor]:
+        """The :data:`TOP_ITEMS` best items of the catalogue that the user has not had yet, after all that the user had.
 
         Returns:
             ``user`` (B,), ``items`` (B, k) and their ``scores`` (B, k), best first; k is at most N. Where a user has had
             nearly everything, places that are left over hold item 0 with score -inf.
         """
-        scores = self.score_all(batch).float()
+        scores = self.score_all(cast(RankBatch, batch)).float()  # no score depends on what there is to be predicted
         scores[:, 0] = -torch.inf
         scores.scatter_(1, batch.get("seen", batch["history"]), -torch.inf)
         best = scores.topk(min(TOP_ITEMS, scores.shape[1] - 1), dim=1)

@@ -124,7 +124,8 @@ def stage1_checkpoint(folder: Path) -> str:
     """A stage-1 module trained for a step on the same generated data."""
     arguments = prepared(ROOT / "configs" / "fkd" / "one_domain.yaml", folder)
     fast = ["--trainer.max_epochs", "1", "--trainer.min_epochs", "1", "--trainer.limit_train_batches", "1"]
-    SFUBMCLI(args=[*arguments, *fast, "--trainer.default_root_dir", str(folder / "stage1")])
+    held_out = ["--data.init_args.stage2_positions", "1"]
+    SFUBMCLI(args=[*arguments, *held_out, *fast, "--trainer.default_root_dir", str(folder / "stage1")])
     return str(next((folder / "stage1").rglob("*.ckpt")))
 
 

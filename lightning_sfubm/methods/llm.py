@@ -106,7 +106,8 @@ def _sfubm(
     """Both stages, or a form of the second: the head with some settings changed, its residual that of a fusion."""
 
     def build(run: DomainRun) -> Ranker:
-        head = _head(run, projector_checkpoint=_align(run), **changes)
+        aligned = _align(run)  # without, the head keeps the projectors it was configured with
+        head = _head(run, **({} if aligned is None else {"projector_checkpoint": aligned}), **changes)
         head.attach_stage1(run.stage1, run.data.catalogue)
         if head.residual_weights is not None:
             head.init_residual(fusion(run).weights)

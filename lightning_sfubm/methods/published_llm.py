@@ -21,13 +21,17 @@ from lightning_sfubm.seeds import derive_seed, follow_seed
 
 
 def _head(run: DomainRun, key: str, kind: type[PublishedHead]) -> PublishedHead:
-    """The method's head: as configured under ``experiment.baselines``, else its defaults on the shared backbone."""
+    """The method's head: as configured under ``experiment.baselines``, else its defaults on the shared backbone.
+
+    Its template is that of the domain (``experiment.templates``), else the one set for the baseline itself, else that of
+    ``experiment.llm``.
+    """
     assert run.experiment.llm is not None
     configured = run.experiment.baselines.get(key)
     if configured is not None and not isinstance(configured, kind):
         raise ConfigError(f"experiment.baselines.{key} must be a {kind.__name__}, not {type(configured).__name__}")
     shared = run.experiment.llm.hparams
-    template = run.experiment.templates.get(run.name, shared["template"])
+    template = run.experiment.templates.get(run.name) or getattr(configured, "own_template", None) or shared["template"]
     own = {} if configured is None else dict(vars(configured.settings))
     settings = {**_offered(kind, own), "seed": run.trainer.seed}
     return kind.from_head({**shared, **own}, template=template, **settings)

@@ -14,7 +14,7 @@ class ALLMRec(PublishedHead):
     Args:
         llm: as for :class:`~lightning_sfubm.modules.llm_head.LLMHead`, like all that is not described here.
         num_layers: ``None`` keeps all; the vocabulary head reads the last one.
-        template: see there.
+        template: see there; ``None`` = ``shopping``, or in a table that of its LLM.
         rank_mode: ``generate`` (the published way), ``constrained`` or ``score``.
         latents: ``items``, from the recommender's embeddings (the published way), or ``texts``, from the text vectors
             (for items that the recommender does not know).
@@ -40,7 +40,7 @@ class ALLMRec(PublishedHead):
         self,
         llm: str = "smollm2-135m",
         num_layers: int | None = None,
-        template: str = "shopping",
+        template: str | None = None,
         rank_mode: str = "generate",
         latents: str = "items",
         history_length: int = 10,

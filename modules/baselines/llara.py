@@ -14,7 +14,7 @@ class LLaRA(PublishedHead):
     Args:
         llm: as for :class:`~lightning_sfubm.modules.llm_head.LLMHead`, like all that is not described here.
         num_layers: ``None`` keeps all; the vocabulary head reads the last one.
-        template: see there.
+        template: see there; ``None`` = ``shopping``, or in a table that of its LLM.
         rank_mode: ``generate`` (the published way), ``constrained`` or ``score``.
         adapter_rank: published value 8.
         adapter_alpha: published value 32.
@@ -42,7 +42,7 @@ class LLaRA(PublishedHead):
         self,
         llm: str = "smollm2-135m",
         num_layers: int | None = None,
-        template: str = "shopping",
+        template: str | None = None,
         rank_mode: str = "generate",
         adapter_rank: int = 8,
         adapter_alpha: int = 32,

@@ -26,14 +26,24 @@ SHARED = (
 )
 
 
+DEFAULT_TEMPLATE = "shopping"
+
+
 class PublishedHead(LLMHead):
-    """An :class:`LLMHead` whose constructor offers only what the published method leaves open."""
+    """An :class:`LLMHead` whose constructor offers only what the published method leaves open.
+
+    Args:
+        template: as for :class:`LLMHead`; ``None`` = ``shopping``, and in the table of an experiment that of its LLM.
+        settings: the others.
+    """
 
     #: whether the method reads a trained recommender; one that does refuses to run without, and the reverse
     reads_stage1: ClassVar[bool]
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, template: str | None = None, **settings: Any) -> None:
+        settings["template"] = template or DEFAULT_TEMPLATE
         super().__init__(**settings)
+        self.own_template = template  #: as it was set, or ``None``
         defaults = {
             name: p.default for name, p in inspect.signature(LLMHead.__init__).parameters.items() if name != "self"
         }

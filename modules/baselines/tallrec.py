@@ -40,7 +40,8 @@ class TALLRec(_Instructed):
     Args:
         llm: as for :class:`~lightning_sfubm.modules.llm_head.LLMHead`, like all that is not described here.
         num_layers: ``None`` keeps all; the vocabulary head reads the last one.
-        template: see there; its entry ``chat`` gives way to the rule of this method.
+        template: see there; ``None`` = ``shopping``, or in a table that of its LLM. Its entry ``chat`` gives way to the rule of
+            this method.
         rank_mode: ``generate``, ``constrained`` or ``score``.
         adapter_rank: published value 8.
         adapter_alpha: published value 16.
@@ -63,7 +64,7 @@ class TALLRec(_Instructed):
         self,
         llm: str = "smollm2-135m",
         num_layers: int | None = None,
-        template: str = "shopping",
+        template: str | None = None,
         rank_mode: str = "generate",
         adapter_rank: int = 8,
         adapter_alpha: int = 16,
@@ -181,6 +182,7 @@ class TALLRecBinary(_Instructed):
 
     def _answer_states(self, batch: PreferenceBatch | RankBatch) -> Tensor:
         """States (B, C, hidden_dim) at the answer's place behind each of the titles ``candidates`` (B, C)."""
+        self._fit_context(batch["candidates"].shape[1])
         disliked = cast(Any, batch).get("disliked")  # a RankBatch has none
         prompts = self.prompts.build(batch["history"], batch["candidates"], disliked=disliked).to(self.device)
         states = self._states(prompts, self.lm.embed(prompts.tokens))

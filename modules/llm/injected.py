@@ -18,7 +18,7 @@ from lightning_sfubm.modules.llm.backbone import Backbone
 from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.sharding import is_sharded, shard
 from lightning_sfubm.modules.llm.splice import splice
-from lightning_sfubm.modules.llm.stage1 import load_stage1
+from lightning_sfubm.modules.llm.stage1 import check_same_catalogue, load_stage1
 from lightning_sfubm.modules.llm.tree import separate_states, supports_tree, tree_states
 from lightning_sfubm.safe_load import load_checkpoint
 from lightning_sfubm.seeds import seeded
@@ -202,9 +202,16 @@ class InjectedLM(L.LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        """Take catalogue and stage 1 from the datamodule and ``stage1_checkpoint`` where nothing was attached."""
-        if self.catalogue is None:
-            catalogue = getattr(getattr(self.trainer, "datamodule", None), "catalogue", None)
+        """Take catalogue and stage 1 from the datamodule and ``stage1_checkpoint`` where nothing was attached.
+
+        Raises:
+            ConfigError: there is no catalogue, or the attached one is another domain's than the datamodule's.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.catalogue is not None:
+            check_same_catalogue(self.catalogue, datamodule)
+        else:
+            catalogue = getattr(datamodule, "catalogue", None)
             if catalogue is None:
                 raise ConfigError("the LLM head needs a datamodule with a catalogue, or attach_stage1() before the run")
             path = self.settings.stage1_checkpoint

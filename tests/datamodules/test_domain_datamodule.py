@@ -140,6 +140,21 @@ def test_seen_is_the_complete_known_history_beyond_max_length() -> None:
             assert target == sequence[-1]
 
 
+def test_predictions_follow_the_complete_sequence_of_every_user(raw_domain) -> None:
+    rows = [(user, (user * 3 + step) % 40, step) for user in range(40) for step in range(6)]
+    rows += [(100, 5, 0), (101, 6, 0), (101, 7, 1)]  # too short to be evaluated
+    data = ready(Given(raw_domain(rows)), k_core=0, max_length=4, train_users=5, eval_batch_size=7)
+    found = {}
+    for batch in data.predict_dataloader():
+        assert batch.keys() == {"history", "user", "seen"}
+        for user, history, seen in zip(batch["user"].tolist(), batch["history"], batch["seen"], strict=True):
+            found[user] = (history[history > 0].tolist(), seen[seen > 0].tolist())
+    assert len(found) == data.domain.num_users == 42
+    for user, (history, seen) in found.items():
+        assert seen == data.domain.sequence(user).tolist()
+        assert history == seen[-4:]
+
+
 def test_evaluation_negatives_lie_outside_the_complete_history() -> None:
     data = ready(SyntheticReader(num_users=80, num_items=60, mean_length=20))
     for loader in (data.val_dataloader(), data.test_dataloader()):
@@ -257,6 +272,24 @@ def test_checkpoint_of_other_data_is_refused() -> None:
     ready().load_state_dict(state)
     with pytest.raises(CheckpointError, match="other data"):
         ready(k_core=6).load_state_dict(state)
+
+
+def test_a_state_says_which_positions_trained_and_only_while_that_is_true() -> None:
+    held_out, whole = ready(stage2_positions=1), ready()
+    state = held_out.state_dict()
+    assert state["train_positions"] != whole.state_dict()["train_positions"]
+    assert state == ready(stage2_positions=1, seed=2).state_dict()  # without a subset the seed draws none
+    assert held_out.state_dict() == held_out.catalogue.origin
+    differing = [ready(stage2_positions=1, **some) for some in ({"stage2_users": 9}, {"train_users": 40})]
+    differing += [ready(stage2_positions=1, stage2_users=9, seed=2), held_out.trained_by(np.arange(80) % 2 == 0)]
+    assert len({data.catalogue.origin["train_positions"] for data in (held_out, whole, *differing)}) == 6
+    of_an_earlier_version = {"fingerprint": state["fingerprint"]}
+    for other in (of_an_earlier_version, whole.state_dict()):
+        data = ready(stage2_positions=1)
+        data.load_state_dict(other)
+        assert data.state_dict() == {"fingerprint": state["fingerprint"]}
+        data.load_state_dict(state)
+        assert data.state_dict() == state
 
 
 def test_use_before_setup_and_unknown_split() -> None:

@@ -232,6 +232,16 @@ def test_binary_learns_from_likes_and_dislikes(tiny_llm, films, tune):
     assert logged["test/auc"] == pytest.approx(auc.item(), abs=1e-6)
 
 
+def test_binary_prompts_are_fitted_to_a_short_context(tiny_llm, films):
+    head, batch = make(TALLRecBinary, tiny_llm, films, title_tokens=12), judged(0)
+    head.lm.config.max_position_embeddings = context = head.prompts._longest(1) - 3
+    before = head.prompts.title_tokens
+    with pytest.warns(UserWarning, match="titles are cut to"):
+        head.loss(batch)
+    assert head.prompts.title_tokens < before
+    assert head.prompts._longest(1) <= context
+
+
 def test_binary_task_on_the_command_line(tiny_llm, tmp_path, monkeypatch):
     """A few shots of a generated domain; the checkpoint brings its settings along; and as a ranker of candidates."""
     monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))

@@ -1,13 +1,17 @@
 """A real stage 1, written to a checkpoint and read back by stage 2."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
 
-from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.llm.stage1 import load_stage1
 from lightning_sfubm.modules.llm_head import LLMHead
+from lightning_sfubm.modules.prompt_projector import PromptProjector
 from lightning_sfubm.modules.sequential import SequentialRecommender
 
 
@@ -51,6 +55,21 @@ def test_head_starts_at_the_loaded_stage1_and_never_stores_it(llm, catalogue, ma
     again = LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", weights_only=True)
     again.attach_stage1(load_stage1(path, catalogue), catalogue)
     torch.testing.assert_close(again.rank(batch), head.rank(batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [LLMHead, PromptProjector])
+def test_another_domain_than_the_attached_one_is_refused(llm, catalogue, stage1, kind):
+    module = kind(llm)
+    module.attach_stage1(stage1, catalogue)
+    same = replace(catalogue, titles=list(catalogue.titles))
+    module.trainer = SimpleNamespace(datamodule=Ranking(same, []))
+    module.setup("fit")
+    fewer = replace(catalogue, num_items=29, titles=catalogue.titles[:-1])
+    renamed = replace(catalogue, titles=[*catalogue.titles[:-1], "another film"])
+    for other, what in ((replace(catalogue, name="shop"), "name"), (fewer, "num_items"), (renamed, "titles")):
+        module.trainer = SimpleNamespace(datamodule=Ranking(other, []))
+        with pytest.raises(ConfigError, match=rf"attached to domain 'tiny'.*\({what} differs\)"):
+            module.setup("fit")
 
 
 def test_untrained_head_equals_stage1(llm, catalogue, make_batch, checkpoint):
