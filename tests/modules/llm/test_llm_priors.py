@@ -76,7 +76,7 @@ def test_priors_belong_to_weights_and_catalogue(llm, catalogue):
 
 @torch.no_grad()
 def test_priors_are_of_the_titles_that_the_context_leaves(llm, catalogue, make_batch):
-    head = make(llm, catalogue)
+    head = make(llm, catalogue).eval()  # a change of mode forgets them too
     before = head._priors(ITEMS).clone()
     head.lm.config.max_position_embeddings = head.prompts._longest(5) - 6
     with pytest.warns(UserWarning, match="titles are cut to"):
