@@ -13,9 +13,14 @@ from lightning_sfubm.audit.facts import mechanisms
 from lightning_sfubm.audit.plots import epsilon_plot, rounds_plot, sigma_plot
 from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.audit.words import epsilon_words
-from lightning_sfubm.federated.ledger import Ledger
+from lightning_sfubm.federated.ledger import TEXTS_ALONE, Ledger
 
-NOISE = {"mechanism": "Gaussian perturbation (heuristic ...)", "sigma": 0.05, "drawn": "once per item"}
+NOISE = {
+    "mechanism": "Gaussian perturbation (heuristic ...)",
+    "sigma": 0.05,
+    "drawn": "once per item",
+    "content": TEXTS_ALONE,
+}
 PRIVATE = {
     "mechanism": "DP-SGD over users",
     "neighbours": "one user's whole sequence added or removed",
@@ -31,7 +36,8 @@ def run_dir(tmp_path: Path) -> Path:
     ledger.start()
     vectors = {"vectors": {"shape": [7, 4], "dtype": "float32"}}
     ledger.record_bytes("shop <a>", "up", "semantics", 0, b"12345", NOISE, vectors)
-    ledger.record_bytes("shop <a>", "up", "teacher", 1, b"123", {"differential privacy": {**PRIVATE, "epsilon": 1.0}})
+    first = {**PRIVATE, "epsilon": 1.0, "steps": 20}
+    ledger.record_bytes("shop <a>", "up", "teacher", 1, b"123", {"differential privacy": first})
     ledger.record_bytes("shop <a>", "up", "teacher", 2, b"1234", {"differential privacy": PRIVATE})
     ledger.record_bytes("shop <a>", "down", "teacher", 2, b"1", {})
     checkpoint(tmp_path)
