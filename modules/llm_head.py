@@ -359,7 +359,16 @@ class LLMHead(InjectedLM):
         self._evaluate("test", batch)
 
     def predict_step(self, batch: RankBatch, batch_idx: int) -> Tensor:
-        """Scores (B, C)."""
+        """Scores (B, C).
+
+        Raises:
+            ConfigError: the batch has no candidates: an LLM scores those it is given.
+        """
+        if "candidates" not in batch:
+            raise ConfigError(
+                "an LLM predicts among candidates, which these data do not give: use lightning_sfubm.datamodules."
+                "ranking_datamodule.RankingDataModule over the domain"
+            )
         return self.rank(batch)
 
     def configure_optimizers(self) -> Any:

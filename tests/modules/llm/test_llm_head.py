@@ -490,3 +490,10 @@ def test_smollm2_shared_prefix_equals_separate_rows(catalogue, make_batch):
         embeddings = head.lm.embed(prompts.tokens)
         shared, plain = head._states(prompts, embeddings), separate_states(head.lm, embeddings, prompts)
     torch.testing.assert_close(shared, plain, atol=1e-3, rtol=1e-4)
+
+
+def test_predicting_without_candidates_is_refused_in_a_sentence(llm, stage1, catalogue, make_batch):
+    head = make(llm, stage1, catalogue)
+    without = {key: value for key, value in make_batch().items() if not key.startswith("candidates")}
+    with pytest.raises(ConfigError, match="an LLM predicts among candidates, which these data do not give"):
+        head.predict_step(without, 0)
