@@ -124,8 +124,9 @@ class Silo(FederatedLoop):
             raise ConfigError(
                 f"the run asks for other terms than trainer.federation of this silo (asked, own): {differs}"
             )
-        if not isinstance(asked.get("rounds"), int) or asked["rounds"] > own["rounds"]:
-            raise ConfigError(f"the run asks for {asked.get('rounds')} rounds, this silo agreed to {own['rounds']}")
+        rounds = asked.get("rounds")
+        if not isinstance(rounds, int) or isinstance(rounds, bool) or not 0 <= rounds <= own["rounds"]:
+            raise ConfigError(f"the run asks for {rounds} rounds, this silo agreed to {own['rounds']}")
         if self._simulated:
             raise PrivacyError(
                 f"the noise of {', '.join(self._simulated)} is derived from the run's seed, which the server knows: set its "

@@ -40,7 +40,13 @@ def hello(machines: Any, tmp_path: Path) -> Any:
 
 def test_a_silo_refuses_terms_it_did_not_agree_to(hello: Any) -> None:
     make, request = hello()
-    for change in ({"rounds": 3}, {"weighting": "examples"}, {"secure": True}, {"schedule": {}}, {"rounds": "2"}):
+    for change in (
+        {"rounds": 3},
+        {"weighting": "examples"},
+        {"secure": True},
+        {"schedule": {}},
+        *({"rounds": n} for n in ("2", True, -1)),
+    ):
         asked = json.dumps({**json.loads(request.terms), **change})
         with pytest.raises(ConfigError, match=r"trainer\.federation|agreed to 2"):
             make().answer(replace(request, terms=asked))
