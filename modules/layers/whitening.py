@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.layers.dropout import Dropout
 from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype
 from lightning_sfubm.seeds import torch_generator
 
@@ -47,7 +48,7 @@ class WhiteningExperts(nn.Module):
         self.num_experts = num_experts
         self.seed = seed
         self.precision: Precision = precision
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.experts = nn.Linear(text_dim, num_experts * hidden_dim)
         # Unit inputs: entries of 1/sqrt(D) a side, so this keeps the output's entries at about 1/sqrt(H).
         generator = torch_generator(seed, "whitening", text_dim, hidden_dim, num_experts)
