@@ -20,21 +20,43 @@ from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.results import PerUserResults, write_atomically
 from lightning_sfubm.federated.checkpoint import find_state, stored_states
 from lightning_sfubm.grid.cells import cell_path, read_cell, write_cell
-from lightning_sfubm.grid.spec import Grid, Run
+from lightning_sfubm.grid.spec import Grid, Run, cell_hash, values_of
 from lightning_sfubm.locks import locked
 
+KEPT = ("checkpoints", "results", "local")  #: folders of a run that it goes on from: states, rows, twins trained alone
 MARK = "grid_run.json"  #: in a run's folder: what its rows were computed from, by which code, on which machine
 
 
-def sources(configs: tuple[Path, ...], root: str | None) -> dict[str, str]:
-    """Hash of the data each domain of a pair is read from.
+def data_configs(run: Run, of_pair: int) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The configuration files and flags of a run that say what data it is of: its pair's, and further ones that touch ``data``.
+
+    Args:
+        run: of the grid.
+        of_pair: how many of its files are the pair's.
+    """
+    touching = tuple(path for path in run.configs[of_pair:] if _touches_data(values_of(path)))
+    flags = run.flags if any(flag.startswith(("--data", "--config")) for flag in run.flags) else ()
+    return (*run.configs[:of_pair], *touching), flags
+
+
+def _touches_data(values: Any) -> bool:
+    return isinstance(values, dict) and any(str(key).partition(".")[0] == "data" for key in values)
+
+
+def sources(configs: tuple[Path, ...], flags: tuple[str, ...], root: str | None) -> dict[str, str]:
+    """Hash of the data that each domain of a run is read from.
+
+    Args:
+        configs: configuration files.
+        flags: further options.
+        root: data root.
 
     Raises:
         ConfigError: the configuration has no domains.
     """
     from lightning_sfubm.cli import SFUBMCLI
 
-    arguments = [item for config in configs for item in ("--config", str(config))]
+    arguments = [*(item for config in configs for item in ("--config", str(config))), *flags]
     arguments += ["--data.root", root] if root else []
     logging.getLogger("lightning").setLevel(logging.ERROR)  # nothing is trained here: no word on devices and seeds
     with warnings.catch_warnings():
@@ -69,12 +91,15 @@ def run_grid(
         raise ConfigError(f"--jobs {jobs}: at least one run has to be at work")
     console, started = Console(highlight=False), time.monotonic()
     chosen = grid.select(only)
-    data = {pair: sources(grid.pairs[pair], root) for pair in dict.fromkeys(run.pair for run in chosen)}
+    parts = {run.key: data_configs(run, len(grid.pairs[run.pair])) for run in chosen}
+    data = {part: sources(*part, root) for part in dict.fromkeys(parts.values())}
     shared = os.environ if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
 
     def compute(number: int, run: Run) -> bool:
-        key, name = run.hash(data[run.pair]), f"{number}/{len(chosen)} {run.key}"
-        missing = _missing(run, out, list(data[run.pair]), key)
+        # Read once: what is edited while the run is at work is not what its cells were computed with.
+        here, settings, name = data[parts[run.key]], run.settings_hash(), f"{number}/{len(chosen)} {run.key}"
+        key = cell_hash(settings, here)
+        missing = _missing(run, out, list(here), key)
         if not missing:
             console.print(f"[dim]{name}: done before[/dim]")
             return True
@@ -84,8 +109,8 @@ def run_grid(
         console.print(f"[bold]{name}[/bold]: {', '.join(missing)}")
         before = time.monotonic()
         problem = _process(run, out / "runs" / run.key, root, key, left, shared)
-        _export(run, out, key)
-        done = not _missing(run, out, list(data[run.pair]), key)
+        _export(run, out, key, settings)
+        done = not _missing(run, out, list(here), key)
         console.print(f"{name}: {'done' if done else 'not complete'} after {time.monotonic() - before:.0f} s{problem}")
         return done
 
@@ -130,7 +155,7 @@ def _process(
         except ConfigError as error:
             return f"; {error}"
     arguments = _arguments(run, root, folder)
-    if resumable and (folder / "checkpoints").exists():
+    if resumable and any((folder / kept).exists() for kept in KEPT):
         arguments += ["--ckpt_path", "last"]
     facts = environment()
     threads = variables.get("OMP_NUM_THREADS", "").partition(",")[0]
@@ -174,13 +199,13 @@ def _mark_of(mark: Path) -> str | None:
         return None
 
 
-def _export(run: Run, out: Path, key: str) -> None:
+def _export(run: Run, out: Path, key: str, settings: str) -> None:
     """Cells of the rows that are there, those of an interrupted run among them."""
     folder = out / "runs" / run.key
     if _mark_of(folder / MARK) != key:
         return  # what lies there is another run's
     about: dict[str, Any] = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    about |= {"pair": run.pair, "run": run.name, "settings_hash": run.settings_hash()}
+    about |= {"pair": run.pair, "run": run.name, "settings_hash": settings}
     about["command"] = "lightning-sfubm fit " + " ".join(_arguments(run, "DIR", Path("RUN")))
     for row, method in run.rows.items():
         for file in sorted((folder / "results").glob(f"*/{row}.parquet")):

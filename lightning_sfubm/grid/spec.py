@@ -44,24 +44,24 @@ class Run:
         """``pair/name/seed``: what ``--only`` selects by, and the run's folder."""
         return f"{self.pair}/{self.name}/{self.seed}"
 
-    def hash(self, sources: dict[str, str]) -> str:
-        """What the cells of this run depend on: its settings (see :meth:`settings_hash`) and the content of the data."""
-        text = json.dumps([self.settings_hash(), sources], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def settings_hash(self) -> str:
         """Configuration files, settings files they name, options and seed alone.
 
         Tells a table, which has no data at hand, what is out of date. Of a configuration its values count, without the
         methods that it would compute by itself: comments, layout and one more row make no cell out of date.
         """
-        parts: list[Any] = [[_values(path) for path in self.configs], self.flags, self.seed]
+        parts: list[Any] = [[values_of(path) for path in self.configs], self.flags, self.seed]
         if named := named_files(self.configs, self.flags):
             parts.append(named)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _values(config: Path) -> Any:
+def cell_hash(settings: str, sources: dict[str, str]) -> str:
+    """Of the settings of a run (:meth:`Run.settings_hash`) and the content of its data."""
+    return hashlib.sha256(json.dumps([settings, sources], sort_keys=True).encode()).hexdigest()
+
+
+def values_of(config: Path) -> Any:
     """Values of a configuration without ``experiment.init_args.methods``, in whose place a run's rows stand.
 
     Raises:
@@ -98,6 +98,10 @@ class Grid:
         """:meth:`Run.settings_hash` of every cell of the grid, by pair, method and seed."""
         hashes = [run.settings_hash() for run in self.runs]
         return {(r.pair, m, r.seed): key for r, key in zip(self.runs, hashes, strict=True) for m in r.rows.values()}
+
+    def labels(self) -> dict[str, str]:
+        """What the grid says the table prints, by method; the others have the label they were computed with."""
+        return {method: label for run in self.runs for method, label in run.labels.items()}
 
     def select(self, only: list[str]) -> list[Run]:
         """Runs whose key matches one of the patterns; all where there are none.

@@ -25,20 +25,21 @@ def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, li
     """Cells by (pair, domain), then by method in the order of the grid; the seeds of a method in rising order.
 
     Cells that are not of the grid, or not known to be of the settings it has now, are left out; of two cells of one place
-    and seed the first counts.
+    and seed the first counts. Labels are those the grid has now.
 
     Raises:
         DataError: the cells of one domain were computed on different data or candidate lists.
     """
     order = {m: i for i, m in enumerate(dict.fromkeys(m for run in grid.runs for m in run.rows.values()))}
-    settings = grid.settings()
+    settings, labels = grid.settings(), grid.labels()
     placed: set[tuple[Any, ...]] = set()
     tables: dict[tuple[str, str], dict[str, list[Json]]] = defaultdict(dict)
     for cell in sorted(cells, key=lambda c: (c["pair"], c["domain"], order.get(c["method"], len(order)), c["seed"])):
         place = (*_place(cell), cell["domain"])
         if place not in placed and _place(cell) in settings and cell.get("settings_hash") == settings[_place(cell)]:
             placed.add(place)
-            tables[cell["pair"], cell["domain"]].setdefault(cell["method"], []).append(cell)
+            named = {**cell, "label": labels.get(cell["method"], cell["label"])}
+            tables[cell["pair"], cell["domain"]].setdefault(cell["method"], []).append(named)
     for (pair, domain), methods in tables.items():
         hashes = {cell["candidate_hash"] for seeds in methods.values() for cell in seeds}
         if len(hashes) > 1:
@@ -127,7 +128,9 @@ def comparisons(
         more_seeds = here is None or here["seeds"] < fact["seeds"]
         if (fact["pair"], fact["a"], fact["b"]) in wanted and more_seeds and _is_of(tables, fact):
             best[_key(fact)] = fact
-    facts = list(best.values())
+    facts, labels = list(best.values()), grid.labels()
+    for fact in facts:  # a published one has the labels of its time
+        fact |= {f"label_{side}": labels[fact[side]] for side in "ab" if fact[side] in labels}
     for fact, p in zip(facts, holm([fact["p_mcnemar"] for fact in facts]), strict=True):
         fact["p_holm"] = p
     return plain(facts)

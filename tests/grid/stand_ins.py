@@ -1,7 +1,9 @@
 """A small grid, its cells, and a stand-in for the process of a run."""
 
 import json
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +48,35 @@ def stored(out: Path, method: str, hits: list[int], **where: Any) -> Path:
 
 
 class FakeFit:
-    """Stands for the process of a run: writes the rows it is asked for, or dies after the first."""
+    """Stands for the process of a run: writes the rows it is asked for and lacks, or dies after some of them.
+
+    As the real one it clears its folder unless it goes on, and leaves states only where rounds were run.
+    """
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
+        self.computed: list[str] = []
         self.rows_before_death: int | None = None
         self.at_work: threading.Barrier | None = None
+        self.while_at_work: Callable[[], Any] = lambda: None
 
     def __call__(self, command: list[str], *, env: dict[str, str], **_: Any) -> Any:
         self.calls.append(command)
         self.threads = env.get("OMP_NUM_THREADS")
         if self.at_work is not None:
             self.at_work.wait(timeout=60)
+        self.while_at_work()
         folder = Path(command[command.index("--trainer.default_root_dir") + 1])
         seed = int(command[command.index("--seed_everything") + 1])
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         rows = json.loads(command[command.index("--experiment.init_args.methods") + 1])
+        if "--ckpt_path" not in command:
+            shutil.rmtree(folder / "results", ignore_errors=True)
+        if any(METHODS[row].needs_stage1 for row in rows):
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for row in rows[: self.rows_before_death]:
+            if (folder / "results" / "b" / f"{row}.parquet").exists():
+                continue
+            self.computed.append(row)
             for domain in ("a", "b"):
                 result(row, [0, 1], domain, seed).save(folder / "results" / domain / f"{row}.parquet")
                 result(row, [0, 1, 1], domain, seed).save(

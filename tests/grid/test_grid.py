@@ -13,7 +13,7 @@ from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.grid import runner
 from lightning_sfubm.grid.cells import all_cells, cell_path, read_cell, results_of, without_users
 from lightning_sfubm.grid.command import results
-from lightning_sfubm.grid.spec import Grid, load_grid
+from lightning_sfubm.grid.spec import Grid, cell_hash, load_grid
 from lightning_sfubm.grid.tables import comparisons, markdown, ordered, summary
 from lightning_sfubm.methods import METHODS
 from tests.grid.stand_ins import FakeFit, grid_file, stored
@@ -129,15 +129,13 @@ def test_runs_and_selection(tmp_path: Path) -> None:
         grid.select(["q/*"])
 
 
-def test_the_hash_of_a_run_follows_config_seed_and_data(tmp_path: Path) -> None:
+def test_the_hash_of_a_cell_follows_config_seed_and_data(tmp_path: Path) -> None:
     first, second, _ = load_grid(grid_file(tmp_path), set(METHODS)).runs
-    sources = {"a": "1"}
-    assert first.hash(sources) == first.hash(dict(sources))
-    assert first.hash(sources) != second.hash(sources)
-    assert first.hash(sources) != first.hash({"a": "2"})
-    before = first.hash(sources)
+    before = first.settings_hash()
+    assert before == first.settings_hash() != second.settings_hash()
+    assert cell_hash(before, {"a": "1"}) == cell_hash(before, {"a": "1"}) != cell_hash(before, {"a": "2"})
     (tmp_path / "base.yaml").write_text("seed_everything: 2\n")
-    assert first.hash(sources) != before
+    assert first.settings_hash() != before
 
 
 def test_a_cell_keeps_every_users_result_and_loses_them_when_published(tmp_path: Path) -> None:
@@ -305,7 +303,7 @@ def test_finished_cells_are_skipped_and_stale_ones_computed_again(
     runner.run_grid(grid, out, None, [], None)
     assert len(fit.calls) == 4
     assert fit.calls[-1][-2:] == ["--ckpt_path", "last"]
-    monkeypatch.setattr(runner, "sources", lambda config, root: {"a": "2", "b": "1"})  # the data changed
+    monkeypatch.setattr(runner, "sources", lambda *of: {"a": "2", "b": "1"})  # the data changed
     runner.run_grid(grid, out, None, ["p/v/1"], None)
     assert len(fit.calls) == 5
     assert "--ckpt_path" not in fit.calls[-1]
@@ -321,13 +319,65 @@ def test_a_run_that_died_keeps_what_it_had_and_goes_on(tmp_path: Path, fit: Fake
     assert "--ckpt_path" in fit.calls[-1]
 
 
+def test_a_run_without_federated_rounds_goes_on_too(tmp_path: Path, fit: FakeFit) -> None:
+    """It writes no states, and without ``--ckpt_path`` a fit clears what lies in its folder."""
+    path = grid_file(tmp_path, runs={"main": {"rows": ["random", "popularity", "encoder"]}}, comparisons=[])
+    grid, out = load_grid(path, set(METHODS)), tmp_path / "out"
+    fit.rows_before_death = 2
+    assert runner.run_grid(grid, out, None, [], None) == ["p/main/1"]
+    fit.rows_before_death = None
+    assert runner.run_grid(grid, out, None, [], None) == []
+    assert fit.computed == ["random", "popularity", "encoder"]
+
+
+def test_what_is_edited_while_a_run_is_at_work_is_not_what_its_cells_are_of(tmp_path: Path, fit: FakeFit) -> None:
+    grid, out = load_grid(grid_file(tmp_path), set(METHODS)), tmp_path / "out"
+    fit.while_at_work = lambda: (tmp_path / "base.yaml").write_text("seed_everything: 2\n")
+    runner.run_grid(grid, out, None, ["p/main/1"], None)
+    assert ordered(grid, all_cells(out)) == {}
+    (tmp_path / "base.yaml").write_text("seed_everything: 1\n")
+    assert ordered(grid, all_cells(out)).keys() >= {("p", "a"), ("p", "b")}
+
+
+def test_a_run_is_of_the_domains_that_its_own_configuration_gives(
+    tmp_path: Path, fit: FakeFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.yaml").write_text("data: {init_args: {domains: {a: null}}}\n")
+    (tmp_path / "other.yaml").write_text("trainer: {devices: 1}\n")
+    one, other = str(tmp_path / "one.yaml"), str(tmp_path / "other.yaml")
+    runs: dict[str, Any] = {
+        "main": {"rows": ["popularity"]},
+        "one": {"rows": {"popularity": "In one domain"}, "config": [other, one]},
+        "other": {"rows": {"popularity": "Elsewhere"}, "config": other},
+        "flags": {"rows": {"popularity": "By flag"}, "flags": ["--data.root", "x"]},
+    }
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(runner, "sources", lambda *of: asked.append(of) or {"a": "1"})
+    grid = load_grid(grid_file(tmp_path, runs=runs, comparisons=[]), set(METHODS))
+    assert runner.run_grid(grid, tmp_path / "out", None, [], None) == []
+    base = tmp_path / "base.yaml"
+    assert len(fit.calls) == 4
+    assert asked == [((base,), (), None), ((base, Path(one)), (), None), ((base,), ("--data.root", "x"), None)]
+
+
+def test_tables_print_the_labels_that_the_grid_has_now(tmp_path: Path, fit: FakeFit) -> None:
+    grid, out = load_grid(grid_file(tmp_path), set(METHODS)), tmp_path / "out"
+    runner.run_grid(grid, out, None, [], None)
+    path = grid_file(tmp_path, runs={"v": {"rows": {"stage1": "Renamed"}}}, comparisons=[])
+    renamed = load_grid(path, set(METHODS))
+    assert runner.run_grid(renamed, out, None, [], None) == []
+    assert len(fit.calls) == 3
+    tables = ordered(renamed, all_cells(out))
+    assert {summary(seeds)["label"] for methods in tables.values() for seeds in methods.values()} == {"Renamed"}
+
+
 def test_rows_of_other_settings_do_not_pass_for_those_of_a_run_that_died_at_once(
     tmp_path: Path, fit: FakeFit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = load_grid(grid_file(tmp_path), set(METHODS))
     out = tmp_path / "out"
     assert runner.run_grid(grid, out, None, ["p/main/1"], None) == []
-    monkeypatch.setattr(runner, "sources", lambda config, root: {"a": "2", "b": "1"})  # the data changed
+    monkeypatch.setattr(runner, "sources", lambda *of: {"a": "2", "b": "1"})  # the data changed
     fit.rows_before_death = 0
     assert runner.run_grid(grid, out, None, ["p/main/1"], None) == ["p/main/1"]
     assert not list((out / "runs" / "p" / "main" / "1").rglob("*.parquet"))
