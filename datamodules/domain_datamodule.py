@@ -243,6 +243,7 @@ class DomainDataModule(L.LightningDataModule):
         max_users: int | None = None,
         seed: int | None = None,
         with_seen: bool = False,
+        draws_seed: int | None = None,
     ) -> RankRows:
         """Rows of a split as a data set.
 
@@ -252,8 +253,9 @@ class DomainDataModule(L.LightningDataModule):
             num_candidates: C; ``None`` = the data module's.
             max_users: seeded subset of users; a larger one contains a smaller one. The candidates of a user do not
                 depend on it.
-            seed: of the subset and, for ``train2``, of the candidates; ``None`` = the data module's.
+            seed: of the subset; ``None`` = the data module's.
             with_seen: whether batches carry the complete known history.
+            draws_seed: of what is drawn anew each epoch: the candidates of ``train2``; ``None`` = ``seed``.
         """
         domain, splits = self.domain, self.splits
         count = self.num_candidates if num_candidates is None else num_candidates
@@ -274,7 +276,9 @@ class DomainDataModule(L.LightningDataModule):
         candidates: FixedCandidates | RedrawnCandidates
         if split == "train2":
             sampler = self._sampler(positions, domain.offsets[users], splits.stage2_end[users])
-            candidates = RedrawnCandidates(sampler, count, seed, domain.fingerprint)
+            candidates = RedrawnCandidates(
+                sampler, count, seed if draws_seed is None else draws_seed, domain.fingerprint
+            )
         else:
             lists = self._stored(split, count)
             candidates = FixedCandidates(CandidateLists(lists.candidates[rows], lists.target_index[rows]))
@@ -292,13 +296,14 @@ class DomainDataModule(L.LightningDataModule):
         with_seen: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        draws_seed: int | None = None,
     ) -> DataLoader[RankBatch]:
-        """Batches of :meth:`rank_rows`: sorted by history length, or shuffled in length buckets."""
-        rows = self.rank_rows(split, num_candidates, max_users, seed, with_seen)
+        """Batches of :meth:`rank_rows`: sorted by history length, or shuffled in length buckets by ``draws_seed``."""
+        rows = self.rank_rows(split, num_candidates, max_users, seed, with_seen, draws_seed)
         sampler: BucketBatchSampler | SortedBatchSampler
         if shuffle:
-            seed = self.seed if seed is None else seed
-            bucketed = partial(BucketBatchSampler, seed=seed, name=f"{self.name} {split}", bucket_batches=20)
+            order = next(given for given in (draws_seed, seed, self.seed) if given is not None)
+            bucketed = partial(BucketBatchSampler, seed=order, name=f"{self.name} {split}", bucket_batches=20)
             sampler = bucketed(rows.lengths, batch_size, rank=rank, world_size=world_size)
         else:
             sampler = SortedBatchSampler(rows.lengths, batch_size, rank=rank, world_size=world_size)

@@ -45,6 +45,9 @@ class PreprocessSettings:
     item_share: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("user_range", "user_fold"):  # a list of two means the same, and has to name the same domain
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.k_core < 0:
             raise ConfigError(f"k_core must be 0 (off) or more, not {self.k_core}")
         if self.max_users is not None and self.max_users < 1:

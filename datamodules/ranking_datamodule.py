@@ -4,8 +4,9 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from lightning_sfubm.contracts import Catalogue, RankBatch
+from lightning_sfubm.datamodules.batching import order_seed_of, shard_of
 from lightning_sfubm.datamodules.domain import Domain
-from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule, shard_of
+from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.errors import ConfigError
 
 
@@ -20,7 +21,7 @@ class RankingDataModule(L.LightningDataModule):
         max_train_users: seeded subset of the stage-2 users; ``None`` = all.
         max_val_users: seeded subset of users for validation.
         max_test_users: seeded subset of users for test; method comparisons must share it.
-        seed: of the subsets, of order and of the training candidates.
+        seed: of the subsets; of order and training candidates where the trainer's run has no seed.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class RankingDataModule(L.LightningDataModule):
             self.max_train_users,
             self.seed,
             shuffle=True,
+            draws_seed=order_seed_of(self),
             rank=rank,
             world_size=world_size,
         )

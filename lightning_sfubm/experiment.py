@@ -62,7 +62,8 @@ class Experiment:
             sequential row not named here takes encoder and learning rate of ``model``, an LLM row the settings of ``llm``.
         templates: prompt template by domain, for all LLM rows; others use that set for the row under ``baselines``, else
             that of ``llm``.
-        patience: epochs without improvement that end a row's training, by row; others use that of ``trainer.federation``.
+        patience: epochs without improvement that end a row's training, by row (or ``unisrec_pretraining``, ``pooled_teacher``,
+            ``recommender`` of LLaRA and A-LLMRec, ``a_llmrec_alignment``); others use that of ``trainer.federation``.
         llm_epochs: passes over the held-out stage-2 samples.
         llm_batch_size: samples a step.
         llm_eval_batch_size: users a ranking batch.
@@ -76,7 +77,7 @@ class Experiment:
         sigmas: noise levels of the privacy figures; the one in use is added.
 
     Raises:
-        ConfigError: an unknown method, or an LLM row without ``llm``.
+        ConfigError: an unknown method, an LLM row without ``llm``, or a baseline or patience that no row would read.
     """
 
     def __init__(
@@ -108,10 +109,12 @@ class Experiment:
             )
         self.baselines = baselines or {}
         self.patience = patience or {}
-        for entry, given in (("baselines", self.baselines), ("patience", self.patience)):
-            unknown = [row for row in given if row not in METHODS]
-            if unknown:
-                raise ConfigError(f"experiment.{entry} names {unknown}; known rows are {', '.join(METHODS)}")
+        _check_baselines(self.baselines)
+        trainings = sorted({name for method in METHODS.values() for name in method.trainings})
+        if unknown := [name for name in self.patience if name not in trainings]:
+            raise ConfigError(
+                f"experiment.patience names {unknown}; trainings with a patience are {', '.join(trainings)}"
+            )
         self.title, self.llm, self.templates = title, llm, templates or {}
         self.llm_epochs, self.llm_batch_size, self.llm_eval_batch_size = llm_epochs, llm_batch_size, llm_eval_batch_size
         self.train_candidates, self.align_epochs = train_candidates, align_epochs
@@ -238,11 +241,11 @@ class Experiment:
             return
         method = METHODS[key]
         console.print(f"[dim]{name}: {domain.label(method)}[/dim]")
-        before = domain.watch.timings.get(f"train {key}", {"cpu_s": 0.0})["cpu_s"]
+        before = domain.spent_on(key)
         with domain.watch(f"train {key}"):
             ranker = method.build(domain)
-        cpu = domain.watch.timings[f"train {key}"]["cpu_s"] - before
-        extra = {"config_hash": config_hash, "train_cpu_s": domain.train_cpu_s(key, cpu)}
+        train_cpu_s = domain.train_cpu_s(key, domain.spent_on(key) - before)
+        extra = {"config_hash": config_hash, "train_cpu_s": train_cpu_s}
         with domain.watch(f"evaluate {key}"):
             few = domain.evaluate(ranker, key, method, order, extra)
             if not method.needs_llm and domain.has_larger_test:
@@ -296,6 +299,24 @@ class Experiment:
             "stage 2 samples": "the last training positions of the users, held out from stage 1",
             "ties": "conservative: a tie counts against the method",
         }
+
+
+def _check_baselines(baselines: Mapping[str, LightningModule]) -> None:
+    """Refuse modules that no row would train, and those that are not what their row's label says.
+
+    Raises:
+        ConfigError: naming the row and the setting.
+    """
+    rows = [key for key, method in METHODS.items() if method.configurable]
+    for key, module in baselines.items():
+        if key not in rows:
+            raise ConfigError(f"experiment.baselines names '{key}'; rows that take a module are {', '.join(rows)}")
+        for name, value in METHODS[key].promises.items():
+            if (found := getattr(module, name, value)) != value:
+                raise ConfigError(
+                    f"experiment.baselines.{key} has {name} '{found}', but row '{key}' is called '{METHODS[key].label}': set "
+                    f"it to '{value}', or configure another row"
+                )
 
 
 def _finished(path: Path, domain: DomainRun, config_hash: str) -> bool:

@@ -1,5 +1,6 @@
 """Settings of LLM rows: what a row was configured with is what it runs with."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,22 @@ def test_template_of_the_domain_then_of_the_baseline_then_of_the_llm(key: str, k
     assert template(kind("no-model", template="books"), beta="food") == "books"
     assert template(kind("no-model", template="books"), alpha="food") == "food"
     assert kind("no-model").settings.template == "shopping"
+
+
+@pytest.mark.parametrize(("form", "data"), [("branch", "sampled"), ("list", "all of them")])
+def test_a_prompt_that_lists_the_candidates_lists_as_many_in_training(
+    form: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    trainer = SimpleNamespace(
+        fit=lambda head, datamodule: given.append(datamodule), save_checkpoint=lambda *args, **kwargs: None
+    )
+    run = run_of(LLMHead("no-model", form=form, residual=False), llm_epochs=1)
+    run.trainer.make_trainer, run.folder, run.run_dir = lambda **kwargs: trainer, lambda key: Path(key), Path("run")
+    run.ranking_data, run.list_data = "sampled", "all of them"
+    monkeypatch.setattr(LLMHead, "attach_stage1", lambda self, stage1, catalogue: None)
+    METHODS["text_lora"].build(run)
+    assert given == [data]
 
 
 @pytest.mark.parametrize("aligned", [None, "aligned.ckpt"])

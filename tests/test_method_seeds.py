@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 
+from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
@@ -87,6 +88,33 @@ def test_batches_come_in_another_order_under_another_seed(
     first, second = (sorted(row for batch in local[seed] for row in batch) for seed in ("1", "2"))
     assert first == second == sorted(set(first))
     assert len(hashes) == 1  # what is measured stays the same
+
+
+def test_samples_of_the_second_stage_are_the_same_under_every_seed_and_their_order_is_not(
+    federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = federated_data(num_users=60).domains["alpha"]
+    data.prepare_data()
+    ranking = RankingDataModule(data, batch_size=4, train_candidates=5, max_train_users=20, max_test_users=10, seed=1)
+
+    def epoch(seed: str) -> tuple[list[int], list[list[int]], list[int]]:
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        ranking.trainer = federated_trainer().make_trainer(label="tuning", max_epochs=1)
+        ranking.setup("fit")
+        batches = list(ranking.train_dataloader())
+        test = [user for batch in ranking.test_dataloader() for user in batch["user"].tolist()]
+        users = [user for batch in batches for user in batch["user"].tolist()]
+        return users, [row for batch in batches for row in batch["candidates"].tolist()], test
+
+    (users, lists, test), again, (other_users, other_lists, other_test) = map(epoch, ("1", "1", "2"))
+    assert (users, lists, test) == again
+    assert sorted(users) == sorted(other_users)
+    assert len(users) == 20
+    assert users != other_users
+    assert test == other_test
+    assert dict(zip(users, map(sorted, lists), strict=True)) != dict(
+        zip(other_users, map(sorted, other_lists), strict=True)
+    )
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])

@@ -141,8 +141,10 @@ def _rank_batch(
         scores, choice, valid = ranker.rank_with_validity(batch)
         _check_shape(method, "scores", scores, tuple(batch["candidates"].shape))
         rank = candidate_ranks(scores.float(), target_index, ties)
-        valid = valid.bool()
-        hit1 = valid & (choice == target_index) & (rank <= 1)  # of tied candidates the first is the choice, by chance
+        valid, best = valid.bool(), scores == scores.amax(1, keepdim=True)
+        tied = best.gather(1, target_index[:, None]).squeeze(1) & (best.sum(1) > 1)
+        # Of candidates tied for the best score the first is the choice, by chance: the policy of ties decides.
+        hit1 = valid & (choice == target_index) & ~(tied & (rank > 1))
     else:
         scores = ranker.rank(batch)
         _check_shape(method, "scores", scores, tuple(batch["candidates"].shape))

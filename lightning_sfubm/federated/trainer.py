@@ -64,6 +64,11 @@ class FederatedTrainer(L.Trainer):
         # A copy: Lightning adds callbacks of its own to the list it is given.
         self._user_callbacks: list[Callback] = _as_list(kwargs.get("callbacks"))
         if federation is not None:
+            if any(isinstance(c, ModelCheckpoint) for c in self._user_callbacks):
+                raise ConfigError(
+                    "a federated run keeps states of its own below trainer.default_root_dir, and of each training the best "
+                    "epoch: take ModelCheckpoint out of trainer.callbacks"
+                )
             unused = [name for name in ("max_epochs", "min_epochs", "max_steps") if kwargs.get(name) not in (None, -1)]
             if unused:
                 log.warning(
@@ -128,8 +133,8 @@ class FederatedTrainer(L.Trainer):
         callbacks = list(callbacks)
         if not any(isinstance(c, RankSeed) for c in callbacks):
             own.append(RankSeed(derive_seed(self.seed, "fit", label)))
-        if not any(isinstance(c, ModelCheckpoint) for c in callbacks):
-            flags["enable_checkpointing"] = False
+        # A training keeps its best epoch whatever was asked for: that is how it ends.
+        flags["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
         flags["use_distributed_sampler"] = False  # the batch samplers shard by rank themselves
         flags["enable_model_summary"] = flags.get("enable_model_summary") or False
         quiet_lightning()

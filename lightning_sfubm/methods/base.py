@@ -1,12 +1,12 @@
 """What a method of the table is, and one domain within an experiment as its methods see it."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -28,6 +28,7 @@ from lightning_sfubm.training import Stopwatch, fit_to_early_stopping
 if TYPE_CHECKING:
     from lightning_sfubm.experiment import Experiment
 
+T = TypeVar("T")
 
 #: most users of a split that choose the weights of a late fusion; more make them no better, and take memory
 FUSION_USERS = 10_000
@@ -38,13 +39,27 @@ TWINS = {"stage1_local": (1,), "stage1": (0,), "stage1_beside_own": (0, 1), "sta
 
 @dataclass(frozen=True)
 class Method:
-    """A row: its label, the heading it stands under, and how its ranker is made for one domain."""
+    """A row: its label, the heading it stands under, and how its ranker is made for one domain.
+
+    Attributes:
+        label: what tables call it.
+        group: heading.
+        build: makes the ranker.
+        needs_llm: whether ``experiment.llm`` has to be configured for it.
+        needs_stage1: whether the federated rounds have to be run for it.
+        configurable: whether it takes a module from ``experiment.baselines``.
+        promises: settings that such a module must have, for the label states them.
+        trainings: its trainings to early stopping, by the names that ``experiment.patience`` gives.
+    """
 
     label: str
     group: str
     build: Callable[["DomainRun"], Ranker]
     needs_llm: bool = False
-    needs_stage1: bool = False  #: whether the federated rounds have to be run for it
+    needs_stage1: bool = False
+    configurable: bool = False
+    promises: Mapping[str, str] = field(default_factory=dict)
+    trainings: tuple[str, ...] = ()
 
 
 class DomainRun:
@@ -74,7 +89,7 @@ class DomainRun:
     ) -> None:
         self.experiment, self.trainer, self.template = experiment, trainer, template
         self.name, self.client, self.watch, self.run_dir = name, client, watch, run_dir
-        self.shared = shared
+        self.shared, self.in_common = shared, set[str]()
 
     @property
     def data(self) -> DomainDataModule:
@@ -165,6 +180,31 @@ class DomainRun:
         """The client itself (0), or as trained alone (1, 2 ...): see :meth:`FederatedTrainer.local_twin`."""
         return self.trainer.local_twin(self.template, self.name, number) if number else self.client
 
+    def once(self, key: str, label: str, build: Callable[[], T]) -> T:
+        """What several rows or domains build on, made at first use.
+
+        Its time is kept under its own name, so that it is not a cost of the row that happens to ask first.
+
+        Args:
+            key: what it is, settings included.
+            label: its name among the timings.
+            build: makes it.
+        """
+        if key not in self.shared:
+            with self.watch(f"train {label}"):
+                self.shared[key] = build()
+            self.in_common.add(f"train {label}")  # by this domain: another's rows have not paid for it
+        made: T = self.shared[key]
+        return made
+
+    def spent_on(self, key: str) -> float:
+        """CPU seconds of a row's training so far, in all domains, without what was made by :meth:`once`.
+
+        Differences are what counts: what was made in common before a row is taken off before and after it.
+        """
+        trained = self.watch.timings.get(f"train {key}", {"cpu_s": 0.0})["cpu_s"]
+        return trained - sum(self.watch.timings[name]["cpu_s"] for name in self.in_common)
+
     def train_cpu_s(self, key: str, cpu_s: float) -> float | None:
         """CPU seconds a row's training took: for a stage-1 row those of its clients, else what was measured."""
         if key not in TWINS:
@@ -217,7 +257,8 @@ class DomainRun:
 
     def _named(self, text: str) -> str:
         """The text with the names of the encoder and of the federated method filled in."""
-        encoder = type(getattr(self.template, "encoder", None)).__name__
+        alone = self.experiment.baselines.get("encoder", self.template)  # what row 'encoder' trains
+        encoder = type(getattr(alone, "encoder", alone)).__name__
         return text.format(encoder=encoder, model=getattr(self.template, "method_name", type(self.template).__name__))
 
     def fit(self, module: LightningModule, key: str, datamodule: LightningDataModule | None = None) -> None:

@@ -41,8 +41,8 @@ def _pretrained(run: DomainRun, template: UniSRec) -> dict[str, torch.Tensor]:
     encoder = str(template.hparams["encoder"])  # its class and arguments
     names = ("num_experts", "text_dropout", "tau", "lr", "weight_decay", "warmup_steps", "logits_precision")
     settings: dict[str, Any] = {name: getattr(template, name) for name in names}
-    name = f"unisrec {encoder} {settings}"
-    if name not in run.shared:
+
+    def build() -> dict[str, torch.Tensor]:
         clients = run.trainer.loop.clients if run.trainer.loop is not None else {}
         domains = {key: client.datamodule.without_holdout() for key, client in clients.items()}  # type: ignore[attr-defined]
         union = UnionDataModule(domains, batch_size=UNION_BATCH, seed=run.trainer.seed)
@@ -50,20 +50,20 @@ def _pretrained(run: DomainRun, template: UniSRec) -> dict[str, torch.Tensor]:
         torch.manual_seed(derive_seed(run.trainer.seed, "unisrec", "pretraining"))
         module = UniSRecPretraining(copy.deepcopy(template.encoder), **settings, seed=run.trainer.seed)
         run.fit(module, "unisrec_pretraining", union)
-        run.shared[name] = module.shared_state()
-    return run.shared[name]
+        return module.shared_state()
+
+    return run.once(f"unisrec {encoder} {settings}", "unisrec_pretraining", build)
+
+
+def _method(key: str, label: str, mode: str, pretrain: bool = True) -> Method:
+    group = "Text, behaviour of all domains pooled" if pretrain else "Text, one domain"
+    trainings = (key, "unisrec_pretraining") if pretrain else (key,)
+    build = _unisrec(key, mode, pretrain)
+    return Method(label, group, build, configurable=True, promises={"mode": mode}, trainings=trainings)
 
 
 CROSS_DOMAIN: dict[str, Method] = {
-    "unisrec_scratch": Method(
-        "UniSRec without pre-training", "Text, one domain", _unisrec("unisrec_scratch", "inductive", pretrain=False)
-    ),
-    "unisrec_inductive": Method(
-        "UniSRec, inductive", "Text, behaviour of all domains pooled", _unisrec("unisrec_inductive", "inductive")
-    ),
-    "unisrec_transductive": Method(
-        "UniSRec, transductive",
-        "Text, behaviour of all domains pooled",
-        _unisrec("unisrec_transductive", "transductive"),
-    ),
+    "unisrec_scratch": _method("unisrec_scratch", "UniSRec without pre-training", "inductive", pretrain=False),
+    "unisrec_inductive": _method("unisrec_inductive", "UniSRec, inductive", "inductive"),
+    "unisrec_transductive": _method("unisrec_transductive", "UniSRec, transductive", "transductive"),
 }

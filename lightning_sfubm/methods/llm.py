@@ -30,14 +30,15 @@ def _head(run: DomainRun, **changes: Any) -> LLMHead:
     return type(template)(**{**settings, **changes})
 
 
-def tune(run: DomainRun, head: LLMHead, key: str, list_form: bool = False) -> LLMHead:
+def tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
     """Tune a head on the domain's stage-2 samples and store it.
+
+    Where the candidates stand in the prompt, a sample has as many in training as in ranking.
 
     Args:
         run: the domain.
         head: with stage 1 attached.
         key: of the row.
-        list_form: the candidates stand in the prompt, so that a sample has as many in training as in ranking.
     """
     torch.manual_seed(derive_seed(run.trainer.seed, "llm", key, run.name))
     trainer = run.trainer.make_trainer(
@@ -49,7 +50,7 @@ def tune(run: DomainRun, head: LLMHead, key: str, list_form: bool = False) -> LL
         gradient_clip_val=1.0,
         limit_val_batches=0,
     )
-    trainer.fit(head, datamodule=run.list_data if list_form else run.ranking_data)
+    trainer.fit(head, datamodule=run.list_data if head.settings.form == "list" else run.ranking_data)
     if head.residual_weights is not None and run.experiment.calibration_users:
         # Not the datamodule's loader, which deals the users out to the processes of a distributed run.
         users = run.data.rank_dataloader(

@@ -44,27 +44,28 @@ def _offered(kind: type[PublishedHead], settings: dict[str, object]) -> dict[str
 
 def _recommender(run: DomainRun) -> SequentialRecommender:
     """The sequential recommender that LLaRA and A-LLMRec build on, trained without the positions held out for the LLM."""
-    name = f"recommender {run.name}"
-    if name not in run.shared:
+
+    def build() -> SequentialRecommender:
         torch.manual_seed(derive_seed(run.trainer.seed, "baseline", "recommender", run.name))
         module = recommender_template(run)
         follow_seed(module, run.trainer.seed)
         module.bind(run.data.catalogue)
         run.fit(module, "recommender", run.data)
-        run.shared[name] = module
-    return run.shared[name]
+        return module
+
+    return run.once(f"recommender {run.name}", "recommender", build)
 
 
 def _tallrec(run: DomainRun) -> Ranker:
     head = _head(run, "tallrec", TALLRec)
     head.attach_stage1(None, run.data.catalogue)
-    return tune(run, head, "tallrec", list_form=True)
+    return tune(run, head, "tallrec")
 
 
 def _llara(run: DomainRun) -> Ranker:
     head = _head(run, "llara", LLaRA)
     head.attach_stage1(_recommender(run), run.data.catalogue)
-    return tune(run, head, "llara", list_form=True)
+    return tune(run, head, "llara")
 
 
 def _a_llmrec(run: DomainRun) -> Ranker:
@@ -74,15 +75,15 @@ def _a_llmrec(run: DomainRun) -> Ranker:
     run.fit(alignment, "a_llmrec_alignment", run.data)
     head = _head(run, "a_llmrec", ALLMRec)
     head.attach_stage1(alignment, run.data.catalogue)
-    return tune(run, head, "a_llmrec", list_form=True)
+    return tune(run, head, "a_llmrec")
 
 
-def _method(label: str, build: Callable[[DomainRun], Ranker]) -> Method:
-    return Method(label, "LLM, one domain", build, needs_llm=True)
+def _method(label: str, build: Callable[[DomainRun], Ranker], *trainings: str) -> Method:
+    return Method(label, "LLM, one domain", build, needs_llm=True, configurable=True, trainings=trainings)
 
 
 PUBLISHED_LLM: dict[str, Method] = {
     "tallrec": _method("TALLRec", _tallrec),
-    "llara": _method("LLaRA", _llara),
-    "a_llmrec": _method("A-LLMRec", _a_llmrec),
+    "llara": _method("LLaRA", _llara, "recommender"),
+    "a_llmrec": _method("A-LLMRec", _a_llmrec, "recommender", "a_llmrec_alignment"),
 }

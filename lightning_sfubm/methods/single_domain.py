@@ -67,14 +67,29 @@ def _sasrec_bce(run: DomainRun) -> SequentialRecommender:
     return SequentialRecommender(encoder, loss="bce", lr=1e-3)
 
 
+def _trained(
+    key: str,
+    label: str,
+    template: Callable[[DomainRun], SequentialRecommender],
+    group: str = "One domain",
+    **promises: str,
+) -> Method:
+    """A row of a sequential recommender, and what its label says of one that is configured for it."""
+    return Method(label, group, _sequential(key, template), configurable=True, promises=promises, trainings=(key,))
+
+
 SINGLE_DOMAIN: dict[str, Method] = {
     "random": Method("Random", "Reference", _random),
     "popularity": Method("Popularity", "Reference", _popularity),
     "text_similarity": Method("Text similarity, untrained", "Reference", _text_similarity),
-    "gru4rec": Method("GRU4Rec", "One domain", _sequential("gru4rec", _gru4rec)),
-    "sasrec_bce": Method("SASRec, one negative", "One domain", _sequential("sasrec_bce", _sasrec_bce)),
-    "encoder": Method("{encoder} alone", "One domain", _sequential("encoder", _own_encoder("encoder", "id"))),
-    "id_text": Method(
-        "ID + text, one encoder", "Controls without an LLM", _sequential("id_text", _own_encoder("id_text", "id+text"))
+    "gru4rec": _trained("gru4rec", "GRU4Rec", _gru4rec, features="id"),
+    "sasrec_bce": _trained("sasrec_bce", "SASRec, one negative", _sasrec_bce, features="id", loss="bce"),
+    "encoder": _trained("encoder", "{encoder} alone", _own_encoder("encoder", "id"), features="id"),
+    "id_text": _trained(
+        "id_text",
+        "ID + text, one encoder",
+        _own_encoder("id_text", "id+text"),
+        "Controls without an LLM",
+        features="id+text",
     ),
 }

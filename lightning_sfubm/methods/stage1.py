@@ -58,7 +58,8 @@ def _stage1_pooled(run: DomainRun) -> Ranker:
 
 def _pooled_teacher(run: DomainRun) -> dict[str, torch.Tensor]:
     """What clients share of a module trained on the union of all domains, trained once for all of them."""
-    if "pooled teacher" not in run.shared:
+
+    def build() -> dict[str, torch.Tensor]:
         clients = run.trainer.loop.clients if run.trainer.loop is not None else {}
         union = UnionDataModule(
             {name: client.datamodule for name, client in clients.items()},  # type: ignore[misc]
@@ -72,8 +73,10 @@ def _pooled_teacher(run: DomainRun) -> dict[str, torch.Tensor]:
         module.bind(union.catalogue)  # type: ignore[operator]
         module.set_phase(module.round_phase)  # type: ignore[operator]
         run.fit(module, "pooled_teacher", union)
-        run.shared["pooled teacher"] = module.shared_state()  # type: ignore[operator]
-    return run.shared["pooled teacher"]
+        state: dict[str, torch.Tensor] = module.shared_state()  # type: ignore[operator]
+        return state
+
+    return run.once("pooled teacher", "pooled_teacher", build)
 
 
 def _fusion(label: str, fusion: str) -> Method:
@@ -94,6 +97,7 @@ STAGE1: dict[str, Method] = {
         "{model} stage 1, teacher pre-trained on pooled behaviour",
         "Text, behaviour of all domains pooled",
         _stage1_pooled,
+        trainings=("pooled_teacher",),
     ),
     "late_fusion": _fusion("Late fusion of stage 1 and text", "fusion"),
     "late_fusion_counts": _fusion("Late fusion of stage 1, text and counts", "count_fusion"),

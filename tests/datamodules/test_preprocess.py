@@ -1,6 +1,7 @@
 """The rules, one by one, with their counts; the k-core against a naive one; what the domain is made of."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -192,7 +193,9 @@ def test_folds_are_disjoint_shops_with_overlapping_catalogues(raw_domain) -> Non
     assert all(30 <= len(part) < 60 for part in items)
     assert shops[0].card.rules["users_out_of_fold"] == 200 - sum(u in users[0] for u in (f"u{n}" for n in range(200)))
     assert shops[0].card.rules["items_not_sold"] > 0
-    again = build_domain(raw, "x", PreprocessSettings(0, user_fold=(0, 2), item_share=0.75))
+    fold: Any = [0, 2]  # as a file of settings has it
+    again = build_domain(raw, "x", PreprocessSettings(0, user_fold=fold, item_share=0.75))
+    assert again.item_keys == shops[0].item_keys
     assert again.fingerprint == shops[0].fingerprint != shops[1].fingerprint
 
 

@@ -73,6 +73,15 @@ class Undecided(ByPrice):
         return scores, scores.argmax(1), torch.ones(len(scores), dtype=torch.bool)
 
 
+class AgainstItsScores(ByPrice):
+    """Answers with the target, which it scores last."""
+
+    def rank_with_validity(self, batch):
+        index = batch["target_index"]
+        scores = -torch.nn.functional.one_hot(index, batch["candidates"].shape[1]).float()
+        return scores, index, torch.ones(len(scores), dtype=torch.bool)
+
+
 def run(ranker, batches, catalogue, **settings):
     return evaluate_ranker(ranker, batches, catalogue=catalogue, method="m", domain="films", split="test", seed=1,
                            candidate_hash="abc", progress=False, **settings)  # fmt: skip
@@ -199,3 +208,10 @@ def test_broken_rankers_get_one_clear_error(catalogue):
 
 def test_a_tie_counts_against_a_method_that_answers_too(catalogue):
     assert not run(Undecided(), make_batches(), catalogue).hit1.any()
+
+
+def test_an_answer_counts_whatever_the_scores_say_unless_they_leave_it_to_chance(catalogue):
+    """Generated answers and scores can differ; ``hit@1`` is of the answer, ``rank`` of the scores."""
+    result = run(AgainstItsScores(), make_batches(), catalogue)
+    assert result.hit1.all()
+    assert (result.rank > 1).all()

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sfubm.__main__ import main
+from lightning_sfubm.errors import ConfigError
+from tests.conftest import small_distiller
 from tests.federated.test_loop import contents
 
 SYNTHETIC = Path(__file__).resolve().parents[2] / "configs/debug/synthetic.yaml"
@@ -96,3 +99,14 @@ def test_epochs_of_an_ordinary_fit_are_said_to_have_no_effect(
         assert not caplog.records
         federated_trainer(flags={"max_steps": 5, "min_epochs": 2})
     assert "trainer.min_epochs and trainer.max_steps has no effect" in caplog.text
+
+
+def test_trainings_of_a_federated_run_keep_their_best_epoch_whatever_was_asked_for(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    """A phase ends by putting the best epoch back, so it has to be kept; the user's own checkpoints have no place."""
+    trainer = federated_trainer(rounds=1, local_max_epochs=1, flags={"enable_checkpointing": False})
+    trainer.fit(small_distiller(), datamodule=federated_data(num_users=30))
+    assert trainer.loop.counters.phases
+    with pytest.raises(ConfigError, match=r"take ModelCheckpoint out of trainer\.callbacks"):
+        federated_trainer(flags={"callbacks": [ModelCheckpoint()]})

@@ -1,0 +1,87 @@
+"""Rows of a table: what they are called, what may be configured for them, and what they are said to cost."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.experiment import Experiment
+from lightning_sfubm.methods import METHODS
+from lightning_sfubm.methods.base import DomainRun
+from lightning_sfubm.modules.baselines.unisrec import UniSRec
+from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
+from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.fkd import FKDDistiller
+from lightning_sfubm.modules.sequential import SequentialRecommender
+from lightning_sfubm.training import Stopwatch
+
+
+def domain_run(watch: Stopwatch, shared: dict[str, Any], template: Any = None, **baselines: Any) -> DomainRun:
+    experiment: Any = SimpleNamespace(baselines=baselines)
+    parts: Any = SimpleNamespace()
+    return DomainRun(experiment, parts, template, "alpha", parts, watch, parts, shared)
+
+
+def test_a_row_is_called_by_the_encoder_that_it_trains() -> None:
+    sasrec = SequentialRecommender(SASRec(hidden_dim=8, num_layers=1))
+    template = FKDDistiller(GRU4Rec(hidden_dim=8))
+    label = METHODS["encoder"]
+    assert domain_run(Stopwatch(), {}, template).label(label) == "GRU4Rec alone"
+    assert domain_run(Stopwatch(), {}, template, encoder=sasrec).label(label) == "SASRec alone"
+
+
+@pytest.mark.parametrize(
+    ("key", "module", "words"),
+    [
+        (
+            "id_text",
+            SequentialRecommender(SASRec()),
+            "id_text has features 'id', but row 'id_text' is called 'ID + text",
+        ),
+        ("encoder", SequentialRecommender(SASRec(), features="text"), "set it to 'id'"),
+        ("sasrec_bce", SequentialRecommender(SASRec()), "set it to 'bce'"),
+        ("unisrec_transductive", UniSRec(), "set it to 'transductive'"),
+        ("stage1", SequentialRecommender(SASRec()), "names 'stage1'; rows that take a module are gru4rec, sasrec_bce"),
+        ("popularity", SequentialRecommender(SASRec()), "names 'popularity'"),
+    ],
+)
+def test_a_baseline_that_no_row_reads_or_that_is_not_what_its_label_says_is_refused(
+    key: str, module: Any, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"experiment\.baselines") as error:
+        Experiment(methods=["popularity"], baselines={key: module})
+    assert words in str(error.value)
+
+
+def test_a_patience_is_of_a_training_that_has_one() -> None:
+    for name in ("encoder", "unisrec_pretraining", "recommender", "a_llmrec_alignment", "pooled_teacher"):
+        Experiment(methods=["popularity"], patience={name: 2})
+    for name in ("stage1", "popularity", "tallrec", "a_llmrec"):
+        with pytest.raises(
+            ConfigError, match=f"patience names \\['{name}'\\]; trainings with a patience are a_llmrec_al"
+        ):
+            Experiment(methods=["popularity"], patience={name: 2})
+
+
+def test_what_rows_have_in_common_is_no_cost_of_the_one_that_asks_first() -> None:
+    def work(seconds: float) -> int:
+        until = time.process_time() + seconds
+        while time.process_time() < until:
+            pass
+        return 1
+
+    watch, shared = Stopwatch(), dict[str, Any]()
+    first, second = domain_run(watch, shared), domain_run(watch, shared)
+
+    def row(run: DomainRun) -> float:
+        before = run.spent_on("row")
+        with watch("train row"):
+            run.once("key", "in common", lambda: work(0.3))
+            work(0.05)
+        return run.spent_on("row") - before
+
+    costs = [row(first), row(second), row(first)]
+    assert all(0.04 < cost < 0.2 for cost in costs), costs
+    assert watch.timings["train in common"]["cpu_s"] > 0.29
