@@ -5,28 +5,46 @@ from collections.abc import Iterator
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_sfubm.contracts import Catalogue
+from lightning_sfubm.datamodules.batching import BatchIndex, shard_of
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.seeds import torch_generator
 
 
-class _ItemBatches(IterableDataset[Tensor]):
-    """All items 1..N once a pass, in batches (B,); a new order each pass, from a stream of its own."""
+class _Items(Dataset[Tensor]):
+    """Ids of the rows that a sampler names."""
 
-    def __init__(self, num_items: int, batch_size: int, seed: int, name: str) -> None:
-        self.num_items, self.batch_size, self.seed, self.name = num_items, batch_size, seed, name
+    def __getitem__(self, index: BatchIndex) -> Tensor:
+        return torch.from_numpy(index.rows) + 1
+
+
+class _ItemSampler(Sampler[BatchIndex]):
+    """All items once an epoch, in an order of its own, dealt out to the processes.
+
+    A global batch holds ``batch_size`` items for each process, of which every process takes its share; a process that the
+    last one leaves without any takes the first item again. Lightning calls :meth:`set_epoch`.
+    """
+
+    def __init__(self, num_items: int, batch_size: int, seed: int, name: str, rank: int, world_size: int) -> None:
+        self.num_items, self.seed, self.name = num_items, seed, name
+        self.step, self.rank, self.world_size = batch_size * world_size, rank, world_size
         self.epoch = 0
 
-    def __len__(self) -> int:
-        return -(-self.num_items // self.batch_size)
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration yields."""
+        self.epoch = epoch
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __len__(self) -> int:
+        return -(-self.num_items // self.step)
+
+    def __iter__(self) -> Iterator[BatchIndex]:
         generator = torch_generator(self.seed, "items", self.name, self.epoch)
-        self.epoch += 1
-        yield from (torch.randperm(self.num_items, generator=generator) + 1).split(self.batch_size)
+        for batch in torch.randperm(self.num_items, generator=generator).split(self.step):
+            own = batch[self.rank :: self.world_size]
+            yield BatchIndex(self.epoch, (own if len(own) else batch[:1]).numpy())
 
 
 class ItemDataModule(L.LightningDataModule):
@@ -62,5 +80,6 @@ class ItemDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Batches of item ids (B,)."""
-        items = _ItemBatches(self.catalogue.num_items, self.batch_size, self.seed, self.source.name)
-        return DataLoader(items, batch_size=None)
+        rank, world_size = shard_of(self)
+        sampler = _ItemSampler(self.catalogue.num_items, self.batch_size, self.seed, self.source.name, rank, world_size)
+        return DataLoader(_Items(), sampler=sampler, batch_size=None)

@@ -66,3 +66,13 @@ def step_of(module: Any) -> tuple[int, ...]:
         return (int(module.global_step),)
     step = int(trainer.global_step)
     return (step,) if trainer.accumulate_grad_batches == 1 else (step, int(trainer.fit_loop.total_batch_idx))
+
+
+def own_step_of(module: Any) -> tuple[int, ...]:
+    """As :func:`step_of`, for what is drawn row by row: each process of a distributed training has rows of its own."""
+    names = step_of(module)
+    try:
+        trainer = module.trainer
+    except RuntimeError:
+        return names
+    return (*names, int(trainer.global_rank)) if trainer.world_size > 1 else names

@@ -1,7 +1,7 @@
 """Fact-counter knowledge distillation: a semantic teacher over text, an ID student that learns from it (stage 1)."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks, union_over_ranks
 from lightning_sfubm.modules.semantic import SemanticTeacher
 from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
-from lightning_sfubm.seeds import step_of, torch_generator
+from lightning_sfubm.seeds import own_step_of, torch_generator
 
 PHASES = ("teacher", "student", "joint")
 COUNTERS = ("both", "non_target", "what_if", "none")
@@ -202,7 +202,8 @@ class FKDDistiller(CatalogueModule):
             if name == "teacher":
                 module.requires_grad_(phase != "student")
             elif name in ("encoder", "ids", "align_projection"):
-                module.requires_grad_(phase != "teacher")
+                # What no loss reaches must not ask for gradients: DDP waits for all that do.
+                module.requires_grad_(phase != "teacher" and (name != "align_projection" or self.w_align > 0))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "FKDDistiller":
@@ -300,7 +301,7 @@ class FKDDistiller(CatalogueModule):
         """Value and weighted loss of COUNTER ``what_if`` on sequences with swapped items."""
         if self._neighbours is None:
             self._neighbours = self.teacher.neighbours(self.num_neighbours)
-        generator = torch_generator(self.seed, "what_if", *step_of(self))
+        generator = torch_generator(self.seed, "what_if", *own_step_of(self))
         swapped = swap_items(history, self._neighbours, self.swap_probability, generator)
         with torch.no_grad():
             teacher_states, _ = self.teacher.scaled(self.teacher.states(swapped, z)[predicting], z[:1])
@@ -319,12 +320,6 @@ class FKDDistiller(CatalogueModule):
 
     def _student_states(self, history: Tensor) -> Tensor:
         return self.encoder(self.ids(history), history != 0)
-
-    def trained_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters of the phase's branches; those of terms with weight zero are left out."""
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad and (self.w_align or not name.startswith("align_projection")):
-                yield parameter
 
     # ------------------------------------------------------------------ scores
 

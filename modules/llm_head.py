@@ -1,8 +1,8 @@
 """The LLM stage: a causal LM ranks candidates, reading titles and, through soft tokens, what stage 1 has learned."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,19 @@ from lightning_sfubm.modules.llm.sharding import is_sharded, settle, whole
 from lightning_sfubm.modules.losses.ranks import any_rank, mean_over_ranks, union_over_ranks
 from lightning_sfubm.seeds import step_of, torch_generator
 
+T = TypeVar("T")
 RANK_MODES = {"branch": ("head", "score"), "list": ("score", "generate", "constrained")}
+
+
+def _in_own_precision(method: Callable[..., T]) -> Callable[..., T]:
+    """Keep a trainer's autocast out: the head has a ``precision`` of its own."""
+
+    @wraps(method)
+    def wrapped(self: "LLMHead", *args: Any, **kwargs: Any) -> T:
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 class LLMHead(InjectedLM):
@@ -184,6 +196,7 @@ class LLMHead(InjectedLM):
         """(B, C) weighted sum of the affinities (B, C, F), or of them and their products."""
         return (with_products(affinities) if self.settings.residual_products else affinities) @ weights
 
+    @_in_own_precision
     def forward(self, batch: RankBatch) -> Tensor:
         """Differentiable scores (B, C) by the head or by title likelihood."""
         affinities = self._affinities(batch)
@@ -202,6 +215,7 @@ class LLMHead(InjectedLM):
         """Cross-entropy over the candidates (``branch``) or on the answer's tokens (``list``)."""
         return self._loss_and_terms(batch)[0]
 
+    @_in_own_precision
     def _loss_and_terms(self, batch: RankBatch) -> tuple[Tensor, int]:
         """The loss and the number of terms it is the mean of: samples, or tokens of their answers."""
         if self.settings.form == "branch":
@@ -257,6 +271,7 @@ class LLMHead(InjectedLM):
         """
         return self._rank(batch)
 
+    @_in_own_precision
     def _rank(self, batch: RankBatch) -> tuple[Tensor, Tensor, Tensor]:
         with evaluating(self), torch.no_grad():
             if self.rank_mode in ("generate", "constrained"):

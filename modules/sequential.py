@@ -25,7 +25,7 @@ from lightning_sfubm.modules.losses.sampled import (
 )
 from lightning_sfubm.modules.row_adam import RowAdamW
 from lightning_sfubm.modules.stage1 import CatalogueModule, encoder_width
-from lightning_sfubm.seeds import step_of, torch_generator
+from lightning_sfubm.seeds import own_step_of, step_of, torch_generator
 
 FEATURES = ("id", "text", "id+text")
 LOSSES = ("full", "sampled", "bpr_max", "bce")
@@ -181,9 +181,9 @@ class SequentialRecommender(CatalogueModule):
         """Ids of the step's negatives: none, one for each target (V,), or those that all positions share (M,)."""
         if self.loss == "full":
             return targets[:0]
-        generator = torch_generator(self.seed, "negatives", *step_of(self))
         if self.loss == "bce":
-            return other_items(targets, self.num_items, generator)
+            return other_items(targets, self.num_items, torch_generator(self.seed, "negatives", *own_step_of(self)))
+        generator = torch_generator(self.seed, "negatives", *step_of(self))
         if self._cumulative is None:
             self._cumulative = self.negative_proposal.to("cpu", torch.float64).cumsum(0)
         return draw(self._cumulative, self.num_negatives, generator).to(targets.device)
@@ -221,7 +221,8 @@ class SequentialRecommender(CatalogueModule):
         """Start the item vectors, once, where asked for; refuse what sparse gradients do not have.
 
         Raises:
-            ConfigError: gradients are to be clipped, or exchanged between processes; or there are no sequences to start from.
+            ConfigError: gradients are to be clipped, scaled, or exchanged between processes; or there are no sequences to
+                start from.
         """
         if self.item_init == "cooccurrence" and not bool(self.items_started):
             self._start_items()
@@ -230,6 +231,10 @@ class SequentialRecommender(CatalogueModule):
         if self.trainer.gradient_clip_val:
             raise ConfigError(
                 "item_updates 'rows' has sparse gradients, which are not clipped: unset gradient_clip_val"
+            )
+        if self.trainer.precision == "16-mixed":
+            raise ConfigError(
+                "item_updates 'rows' has sparse gradients, which are not scaled: set trainer.precision to bf16-mixed or 32-true"
             )
         if self.trainer.world_size > 1:
             raise ConfigError("item_updates 'rows' has sparse gradients, which DDP does not exchange: set devices to 1")

@@ -59,10 +59,14 @@ def test_a_second_student_of_ones_own_starts_elsewhere(federated_data: Any, fede
     trainer = federated_trainer(rounds=1, local_max_epochs=1)
     template = small_distiller()
     trainer.fit(template, datamodule=federated_data(num_users=30))
+    curves = trainer.run_dir / "csv" / "alpha" / "version_0" / "metrics.csv"
+    before = curves.read_text()
     first, second = (trainer.local_twin(template, "alpha", number).module for number in (1, 2))
     assert first.seed == template.seed
     assert second.seed not in (template.seed, trainer.seed)
     assert not torch.equal(first.ids.weight, second.ids.weight)
+    assert curves.read_text() == before  # twins have curves of their own
+    assert {"alpha, local", "alpha, local-2"} <= {folder.name for folder in (trainer.run_dir / "csv").iterdir()}
 
 
 def test_batches_come_in_another_order_under_another_seed(

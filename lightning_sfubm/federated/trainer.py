@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    ThroughputMonitor,
+)
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -38,6 +45,8 @@ from lightning_sfubm.training import CloseAtExit, RankSeed, SeededTrainer
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _NEEDS = "a federated run needs trainer.federation and a FederatedDataModule with at least one entry in data.domains"
+_PARTS = {"accelerator", "strategy", "plugins", "profiler"}
+_NEED_LOGGER = (LearningRateMonitor, DeviceStatsMonitor, ThroughputMonitor)
 _OWN = {"max_epochs", "min_epochs", "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "max_steps"}
 
 
@@ -60,7 +69,8 @@ class FederatedTrainer(L.Trainer):
         self.federation = federation
         if federation is not None and federation.workers:
             import_ahead()  # while models and data are made
-        self._flags = dict(kwargs)
+        # Copies of parts that a trainer makes its own: each training gets one of its own in turn.
+        self._flags = {k: copy.deepcopy(v) if k in _PARTS else v for k, v in kwargs.items()}
         # A copy: Lightning adds callbacks of its own to the list it is given.
         self._user_callbacks: list[Callback] = _as_list(kwargs.get("callbacks"))
         if federation is not None:
@@ -125,8 +135,10 @@ class FederatedTrainer(L.Trainer):
 
         Callbacks with ``rounds_only`` (FedProx, differential privacy of what is shared) are left out unless it ``shares``.
         """
-        flags = {k: v for k, v in self._flags.items() if k not in _OWN} | overrides
+        flags = {k: copy.deepcopy(v) if k in _PARTS else v for k, v in self._flags.items() if k not in _OWN} | overrides
         local = (c for c in self._user_callbacks if _is_local(c) and (shares or not getattr(c, "rounds_only", False)))
+        if client is None:  # nowhere to log to
+            local = (c for c in local if not isinstance(c, _NEED_LOGGER))
         own: list[Callback] = [copy.deepcopy(c) for c in local]
         if flags.get("enable_progress_bar") in (None, True):
             own.append(LabelledProgressBar(label))
@@ -154,7 +166,7 @@ class FederatedTrainer(L.Trainer):
         domain.setup("fit")
 
         def make_trainer(**kwargs: Any) -> L.Trainer:
-            return self.make_trainer(client=name, **kwargs)
+            return self.make_trainer(**{"client": name, **kwargs})
 
         client = Client(name, copy.deepcopy(model), domain, make_trainer, seed)
         for callback in self._user_callbacks:

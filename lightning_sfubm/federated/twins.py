@@ -1,6 +1,7 @@
 """The same clients without any message: what a federation is compared with."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 from lightning.pytorch import LightningModule
@@ -29,10 +30,12 @@ def train_twins(loop: FederatedLoop, template: LightningModule, run_dir: Path, n
     template = copy.deepcopy(template)
     if number > 1:
         follow_seed(template, seed)
+    local = "local" if number == 1 else f"local-{number}"
     for name, other in loop.clients.items():
-        clients[name] = Client(name, copy.deepcopy(template), other.datamodule, other.make_trainer, seed)
+        make_trainer = partial(other.make_trainer, client=f"{name}, {local}")  # with curves of its own
+        clients[name] = Client(name, copy.deepcopy(template), other.datamodule, make_trainer, seed)
         clients[name].prepare()
-    folder = run_dir / ("local" if number == 1 else f"local-{number}")
+    folder = run_dir / local
     twins = FederatedLoop(federation, clients, [], folder, seed, settings=loop.settings)
     if any(twins.checkpoints.glob("state-*")):
         twins.resume(twins.checkpoints)

@@ -37,7 +37,7 @@ def _stage1_pooled(run: DomainRun) -> Ranker:
         run.name,
         copy.deepcopy(run.template),
         run.data,
-        partial(run.trainer.make_trainer, client=run.name),
+        partial(run.trainer.make_trainer, client=f"{run.name}, pooled"),
         run.trainer.seed,
     )
     client.prepare()

@@ -14,7 +14,7 @@ from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.modules.losses.sampled import binary_cross_entropy, other_items
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.modules.stage1 import CatalogueModule
-from lightning_sfubm.seeds import seeded, step_of, torch_generator
+from lightning_sfubm.seeds import own_step_of, seeded, torch_generator
 
 
 class Autoencoder(nn.Module):
@@ -181,7 +181,7 @@ class ALLMRecAlignment(CatalogueModule):
         with torch.no_grad():
             states = model.encoder(F.embedding(history, table), history != 0)[predicting]
         taken = targets[predicting]
-        generator = torch_generator(self.seed, "a_llmrec", "negatives", *step_of(self))
+        generator = torch_generator(self.seed, "a_llmrec", "negatives", *own_step_of(self))
         items = torch.cat([taken, other_items(taken, self.num_items, generator)])
         collaborative, text = table[items], self.text[items]
         item_latents, text_latents = self.item_autoencoder.encode(collaborative), self.text_autoencoder.encode(text)

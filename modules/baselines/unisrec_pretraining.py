@@ -183,9 +183,11 @@ def sequence_item_loss(states: Tensor, table: Tensor, targets: Tensor, tau: floa
     aimed, columns, counts = torch.unique(targets, return_inverse=True, return_counts=True)
     queries, items = cosine_inputs(states, table[aimed], tau)
     weights = counts.to(queries.dtype).log()
-    logits = torch.addmm(weights, queries, items.T)
+    logits = torch.addmm(weights, queries, items.T).float()  # under autocast the product is of a lower precision
     # The positive counts once, however many states share it.
-    logits.index_put_((torch.arange(len(states), device=states.device), columns), -weights[columns], accumulate=True)
+    logits.index_put_(
+        (torch.arange(len(states), device=states.device), columns), -weights[columns].float(), accumulate=True
+    )
     return F.cross_entropy(logits, columns)
 
 

@@ -21,4 +21,5 @@ class GatedFusion(nn.Module):
 
     def forward(self, local: Tensor, other: Tensor) -> Tensor:
         """Fuse (M, H) and (M, H) into (M, H)."""
-        return torch.lerp(other, local, torch.sigmoid(self.gate(torch.cat([local, other], -1))))
+        shares = torch.sigmoid(self.gate(torch.cat([local, other], -1)))
+        return torch.lerp(other, local, shares.to(local.dtype))  # under autocast the gate alone is of a lower precision

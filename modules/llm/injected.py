@@ -187,10 +187,12 @@ class InjectedLM(L.LightningModule):
 
     def _fit_context(self, num_candidates: int) -> None:
         """Shorten titles where the longest prompt with this many candidates would not fit the model, and say so."""
-        context = getattr(self.lm.config, "max_position_embeddings", None)
-        if context is None or num_candidates <= self._fitted_candidates:
+        if num_candidates <= self._fitted_candidates:
             return
         self._fitted_candidates = num_candidates
+        context = getattr(self.lm.config, "max_position_embeddings", None)
+        if context is None:
+            return
         before = self.prompts.title_tokens
         for prompts in {id(p): p for p in (self.prompts, self.text_prompts)}.values():
             cut = prompts.fit_context(int(context), num_candidates)

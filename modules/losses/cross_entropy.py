@@ -98,4 +98,4 @@ def full_cross_entropy(states: Tensor, table: Tensor, targets: Tensor, precision
     if len(states) == 0:
         return states.sum() + 0.0 * table.sum()
     with torch.autocast(states.device.type, enabled=False):  # the format of the products is the one asked for
-        return _ChunkedCrossEntropy.apply(states, table, targets, matmul_dtype(precision, states.device))
+        return _ChunkedCrossEntropy.apply(states, table.float(), targets, matmul_dtype(precision, states.device))

@@ -157,7 +157,7 @@ class _Chunk:
         history = exclude[row, place], row
         s = log2_logits(h / temperature, self.items, self._block(0, width))
         t = log2_logits(teacher_h, self.teacher_items, self._block(1, width))
-        outside = torch.full(exclude.shape, -torch.inf, device=h.device)
+        outside = torch.full(exclude.shape, -torch.inf, dtype=torch.float32, device=h.device)
         if temperature == 1.0:
             outside[row, place] = s[history].float() * LOG_2
         gap = torch.sub(t, s, out=self._block(2, width))
@@ -250,9 +250,9 @@ def distil(
     with torch.autocast(states.device.type, enabled=False):  # the format of the products is the one asked for
         loss, values = _Distil.apply(
             states,
-            table,
+            table.float(),
             teacher_states,
-            teacher_table,
+            teacher_table.float(),
             targets,
             without_repeats(exclude, targets),
             weights,

@@ -104,7 +104,7 @@ def exponentials(logits: Tensor, safe: bool) -> tuple[Tensor, Tensor]:
     Returns:
         The block, now ``exp(logit - shift)``, and the natural shift (c,) float32: 0, or the largest logit.
     """
-    shift = torch.zeros(logits.shape[1], device=logits.device)
+    shift = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
     if not safe:
         top = logits.amax(0).clamp_min(torch.finfo(logits.dtype).min)
         logits -= top

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_sfubm.__main__ import main
 from lightning_sfubm.errors import ConfigError
@@ -109,4 +110,15 @@ def test_trainings_of_a_federated_run_keep_their_best_epoch_whatever_was_asked_f
     trainer.fit(small_distiller(), datamodule=federated_data(num_users=30))
     assert trainer.loop.counters.phases
     with pytest.raises(ConfigError, match=r"take ModelCheckpoint out of trainer\.callbacks"):
-        federated_trainer(flags={"callbacks": [ModelCheckpoint()]})
+        federated_trainer(callbacks=[ModelCheckpoint()])
+
+
+def test_parts_given_as_objects_serve_every_training(federated_data: Any, federated_trainer: Any) -> None:
+    """A trainer makes a strategy its own; logger-bound monitors have no place where nothing is logged."""
+    parts = {"strategy": SingleDeviceStrategy("cpu"), "logger": False}
+    monitors = [LearningRateMonitor(), DeviceStatsMonitor()]
+    trainer = federated_trainer(rounds=1, exchange="nothing", callbacks=monitors, flags=parts)
+    trainer.fit(small_distiller(), datamodule=federated_data(num_users=30))
+    of_a_row = trainer.make_trainer(label="a row", max_epochs=1)
+    assert of_a_row.strategy is not trainer.strategy
+    assert not any(isinstance(callback, type(monitor)) for monitor in monitors for callback in of_a_row.callbacks)

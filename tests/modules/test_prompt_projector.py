@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_sfubm.contracts import Catalogue
-from lightning_sfubm.datamodules.item_datamodule import _ItemBatches
+from lightning_sfubm.datamodules.item_datamodule import _Items, _ItemSampler
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm.titles import mean_title_embeddings
@@ -53,7 +53,7 @@ class Items(L.LightningDataModule):
     """The catalogue of the test, in batches of item ids."""
 
     def train_dataloader(self):
-        return DataLoader(_ItemBatches(N, 20, 0, "x"), batch_size=None)
+        return DataLoader(_Items(), sampler=_ItemSampler(N, 20, 0, "x", 0, 1), batch_size=None)
 
 
 def fit(module, epochs):
@@ -134,3 +134,23 @@ def test_errors(llm, catalogue, tmp_path):
     head = LLMHead(llm, projector_checkpoint=str(tmp_path / "absent.ckpt"))
     with pytest.raises(CheckpointError, match="does not fit"):
         head.attach_stage1(Informative(catalogue.titles), catalogue)
+
+
+def test_processes_share_the_items_of_an_epoch_and_a_run_that_goes_on_shuffles_as_if_it_had_not_stopped():
+    def batches(epoch, rank=0, world_size=1):
+        sampler = _ItemSampler(N, 20, 0, "x", rank, world_size)
+        sampler.set_epoch(epoch)
+        ids = [_Items()[index] for index in sampler]
+        assert len(ids) == len(sampler)
+        return ids
+
+    alone, other = batches(0), batches(1)
+    everything = torch.arange(1, N + 1)
+    for ids in (alone, other):
+        assert torch.equal(torch.cat(ids).sort().values, everything)
+    assert not torch.equal(torch.cat(alone), torch.cat(other))
+    first, second = batches(0, 0, 2), batches(0, 1, 2)
+    assert len(first) == len(second)
+    assert torch.equal(torch.cat([*first, *second]).unique(), everything)
+    double = torch.cat([first[0], second[0]])
+    assert torch.equal(double.sort().values, torch.cat(alone[:2]).sort().values)
