@@ -126,7 +126,7 @@ def program(folder: Path, processes: int, *more: str, start: list[str] | None = 
     flags = [*QUICK, f"--trainer.default_root_dir={folder / 'run'}", *more]
     flags += [f"--data.domains.{name}.init_args.batch_size={32 // processes}" for name in ("alpha", "beta")]
     if processes > 1:
-        flags += [f"--trainer.devices={processes}", "--trainer.strategy=ddp_find_unused_parameters_true"]
+        flags += ["--config=configs/trainer/ddp.yaml", f"--trainer.devices={processes}"]
     inherited = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT", "PL_GLOBAL_SEED")
     environment = {k: v for k, v in os.environ.items() if k not in inherited}
     environment |= {"OMP_NUM_THREADS": "1", "SFUBM_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
