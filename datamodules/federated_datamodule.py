@@ -7,7 +7,7 @@ import lightning as L
 from lightning_sfubm.datamodules.card import DataCard
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.evaluation.candidates import normalise_title
+from lightning_sfubm.evaluation.parsing import normalise_title
 from lightning_sfubm.names import path_part
 
 

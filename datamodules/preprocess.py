@@ -16,7 +16,7 @@ from lightning_sfubm.datamodules.card import LONG_TITLE, DataCard, Statistics, T
 from lightning_sfubm.datamodules.domain import Domain
 from lightning_sfubm.datamodules.readers.base import RawDomain, check_schema, dictionary_ids, order_values
 from lightning_sfubm.errors import ConfigError, DataError
-from lightning_sfubm.evaluation.candidates import normalise_title
+from lightning_sfubm.evaluation.parsing import normalise_title
 from lightning_sfubm.seeds import numpy_generator
 
 #: Control characters and lone surrogates; joiners, which some scripts need, stay.

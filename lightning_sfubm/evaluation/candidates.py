@@ -8,7 +8,6 @@ so that an answer in words names one candidate; the target's place is uniform.
 import hashlib
 import os
 import tempfile
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from lightning_sfubm.errors import ConfigError, DataError
+from lightning_sfubm.evaluation.parsing import normalise_title
 from lightning_sfubm.seeds import numpy_generator
 
 #: Rounds of vectorised rejection before the few rows left are drawn from their explicit set of allowed items.
 MAX_ROUNDS = 30
-
-
-def normalise_title(title: str) -> str:
-    """NFKC, case-folded, white space collapsed: two titles a reader would take for the same are equal."""
-    return " ".join(unicodedata.normalize("NFKC", title).casefold().split())
 
 
 def title_groups(titles: Sequence[str]) -> np.ndarray:

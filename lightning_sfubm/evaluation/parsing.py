@@ -8,7 +8,10 @@ QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '
 
 
 def normalise_title(text: str) -> str:
-    """Case-folded, NFKC-normalised, typographic quotes and dashes made plain, white space collapsed."""
+    """Case-folded, NFKC-normalised, typographic quotes and dashes made plain, white space collapsed.
+
+    Candidates are told apart by the same rule as answers: two titles that a reader would take for one are equal.
+    """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).translate(QUOTES).casefold())
     return " ".join(folded.split())
 

@@ -12,10 +12,10 @@ from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.candidates import (
     CandidateLists,
     CandidateSampler,
-    normalise_title,
     stored_candidates,
     title_groups,
 )
+from lightning_sfubm.evaluation.parsing import normalise_title
 from lightning_sfubm.seeds import numpy_generator
 
 
@@ -90,6 +90,8 @@ def test_too_few_distinct_titles_is_one_clear_error() -> None:
 
 def test_titles_are_normalised() -> None:
     assert normalise_title("  The\tMATRIX ﬁlm ") == normalise_title("the matrix film")
+    curly, plain = "Schindler\u2019s List \u2013 1993", "schindler's list - 1993"
+    assert title_groups(["", curly, plain, "Another"]).tolist() == [-1, 0, 0, 1]  # an answer could not tell them apart
     assert title_groups(["", "A b", "a  B", "c"]).tolist() == [-1, 0, 0, 1]
 
 
