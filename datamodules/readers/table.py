@@ -1,5 +1,6 @@
 """The generic reader: a folder with one interactions table and one items table, CSV or Parquet."""
 
+import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ from lightning_sfubm.datamodules.readers.base import RawDomain, existing, finger
 from lightning_sfubm.datamodules.readers.delimited import Dialect, read_delimited, read_header
 from lightning_sfubm.errors import DataError
 
+log = logging.getLogger(__name__)
 SUFFIXES = (".csv", ".csv.gz", ".parquet", ".tsv", ".tsv.gz")
 #: Columns taken as item text where ``text_columns`` is not set; anything else (an ASIN, say) is no language.
 USUAL_TEXT_COLUMNS = ("brand", "category", "categories", "attributes", "year", "genres")
@@ -61,6 +63,14 @@ class TableReader:
         interactions_path, items_path = self._paths(root)
         present = _columns(interactions_path)
         order = self.order_column or next((name for name in USUAL_ORDER_COLUMNS if name in present), None)
+        if order is None:
+            log.warning(
+                "%s has no column %s: the order of its rows is taken for that of time. Its columns are %s; if one of them is "
+                "the time, name it by reader.init_args.order_column",
+                interactions_path,
+                ", ".join(USUAL_ORDER_COLUMNS),
+                ", ".join(present),
+            )
         interactions = _read(interactions_path, [self.user_column, self.item_column], [], order)
         interactions = interactions.rename_columns(["user", "item", *(["order"] if order else [])])
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.federated.flower_app import QUIET
@@ -97,6 +97,17 @@ def silo_environment(commands: Path, inherited: Mapping[str, str] | None = None)
     return {**inherited, **QUIET, "PATH": os.pathsep.join(search)}
 
 
+def _own_app(*of_the_run: object) -> Any:
+    """The ClientApp of this package.
+
+    Imported only when a task is at work, with its heartbeats running: on a busy machine the import takes as long as Flower
+    waits for a first one, and a task that is given up and started again makes the machine busier still.
+    """
+    from lightning_sfubm.federated.flower import client_app
+
+    return client_app
+
+
 def run_task() -> None:
     """``flwr-clientapp`` with the ClientApp of this package, whatever the run carries.
 
@@ -105,12 +116,10 @@ def run_task() -> None:
     """
     from flwr.supernode.cli import flwr_clientapp
 
-    from lightning_sfubm.federated.flower import client_app
-
     worker = import_module("flwr.supernode.runtime.run_clientapp")
     replaced = {
         "install_from_fab": lambda *args, **kwargs: None,
-        "get_load_client_app_fn": lambda *args, **kwargs: lambda *of_the_run: client_app,
+        "get_load_client_app_fn": lambda *args, **kwargs: _own_app,
     }
     for name, replacement in replaced.items():
         if not hasattr(worker, name):

@@ -26,7 +26,7 @@ def client_secret(folder: str | Path, client: str) -> bytes:
         PrivacyError: the file is too short to be a secret.
     """
     path = Path(folder) / f"{path_part(client, 'secret_dir, client')}.key"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not path.exists():
         # Written under another name and then linked: two processes that come at once end with one whole secret.
         temporary = path.with_name(f".{client}.{secrets.token_hex(8)}.tmp")

@@ -96,13 +96,19 @@ def test_parquet_times_keep_their_order_within_a_second(tmp_path: Path, unit: st
     assert domain.card.tied_share == 0
 
 
-def test_positions_and_no_order_at_all(write_tables) -> None:
+def test_positions_and_no_order_at_all(write_tables, caplog) -> None:
     folder = write_tables(b"user_id,item_id,pos\nu,a,1\nu,b,0\n", ITEMS)
     domain = build_domain(TableReader(str(folder)).read(None), "x", PreprocessSettings(k_core=0))
     assert (domain.times, domain.items.tolist()) == (None, [2, 1])
     folder = write_tables(b"user_id,item_id\nu,b\nu,a\nu,b\n", ITEMS)
+    assert not caplog.records
     raw = TableReader(str(folder)).read(None)
     assert raw.order_kind == "none"
+    assert "no column timestamp, pos, position" in caplog.text
+    assert (
+        "Its columns are user_id, item_id; if one of them is the time, name it by reader.init_args.order_"
+        in caplog.text
+    )
     assert build_domain(raw, "x", PreprocessSettings(k_core=0)).items.tolist() == [2, 1, 2]
 
 

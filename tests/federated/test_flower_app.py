@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from lightning_sfubm.federated.aggregation import KMeans
 from lightning_sfubm.federated.coordinator import Coordinator
 from lightning_sfubm.federated.envelopes import read_shapes
 from lightning_sfubm.federated.flower_app import QUIET, flower_app
-from lightning_sfubm.federated.flower_silo import flower_silo, silo_environment, write_commands
+from lightning_sfubm.federated.flower_silo import _own_app, flower_silo, run_task, silo_environment, write_commands
 from lightning_sfubm.federated.robust import TrimmedMean
 from lightning_sfubm.federated.run_config import RunConfig
 from lightning_sfubm.federated.silo import open_silo
@@ -307,3 +308,19 @@ def test_the_page_says_what_the_generated_commands_say(tmp_path: Path, monkeypat
         assert sorted(word.removeprefix(f"{tmp_path}/") for word in made) == sorted(shown), start
     arguments = ["--config", "federation.yaml", "--config", "alpha.yaml"]
     assert SFUBMCLI(args=arguments, run=False).trainer.federation.rounds == 3  # type: ignore[attr-defined]
+
+
+def test_heartbeats_of_a_task_begin_before_the_app_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The import takes seconds, on a busy machine as long as Flower waits for a first sign of life."""
+    app, imported = "lightning_sfubm.federated.flower", []
+    modules = {name: ModuleType(name) for name in ("flwr", "flwr.supernode", "flwr.supernode.cli")}
+    modules["flwr.supernode.runtime"] = ModuleType("flwr.supernode.runtime")
+    worker = modules["flwr.supernode.runtime.run_clientapp"] = ModuleType("flwr.supernode.runtime.run_clientapp")
+    vars(worker).update(install_from_fab=None, get_load_client_app_fn=None)
+    vars(modules["flwr.supernode.cli"])["flwr_clientapp"] = lambda: imported.append(app in sys.modules)
+    monkeypatch.delitem(sys.modules, app, raising=False)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    run_task()
+    assert imported == [False]
+    assert vars(worker)["get_load_client_app_fn"]() is _own_app

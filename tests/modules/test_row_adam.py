@@ -139,6 +139,6 @@ def test_clipping_is_refused(synthetic: DomainDataModule, make_trainer: Callable
 
 def test_several_processes_are_refused() -> None:
     module = SequentialRecommender(SASRec(8, num_heads=1), loss="sampled", item_updates="rows")
-    module._trainer = SimpleNamespace(gradient_clip_val=None, world_size=2)  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(gradient_clip_val=None, world_size=2, precision="32-true")  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="devices to 1"):
         module.on_fit_start()

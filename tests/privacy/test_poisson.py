@@ -64,6 +64,7 @@ def test_a_secret_is_made_once_and_read_by_its_owner_only(tmp_path) -> None:
     assert client_secret(tmp_path / "keys", "alpha") == first
     assert client_secret(tmp_path / "keys", "beta") != first
     assert (tmp_path / "keys" / "alpha.key").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "keys").stat().st_mode & 0o777 == 0o700
 
 
 def test_what_is_no_secret_is_refused(tmp_path) -> None:
