@@ -143,6 +143,19 @@ def _persons(facts: Json) -> list[str]:
             f"{_percent(auc['low'])} and {_percent(auc['high'])}; guessing: 50 %), which is {better}. Accusing one "
             f"outsider in a hundred wrongly, they find {_percent(tpr['value'])} of the insiders (guessing: 1 %)."
         )
+    return sentences + _unmeasured(facts, {row["domain"] for row in rows})
+
+
+def _unmeasured(facts: Json, attacked: set[str]) -> list[str]:
+    """Who sent weights and was not attacked: silence about them must not pass for safety."""
+    up = (row for row in facts["communication"]["rows"] if row["direction"] == "up")
+    senders = {row["client"] for row in up if row["kind"] in ("teacher", "secagg masked input")}
+    sentences = []
+    for client in sorted(senders - attacked):
+        why = [text for text in facts["attacks"]["not_run"] if f", {client}:" in text]
+        sentences.append(
+            " ".join([f"{client}: not measured, though it sent weights computed from user behaviour.", *why])
+        )
     return sentences
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lightning_sfubm.audit import words
 from lightning_sfubm.audit.facts import mechanisms
 from lightning_sfubm.audit.plots import epsilon_plot, rounds_plot, sigma_plot
 from lightning_sfubm.audit.report import build_privacy_report
@@ -249,3 +250,17 @@ def test_there_is_no_curve_of_one_epsilon_and_no_figure_of_nothing() -> None:
     figure = sigma_plot([point(None, 0.0), point(None, 0.1)])
     assert figure is not None
     assert figure.axes[0].get_ylim() == (0, 1.05)
+
+
+def test_who_was_not_attacked_is_named_beside_who_was() -> None:
+    interval = {"value": 0.5, "low": 0.4, "high": 0.6}
+    attack = {"domain": "a", "client": "a", "round": 1, "score": "loss", "auc": interval, "tpr": interval}
+    sent = [
+        {"client": name, "direction": "up", "kind": kind}
+        for name, kind in (("a", "teacher"), ("b", "teacher"), ("c", "semantics"))
+    ]
+    why = "Membership inference, b: it has 3 users."
+    facts = {"attacks": {"membership": [attack], "not_run": [why]}, "communication": {"rows": sent}}
+    sentences = words._persons(facts)
+    assert len(sentences) == 2
+    assert sentences[1] == f"b: not measured, though it sent weights computed from user behaviour. {why}"
