@@ -27,8 +27,7 @@ def table_notes(cells: list[Json], source: str | None = None) -> list[str]:
         "table's users. Both are means over seeds.",
         "Paired differences are means over the seeds that both methods have, with 95 % bootstrap intervals over users. "
         "p (McNemar) is of the first of these seeds alone; p (Holm) corrects it over all differences of the grid.",
-        f"Cells are of {_listed('commit', (cell.get('commit') for cell in cells))}, computed on "
-        f"{_listed('machine', map(_machine, cells))}.",
+        f"Commits of the cells: {_listed(cell.get('commit') for cell in cells)}. Machines: {_listed(map(_machine, cells))}.",
     ]
     return notes if source is None else [*notes, f"Built by `lightning-sfubm results --grid {source}`."]
 
@@ -38,12 +37,10 @@ def _chance(candidates: int) -> str:
     return f"Each row ranks the same stored list of {candidates} candidates a user; chance: {levels}."
 
 
-def _listed(kind: str, values: Iterable[str | None]) -> str:
+def _listed(values: Iterable[str | None]) -> str:
     known = sorted({value for value in values if value})
-    shown, more = ", ".join(known[:_SHOWN]), len(known) - _SHOWN
-    if not known:
-        return f"an unknown {kind}"
-    return f"{kind}{'s' if len(known) > 1 else ''} {shown}{f' and {more} more' if more > 0 else ''}"
+    more = len(known) - _SHOWN
+    return "; ".join(known[:_SHOWN]) + (f" and {more} more" if more > 0 else "") if known else "not known"
 
 
 def _machine(cell: Json) -> str | None:
@@ -51,4 +48,4 @@ def _machine(cell: Json) -> str | None:
     hardware = cell.get("hardware") or {}
     told = (("cpu", "{}"), ("cores", "{} cores"), ("memory_gib", "{} GiB"))
     words = [form.format(hardware[key]) for key, form in told if hardware.get(key)] + (hardware.get("gpus") or [])
-    return f"({', '.join(words)})" if words else None
+    return ", ".join(words) or None

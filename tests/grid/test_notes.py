@@ -28,15 +28,15 @@ def test_columns_chance_commits_and_machines_are_told() -> None:
         "over all differences of the grid",
         "valid: share of answers that name exactly one candidate",
         "without what it builds on",
-        "Cells are of commits abc, def, computed on machines (X, 2 cores), (Y, Z).",
+        "Commits of the cells: abc; def. Machines: X, 2 cores; Y, Z.",
         "`lightning-sfubm results --grid grids/g.yaml`",
     ):
         assert words in text
 
 
 def test_many_commits_are_counted_and_unknown_ones_said() -> None:
-    assert "of commits c0, c1, c2, c3, c4, c5 and 2 more," in "\n".join(table_notes([cell(f"c{i}") for i in range(8)]))
-    assert "of an unknown commit, computed on an unknown machine." in table_notes([{"num_candidates": 20}])[-1]
+    assert "Commits of the cells: c0; c1; c2; c3; c4; c5 and 2 more." in "\n".join(table_notes([cell(f"c{i}") for i in range(8)]))
+    assert table_notes([{"num_candidates": 20}])[-1] == "Commits of the cells: not known. Machines: not known."
     assert table_notes([]) == []
 
 
