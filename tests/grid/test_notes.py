@@ -35,7 +35,9 @@ def test_columns_chance_commits_and_machines_are_told() -> None:
 
 
 def test_many_commits_are_counted_and_unknown_ones_said() -> None:
-    assert "Commits of the cells: c0; c1; c2; c3; c4; c5 and 2 more." in "\n".join(table_notes([cell(f"c{i}") for i in range(8)]))
+    assert "Commits of the cells: c0; c1; c2; c3; c4; c5 and 2 more." in "\n".join(
+        table_notes([cell(f"c{i}") for i in range(8)])
+    )
     assert table_notes([{"num_candidates": 20}])[-1] == "Commits of the cells: not known. Machines: not known."
     assert table_notes([]) == []
 
