@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "performance.png"
 
@@ -72,34 +74,43 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]]) -> None:
-    """One bar a figure, on a logarithmic scale: cost or shortfall as a share of the aim."""
-    import matplotlib as mpl
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """One bar a figure, on a logarithmic scale: cost or shortfall as a share of the aim.
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    Args:
+        rows: see :func:`collect`.
+    """
     known = [row for row in rows if row["value"]][::-1]
     shares = [row["value"] / row["aim"] if row["upper"] else row["aim"] / row["value"] for row in known]
-    figure, axes = plt.subplots(figsize=(9, 0.32 * len(known) + 1.2))
+    figure = Figure(figsize=(9, 0.32 * len(known) + 1.2))
+    axes = figure.subplots()
     axes.barh(range(len(known)), shares, color=["#0f766e" if row["met"] else "#c2410c" for row in known])
     axes.axvline(1.0, color="#1e293b", linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(known)), [row["what"] for row in known], fontsize=8)
     for place, (row, share) in enumerate(zip(known, shares, strict=True)):
-        axes.text(share * 1.04, place, f"{row['value']:,.3g}", va="center", fontsize=7)
+        inside = 0.5 < share <= 1.0  # beside the bar's end the number would lie on the line
+        axes.annotate(
+            f"{row['value']:,.3g}",
+            (share, place),
+            xytext=(-4 if inside else 4, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            fontsize=7,
+            color="white" if inside else "black",
+        )
     axes.set_xlabel("measured over aim (aim over measured where more is better); 1 and below is met")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
     """Command line; see the head of this file."""
     rows = collect()
-    draw(rows)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    draw(rows).savefig(PICTURE, dpi=110)
     print(table(rows))
     print(f"\n{sum(row['met'] is True for row in rows)} of {len(rows)} met. Picture: {PICTURE}")
 

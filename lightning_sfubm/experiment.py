@@ -46,6 +46,11 @@ COMPARISONS = (
     ("sfubm", "text_lora"),
     ("sfubm", "stage1"),
     ("sfubm", "late_fusion"),
+    ("sfubm", "late_fusion_products"),
+    ("late_fusion", "stage1"),
+    ("late_fusion_counts", "late_fusion"),
+    ("late_fusion_products", "late_fusion"),
+    ("stage1_beside_own", "stage1_local_twice"),
 )
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.experiment import Experiment
+from lightning_sfubm.experiment import COMPARISONS, Experiment
 from lightning_sfubm.methods import METHODS
-from lightning_sfubm.methods.base import DomainRun
+from lightning_sfubm.methods.base import TWINS, DomainRun
 from lightning_sfubm.modules.baselines.unisrec import UniSRec
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
@@ -22,6 +22,13 @@ def domain_run(watch: Stopwatch, shared: dict[str, Any], template: Any = None, *
     experiment: Any = SimpleNamespace(baselines=baselines)
     parts: Any = SimpleNamespace()
     return DomainRun(experiment, parts, template, "alpha", parts, watch, parts, shared)
+
+
+def test_what_the_report_compares_are_rows_and_every_fusion_is_among_them() -> None:
+    compared = {method for pair in COMPARISONS for method in pair}
+    assert compared <= METHODS.keys()
+    assert compared >= {"late_fusion", "late_fusion_counts", "late_fusion_products", *TWINS}
+    assert len(COMPARISONS) == len(set(COMPARISONS))
 
 
 def test_a_row_is_called_by_the_encoder_that_it_trains() -> None:

@@ -33,12 +33,14 @@ def run_facts(folder: RunFolder) -> Json:
 
 
 def domain_facts(domain: str, rows: list[PerUserResults]) -> Json:
-    """The result table of one domain.
+    """The result table of one domain: rows of one group stand together, where the first of them stood.
 
     Args:
         domain: its name.
         rows: results in the order of the table.
     """
+    groups = list(dict.fromkeys(r.meta.group for r in rows))
+    rows = sorted(rows, key=lambda r: groups.index(r.meta.group))
     candidates = max((r.meta.num_candidates for r in rows), default=0)
     return {
         "name": domain,

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightning_sfubm.evaluation.run_folder import Json
@@ -33,6 +34,7 @@ STYLE: Any = {
     "svg.hashsalt": "lightning-sfubm",
 }
 MAX_LINES = 6  #: curves in one panel
+_NAME_HEIGHT = 10  #: points from one line of phase names to the next
 
 
 def figures(facts: Json) -> dict[str, Figure]:
@@ -122,32 +124,36 @@ def learning_curves(history: list[Json]) -> Figure | None:
         return None
     figure = Figure(figsize=(9, 0.4 + 2.5 * len(clients)), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.12)  # type: ignore[union-attr, call-arg]
+    names: list[list[Annotation]] = []
     panels = figure.subplots(len(clients), 2, squeeze=False)
     for client, (quality, loss) in zip(clients, panels, strict=True):
         lines = [line for line in history if line["client"] == client]
         _curves(quality, lines, _quality_names(lines), "validation metric")
         _curves(loss, lines, _loss_names(lines), "training loss")
-        quality.set_title(client, pad=18)
+        names.append([name for panel in (quality, loss) for name in _phases(panel, lines)])
         for panel in (quality, loss):
-            _phases(panel, lines)
             panel.set_xlabel("epoch of this client, all phases in order")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.draw_without_rendering()  # widths are known from here on
+    for client, panel, of_row in zip(clients, panels[:, 0], names, strict=True):
+        panel.set_title(client, pad=8 + _NAME_HEIGHT * _stagger(of_row))
     return figure
 
 
 def _curves(panel: Axes, lines: list[Json], names: list[str], ylabel: str) -> None:
+    """Curves that end with each phase: what trains in the next one is another model."""
     panel.set_ylabel(ylabel)
     if not names:
         panel.text(0.5, 0.5, "nothing recorded", ha="center", va="center", transform=panel.transAxes, color=GREY)
         return
     drawn: list[float] = []
+    ends = [i for i in range(1, len(lines)) if lines[i].get("phase") != lines[i - 1].get("phase")]
+    epochs = np.insert(np.arange(1.0, len(lines) + 1), ends, np.nan)
     for i, name in enumerate(names):
-        values = np.array([_number(line["metrics"].get(name)) for line in lines])
+        values = np.insert([_number(line["metrics"].get(name)) for line in lines], ends, np.nan)
         if i and any(np.array_equal(values, earlier.get_ydata(), equal_nan=True) for earlier in panel.lines):
             continue  # the same quantity logged under two names
-        panel.plot(
-            np.arange(1, len(lines) + 1), values, color=COLOURS[i % len(COLOURS)], marker=".", markersize=4, label=name
-        )
+        panel.plot(epochs, values, color=COLOURS[i % len(COLOURS)], marker=".", markersize=4, label=name)
         drawn.extend(values[np.isfinite(values)])
     if drawn and min(drawn) > 0 and max(drawn) > 100 * min(drawn):
         panel.set_yscale("log")
@@ -162,9 +168,13 @@ def _stretch(line: Json) -> tuple[Any, bool]:
     return line.get("phase"), line.get("round") is None
 
 
-def _phases(panel: Axes, lines: list[Json]) -> None:
-    """Shade each other phase and name it above the panel; rounds are counted in the name."""
-    start = 0
+def _phases(panel: Axes, lines: list[Json]) -> list[Annotation]:
+    """Shade each other phase and name it above the panel; rounds are counted in the name.
+
+    Returns:
+        The names.
+    """
+    start, names = 0, []
     for i in range(1, len(lines) + 1):
         if i < len(lines) and _stretch(lines[i]) == _stretch(lines[start]):
             continue
@@ -174,18 +184,32 @@ def _phases(panel: Axes, lines: list[Json]) -> None:
             name = f"local {lines[start].get('phase')}" if lines[start].get("phase") else ""
         panel.axvspan(start + 0.5, i + 0.5, color="#eef2f7" if rounds else "white", zorder=0)
         panel.axvline(i + 0.5, color="#d1d5db", linewidth=0.8, zorder=0)
-        panel.annotate(
-            name,
-            ((start + i + 1) / 2, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7.5,
-            color=GREY,
+        names.append(
+            panel.annotate(
+                name,
+                ((start + i + 1) / 2, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+                color=GREY,
+            )
         )
         start = i
     panel.set_xlim(0.5, len(lines) + 0.5)
+    return names
+
+
+def _stagger(names: list[Annotation]) -> int:
+    """Move each name that would lie on one before it to the lowest free line above; the number of lines."""
+    ends: list[float] = []  # of the last name on each line
+    for name in names:
+        box = name.get_window_extent()
+        line = next((i for i, end in enumerate(ends) if end + 4 < box.x0), len(ends))
+        ends[line : line + 1] = [box.x1]
+        name.xyann = (0, 3 + _NAME_HEIGHT * line)
+    return len(ends)
 
 
 def _quality_names(lines: list[Json]) -> list[str]:
@@ -276,7 +300,7 @@ def timings_plot(timings: dict[str, Json]) -> Figure | None:
     panel.margins(x=0.12)
     panel.grid(axis="y", visible=False)
     panel.set_xlabel("seconds")
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     panel.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return figure
 

@@ -108,11 +108,11 @@ def bootstrap_ci(values: Floats, *, level: float = 0.95, resamples: int = 1000, 
     return estimates
 
 
-def wilson_interval(successes: int, n: int, *, z: float = 1.959964) -> Estimate:
+def wilson_interval(successes: float, n: int, *, z: float = 1.959964) -> Estimate:
     """Wilson score interval of a proportion.
 
     Args:
-        successes: number of hits.
+        successes: number of hits; of several runs over the same users their mean, which need not be whole.
         n: number of users.
         z: normal quantile; the default covers 95 %.
 

@@ -51,7 +51,7 @@ def print_metrics(stage: str, results: Sequence[Mapping[str, float]], console: C
 
 def _table(domain: Json) -> Table:
     chance = domain["chance"]
-    caption = "brackets: 95 % intervals; valid: answers that name exactly one candidate"
+    caption = "beside Hit@1: its 95 % interval; valid: answers that name exactly one candidate"
     if chance["hit@1"] is not None:
         level = f"chance: Hit@1 {chance['hit@1']:.3f}, NDCG@10 {chance['ndcg@10']:.3f}"
         caption = f"{domain['num_candidates']} candidates, {level}; {caption}"

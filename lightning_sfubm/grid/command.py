@@ -61,7 +61,9 @@ def _results(options: argparse.Namespace, grid: Grid, out: Path) -> None:
     cells = all_cells(out, options.publish)
     tables = ordered(grid, cells)
     facts = comparisons(grid, tables, _published_facts(options.publish))
-    text = markdown(grid, tables, facts)
+    # The text is published: a path of this machine alone would say nothing there.
+    source = options.grid.name if options.grid.is_absolute() else options.grid.as_posix()
+    text = markdown(grid, tables, facts, source)
     write_atomically(out / "tables.md", text.encode())
     from lightning_sfubm.grid.plots import write_plots
 

@@ -3,14 +3,16 @@
 import statistics
 from collections import defaultdict
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.facts import plain
 from lightning_sfubm.evaluation.results import PerUserResults
-from lightning_sfubm.evaluation.significance import bootstrap_ci, holm, mcnemar_exact
+from lightning_sfubm.evaluation.significance import bootstrap_ci, holm, mcnemar_exact, wilson_interval
 from lightning_sfubm.grid.cells import Json, results_of
+from lightning_sfubm.grid.notes import table_notes
 from lightning_sfubm.grid.spec import Grid
 
 COLUMNS = ("hit@1", "ndcg@10", "full_ndcg@10", "valid_ratio")
@@ -72,19 +74,34 @@ def _name(cell: Json) -> str:
 
 
 def summary(seeds: list[Json]) -> Json:
-    """One table row from the cells of a method: means over seeds, and the spread or the interval of Hit@1."""
+    """One table row from the cells of a method: means over seeds, and of Hit@1 its spread and the interval about its mean.
+
+    The interval is Wilson's for the row's number of users, to whom further seeds add nobody.
+    """
     first = seeds[0]
-    row: Json = {key: first[key] for key in ("method", "label", "group", "users", "trainable_params")}
+    row: Json = {key: first[key] for key in ("method", "label", "group", "users", "trainable_params", "num_candidates")}
     row["seeds"] = [cell["seed"] for cell in seeds]
     for name in COLUMNS:
         values = [cell["metrics"][name]["value"] for cell in seeds]
         row[name] = None if None in values else statistics.mean(values)
         row[f"{name} sd"] = statistics.stdev(values) if len(values) > 1 and None not in values else None
-    row["hit@1 interval"] = [first["metrics"]["hit@1"]["low"], first["metrics"]["hit@1"]["high"]]
+    estimate = None if row["hit@1"] is None else wilson_interval(row["hit@1"] * row["users"], row["users"])
+    row["hit@1 interval"] = [None, None] if estimate is None else [estimate.low, estimate.high]
     row["slices"] = {name: _mean(cell["slices"][name]["hit@1"]["value"] for cell in seeds) for name in SLICES}
     for name in ("train_cpu_s", "cpu_s", "wall_s", "peak_rss_mb"):
         row[name] = _mean(cell.get(name) for cell in seeds)
     return row
+
+
+def plot_name(pair: str, domain: str, kind: str) -> str:
+    """File name of a figure of a table.
+
+    Args:
+        pair: first part of the table's heading.
+        domain: second part of it.
+        kind: ``"hit"`` or ``"cost"``.
+    """
+    return f"{pair}_{domain}_{kind}.png".replace(", ", "_").replace(" ", "_")
 
 
 def _mean(values: Any) -> float | None:
@@ -188,12 +205,23 @@ def _by_user(differences: _Differences, seeds: list[int]) -> Any:
     return np.array([[differences[seed][user] for user in users] for seed in seeds])
 
 
-def markdown(grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]], facts: list[Json]) -> str:
-    """All tables as Markdown."""
-    lines = [f"# {grid.title}", ""]
+def markdown(
+    grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]], facts: list[Json], source: str | None = None
+) -> str:
+    """All tables as Markdown, with what their columns mean.
+
+    Args:
+        grid: gives the title.
+        tables: see :func:`ordered`.
+        facts: see :func:`comparisons`.
+        source: path of the grid file as it can be given again; ``None`` = not told.
+    """
+    cells = [cell for methods in tables.values() for seeds in methods.values() for cell in seeds]
+    lines = [f"# {grid.title}", "", *(f"- {note}" for note in table_notes(cells, source)), ""]
     for (pair, domain), methods in tables.items():
         rows = [summary(seeds) for seeds in methods.values()]
-        lines += [f"## {pair}: {domain}", ""]
+        hits, costs = (f"plots/{quote(plot_name(pair, domain, kind))}" for kind in ("hit", "cost"))
+        lines += [f"## {pair}: {domain}", "", f"Figures: [Hit@1]({hits}), [quality beside cost]({costs}).", ""]
         lines += _table(
             ["method", "Hit@1", "NDCG@10", "full NDCG@10", "valid", "users", "seeds", "train CPU-s", "rank CPU-s"],
             [
