@@ -19,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_sfubm import callbacks, datamodules, modules
 from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
-from lightning_sfubm.errors import ConfigError, SFUBMError
+from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.settings import lasting_settings
 from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.safe_load import load_checkpoint
 
 
@@ -139,6 +140,28 @@ class SFUBMCLI(LightningCLI):
         if isinstance(self.trainer, FederatedTrainer) and self.trainer.federation is not None:
             self.trainer.config_text = f"# lightning-sfubm {' '.join(self._argv)}\n{self._resolved}"
             self.trainer.settings = self.lasting_settings
+
+    def before_validate(self) -> None:
+        """Refuse a stage-1 model that nothing has trained."""
+        self._refuse_untrained()
+
+    def before_test(self) -> None:
+        """Refuse a stage-1 model that nothing has trained."""
+        self._refuse_untrained()
+
+    def before_predict(self) -> None:
+        """Refuse a stage-1 model that nothing has trained."""
+        self._refuse_untrained()
+
+    def _refuse_untrained(self) -> None:
+        # An LLM head may be evaluated as it is: a row of its own, zero-shot. A federation is refused by its trainer.
+        federated = getattr(self.trainer, "federation", None) is not None
+        given = self.config_init[self.config_init["subcommand"]].get("ckpt_path")
+        if given is None and not federated and isinstance(self.model, CatalogueModule):
+            raise CheckpointError(
+                "without --ckpt_path the weights are random: give 'last' or 'best' of an earlier fit with the same "
+                "trainer.default_root_dir, or the path of a checkpoint"
+            )
 
     @property
     def lasting_settings(self) -> dict[str, Any]:
