@@ -26,6 +26,20 @@ from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.safe_load import load_checkpoint
 
+#: above the options in the help of each command
+_ABOUT = {
+    command: {
+        "description": f"{what} The folder configs/ holds settings to start from, in each file the command that runs it; for "
+        f"instance: lightning-sfubm {command} {example}"
+    }
+    for command, what, example in (
+        ("fit", "Train.", "--config configs/debug/synthetic.yaml"),
+        ("validate", "Evaluate on validation data.", "--config configs/debug/synthetic.yaml --ckpt_path last"),
+        ("test", "Evaluate on test data.", "--config configs/debug/synthetic.yaml --ckpt_path last"),
+        ("predict", "Recommend to every user.", "--config configs/debug/synthetic.yaml --ckpt_path last"),
+    )
+}
+
 
 class _Parser(LightningArgumentParser):
     """Parser whose errors are one sentence, raised for the entry point to print."""
@@ -86,7 +100,7 @@ class SFUBMCLI(LightningCLI):
             parser_class=_Parser,
             seed_everything_default=1,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-sfubm", **_ABOUT},
             args=args,
             run=run,
         )
