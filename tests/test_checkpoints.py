@@ -2,17 +2,20 @@
 
 import logging
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sfubm.__main__ import main
 from lightning_sfubm.checkpoints import find_checkpoint
 from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.modules.llm_head import LLMHead
+from lightning_sfubm.next_steps import next_steps
 from lightning_sfubm.safe_load import load_checkpoint
 from tests.conftest import small_distiller
 
@@ -79,6 +82,39 @@ def test_random_weights_of_stage_1_are_not_evaluated(
     assert exit.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "without --ckpt_path the weights are random: give 'last' or 'best'" in message
+
+
+def test_a_fit_shows_the_data_and_says_how_to_go_on(
+    command: list[str], capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    schedule = ["--trainer.enable_progress_bar", "true", "--trainer.max_epochs", "2", "--trainer.min_epochs", "1"]
+    main(["fit", *command, *schedule, "--ckpt_path", "last"])
+    shown, notices = capfd.readouterr()
+    assert shown.count("Data card: alpha") == 1
+    assert "TPU available" not in shown + notices
+    assert not [w for w in recwarn if "LeafSpec" in str(w.message)]
+    best, further = shown.strip().splitlines()[-2:]
+    assert best.startswith("best val/ndcg@10 0.")
+    assert Path(best.split("; last: ")[1]).name == "last.ckpt"
+    assert further.startswith("next: lightning-sfubm test --config ")
+    assert further.endswith(" --ckpt_path best (or predict in place of test)")
+    told = shlex.split(further.removeprefix("next: ").removesuffix(" (or predict in place of test)"))
+    for action in ("test", "predict"):
+        main([action, *told[2:]])
+    shown = capfd.readouterr().out
+    assert "test/ndcg@10" in shown
+    assert "Recommendations of alpha" in shown
+    assert not [w for w in recwarn if "batch indices" in str(w.message)]
+
+
+def test_a_best_checkpoint_that_a_new_process_would_not_find_is_named_by_its_path(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(dirpath=tmp_path / "elsewhere", monitor="val/ndcg@10")
+    trainer = FederatedTrainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[callback])
+    assert next_steps(trainer, small_distiller(), ["fit"]) == []  # nothing written
+    callback.best_model_path = str(tmp_path / "elsewhere" / "a.ckpt")
+    first, second = next_steps(trainer, small_distiller(), ["fit", "--a", "1", "--ckpt_path=x"])
+    assert first == f"checkpoint: {callback.best_model_path}"
+    assert f"lightning-sfubm test --a 1 --ckpt_path {callback.best_model_path} " in second
 
 
 def test_a_python_caller_may_evaluate_a_module_as_it_is(
