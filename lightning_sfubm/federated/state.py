@@ -192,7 +192,7 @@ class RunState:
     def warn_of_ledger(self) -> None:
         """Say that the record of an earlier run in the same folder is about to go, where it tells of messages."""
         if messages := self.ledger.messages():
-            log.warning("%s holds an earlier run: its ledger, of %d messages, is replaced", self.run_dir, messages)
+            log.warning("%s holds an earlier run: its ledger is replaced (messages in it: %d)", self.run_dir, messages)
 
     def _clear(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
