@@ -65,6 +65,9 @@ def _sentence(message: str) -> str:
     # An option inside another one lists its own failures in place of a reason: the first that is a reason counts.
     reason = re.search(r"Errors:\s+- (?!Does not validate)(.+?)(?:\n\s*- |\Z)", message, re.DOTALL)
     words = " ".join((reason[1] if reason else message).split())
+    if missing := re.search(r"Problem with given class_path '[^']+': No module named '[^']+'", words):
+        where = "a module of your own is found in the folders that PYTHONPATH names"
+        return f"{f'{key[1]}: ' if key else ''}{missing[0]}; {where}"
     return f"{key[1]}: {words}" if key and reason else words
 
 

@@ -122,6 +122,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["report", "."], "nothing to report"),
         (["fit", "--config", SYNTHETIC, "--experiment.init_args.methods", "[nonsense]"], "nonsense"),
         (["fit", "--config", SYNTHETIC, "--trainer.federation.init_args.rounds", "-1"], "rounds = -1"),
+        (
+            ["fit", "--config", SYNTHETIC, "--model.init_args.encoder", "mine.Nope"],
+            "No module named 'mine'; a module of",
+        ),
         (["fit", "--config", SYNTHETIC, "--trainer.federation", "null"], "an experiment follows federated rounds"),
         (["test", "--config", SYNTHETIC, "--trainer.default_root_dir", "nowhere", "--ckpt_path", "last"], "nowhere"),
     ],
