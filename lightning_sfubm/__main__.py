@@ -1,6 +1,8 @@
 """Entry points `lightning-sfubm`, `python -m lightning_sfubm`, `lightning`. Imports stay lazy, for a quick `--help`."""
 
+import os
 import sys
+from typing import NoReturn
 
 _HELP = """usage: lightning-sfubm COMMAND [options]
 
@@ -34,7 +36,7 @@ _OWN = ("report", "audit", "results", "flower-app", "flower-silo")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; user errors end with one sentence and exit code 2."""
+    """Run a command; user errors end with one sentence and exit code 2, an interruption with one line and 130."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
@@ -75,6 +77,19 @@ def main(argv: list[str] | None = None) -> None:
     except SFUBMError as error:
         print(f"lightning-sfubm: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        _interrupted(argv[0])
+    except SystemExit as ending:  # what a Lightning trainer makes of it
+        if isinstance(ending.__context__, KeyboardInterrupt):
+            _interrupted(argv[0])
+        raise
+
+
+def _interrupted(command: str) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes that train together the first one says it
+        how = "; the same command with --ckpt_path last goes on" if command == "fit" else ""
+        print(f"\ninterrupted{how}", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def main_lightning(argv: list[str] | None = None) -> None:

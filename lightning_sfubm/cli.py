@@ -18,12 +18,30 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from lightning_sfubm import callbacks, datamodules, modules
+from lightning_sfubm.callbacks.data_card import DataCardPrinter
 from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
-from lightning_sfubm.errors import ConfigError, SFUBMError
+from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.settings import lasting_settings
 from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.modules.stage1 import CatalogueModule
+from lightning_sfubm.next_steps import next_steps
+from lightning_sfubm.quiet import quiet_command_line
 from lightning_sfubm.safe_load import load_checkpoint
+
+#: above the options in the help of each command
+_ABOUT = {
+    command: {
+        "description": f"{what} The folder configs/ holds settings to start from, in each file the command that runs it; for "
+        f"instance: lightning-sfubm {command} {example}"
+    }
+    for command, what, example in (
+        ("fit", "Train.", "--config configs/debug/synthetic.yaml"),
+        ("validate", "Evaluate on validation data.", "--config configs/debug/synthetic.yaml --ckpt_path last"),
+        ("test", "Evaluate on test data.", "--config configs/debug/synthetic.yaml --ckpt_path last"),
+        ("predict", "Recommend to every user.", "--config configs/debug/synthetic.yaml --ckpt_path last"),
+    )
+}
 
 
 class _Parser(LightningArgumentParser):
@@ -47,6 +65,9 @@ def _sentence(message: str) -> str:
     # An option inside another one lists its own failures in place of a reason: the first that is a reason counts.
     reason = re.search(r"Errors:\s+- (?!Does not validate)(.+?)(?:\n\s*- |\Z)", message, re.DOTALL)
     words = " ".join((reason[1] if reason else message).split())
+    if missing := re.search(r"Problem with given class_path '[^']+': No module named '[^']+'", words):
+        where = "a module of your own is found in the folders that PYTHONPATH names"
+        return f"{f'{key[1]}: ' if key else ''}{missing[0]}; {where}"
     return f"{key[1]}: {words}" if key and reason else words
 
 
@@ -85,7 +106,7 @@ class SFUBMCLI(LightningCLI):
             parser_class=_Parser,
             seed_everything_default=1,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-sfubm", **_ABOUT},
             args=args,
             run=run,
         )
@@ -136,9 +157,36 @@ class SFUBMCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Hand a federated run its resolved configuration, and how to run it again, to be kept in its folder."""
+        if self.config_init["fit"].get("experiment") is None:
+            self.trainer.callbacks.append(DataCardPrinter())  # type: ignore[attr-defined]
         if isinstance(self.trainer, FederatedTrainer) and self.trainer.federation is not None:
             self.trainer.config_text = f"# lightning-sfubm {' '.join(self._argv)}\n{self._resolved}"
             self.trainer.settings = self.lasting_settings
+
+    def before_validate(self) -> None:
+        """Refuse a stage-1 model that nothing has trained."""
+        self._refuse_untrained()
+
+    def before_test(self) -> None:
+        """Refuse a stage-1 model that nothing has trained."""
+        self._refuse_untrained()
+
+    def before_predict(self) -> None:
+        """Refuse a stage-1 model that nothing has trained."""
+        self._refuse_untrained()
+
+    def _refuse_untrained(self) -> None:
+        # An LLM head may be evaluated as it is: a row of its own, zero-shot. A federation is refused by its trainer.
+        given = self.config_init[self.config_init["subcommand"]].get("ckpt_path")
+        if given is None and not self._federated and isinstance(self.model, CatalogueModule):
+            raise CheckpointError(
+                "without --ckpt_path the weights are random: give 'last' or 'best' of an earlier fit with the same "
+                "trainer.default_root_dir, or the path of a checkpoint"
+            )
+
+    @property
+    def _federated(self) -> bool:
+        return getattr(self.trainer, "federation", None) is not None
 
     @property
     def lasting_settings(self) -> dict[str, Any]:
@@ -157,10 +205,13 @@ class SFUBMCLI(LightningCLI):
             self.config_dump = yaml.safe_load(self._resolved)
 
     def fit(self, **kwargs: Any) -> None:
-        """Train; then the experiment, where one is configured."""
+        """Train, and say where the checkpoints of one model are; or the experiment, where one is configured."""
         experiment = self.config_init["fit"].get("experiment")
         if experiment is None:
             self.trainer.fit(**kwargs)
+            if self.trainer.is_global_zero and not self._federated:
+                for line in next_steps(self.trainer, self.model, self._argv):
+                    print(line)
             return
         if not isinstance(self.trainer, FederatedTrainer) or self.trainer.federation is None:
             raise ConfigError("an experiment follows federated rounds: set trainer.federation, or experiment to null")
@@ -188,4 +239,5 @@ def run(argv: list[str]) -> None:
     """Parse and run; returns nothing, so that a console script's exit code stays 0."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers_logging.disable_progress_bar()  # a bar for each load of a model that takes a second
+    quiet_command_line(fitting=argv[0] == "fit")
     SFUBMCLI(args=None if argv == sys.argv[1:] else argv)

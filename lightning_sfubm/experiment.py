@@ -181,6 +181,7 @@ class Experiment:
         else:
             trainer.prepare(model, datamodule)
             if ckpt_path is None and is_first():  # no message is sent: what lies here is of another run
+                trainer.loop.warn_of_ledger()  # type: ignore[union-attr]
                 for old in (
                     "ledger.jsonl",
                     "history.jsonl",
@@ -242,9 +243,10 @@ class Experiment:
         path = domain.run_dir / "results" / name / f"{key}.parquet"
         finished = _finished(path, domain, config_hash)
         wait_for_all()  # all have looked before the first writes
-        if finished:
-            return
         method = METHODS[key]
+        if finished:
+            console.print(f"[dim]{name}: {domain.label(method)}, kept[/dim]")
+            return
         console.print(f"[dim]{name}: {domain.label(method)}[/dim]")
         before = domain.spent_on(key)
         with domain.watch(f"train {key}"):

@@ -2,18 +2,29 @@
 
 import logging
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sfubm.__main__ import main
 from lightning_sfubm.checkpoints import find_checkpoint
 from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.modules.llm_head import LLMHead
+from lightning_sfubm.next_steps import next_steps
 from lightning_sfubm.safe_load import load_checkpoint
+from tests.conftest import small_distiller
 
 SYNTHETIC = "lightning_sfubm.datamodules.synthetic."
+
+
+@pytest.fixture
+def synthetic(federated_data: Any) -> Any:
+    return federated_data(domains=1).domains["alpha"]
 
 
 @pytest.fixture
@@ -44,10 +55,6 @@ def test_a_new_process_finds_the_last_and_the_best_weights(
     for which, path in (("last", last), ("best", best)):
         assert evaluate(command, "--ckpt_path", which) == evaluate(command, "--ckpt_path", str(path))
     assert "no ckpt_path" not in caplog.text
-    with caplog.at_level(logging.WARNING, "lightning_sfubm"):
-        untrained = evaluate(command)
-    assert "no ckpt_path is given" in caplog.text
-    assert untrained["test/ndcg@10"] < evaluate(command, "--ckpt_path", "best")["test/ndcg@10"]
 
     shutil.move(tmp_path / "run", tmp_path / "moved")
     assert find_checkpoint([tmp_path / "moved"], "best").name == best.name
@@ -64,6 +71,76 @@ def test_untrained_weights_are_not_evaluated_in_place_of_those_asked_for(
         main(["test", *command, "--ckpt_path", which])
     assert exit.value.code == 2
     assert "no last.ckpt of an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("action", ["validate", "test", "predict"])
+def test_random_weights_of_stage_1_are_not_evaluated(
+    action: str, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([action, *command])
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "without --ckpt_path the weights are random: give 'last' or 'best'" in message
+
+
+def test_a_fit_shows_the_data_and_says_how_to_go_on(
+    command: list[str], capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    schedule = ["--trainer.enable_progress_bar", "true", "--trainer.max_epochs", "2", "--trainer.min_epochs", "1"]
+    main(["fit", *command, *schedule, "--ckpt_path", "last"])
+    shown, notices = capfd.readouterr()
+    assert shown.count("Data card: alpha") == 1
+    assert "TPU available" not in shown + notices
+    assert not [w for w in recwarn if "LeafSpec" in str(w.message)]
+    best, further = shown.strip().splitlines()[-2:]
+    assert best.startswith("best val/ndcg@10 0.")
+    assert Path(best.split("; last: ")[1]).name == "last.ckpt"
+    assert further.startswith("next: lightning-sfubm test --config ")
+    assert further.endswith(" --ckpt_path best (or predict in place of test)")
+    told = shlex.split(further.removeprefix("next: ").removesuffix(" (or predict in place of test)"))
+    for action in ("test", "predict"):
+        main([action, *told[2:]])
+    shown = capfd.readouterr().out
+    assert "test/ndcg@10" in shown
+    assert "Recommendations of alpha" in shown
+    assert not [w for w in recwarn if "batch indices" in str(w.message)]
+
+
+def test_a_best_checkpoint_that_a_new_process_would_not_find_is_named_by_its_path(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(dirpath=tmp_path / "elsewhere", monitor="val/ndcg@10")
+    trainer = FederatedTrainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[callback])
+    assert next_steps(trainer, small_distiller(), ["fit"]) == []  # nothing written
+    callback.best_model_path = str(tmp_path / "elsewhere" / "a.ckpt")
+    first, second = next_steps(trainer, small_distiller(), ["fit", "--a", "1", "--ckpt_path=x"])
+    assert first == f"checkpoint: {callback.best_model_path}"
+    assert f"lightning-sfubm test --a 1 --ckpt_path {callback.best_model_path} " in second
+
+
+def test_a_python_caller_may_evaluate_a_module_as_it_is(
+    synthetic: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may have been trained; where a checkpoint lies besides, a line says that it is not used."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"")
+    trainer = FederatedTrainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+    )
+    with caplog.at_level(logging.WARNING, "lightning_sfubm"):
+        trainer.test(small_distiller(), datamodule=synthetic, verbose=False)
+    assert "no ckpt_path is given" in caplog.text
+
+
+def test_an_untrained_model_that_is_not_of_stage_1_may_be_evaluated(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an LLM head is, zero-shot."""
+    monkeypatch.setattr("lightning_sfubm.cli.CatalogueModule", LLMHead)
+    assert "test/ndcg@10" in evaluate(command)
 
 
 def test_a_fit_starts_from_the_beginning_where_there_is_no_last(

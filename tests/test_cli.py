@@ -70,6 +70,45 @@ def test_help_answers_without_importing_torch() -> None:
         assert word in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("fit", "interrupted; the same command with --ckpt_path last goes on"), ("test", "interrupted")],
+)
+@pytest.mark.parametrize("by_lightning", [True, False])
+def test_an_interruption_is_one_line(
+    command: str,
+    said: str,
+    by_lightning: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Between trainings as within one, where Lightning ends the program by itself."""
+    import lightning_sfubm.cli
+
+    def run(argv: list[str]) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if by_lightning:
+                sys.exit(1)
+            raise
+
+    monkeypatch.setattr(lightning_sfubm.cli, "run", run)
+    with pytest.raises(SystemExit) as exit:
+        main([command])
+    assert exit.value.code == 130
+    assert capsys.readouterr().err.split("\n") == ["", said, ""]
+
+
+def test_another_end_keeps_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning_sfubm.cli
+
+    monkeypatch.setattr(lightning_sfubm.cli, "run", lambda argv: sys.exit(3))
+    with pytest.raises(SystemExit) as exit:
+        main(["fit"])
+    assert exit.value.code == 3
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--version"])
     assert capsys.readouterr().out.startswith("lightning-sfubm 0.")
@@ -83,6 +122,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["report", "."], "nothing to report"),
         (["fit", "--config", SYNTHETIC, "--experiment.init_args.methods", "[nonsense]"], "nonsense"),
         (["fit", "--config", SYNTHETIC, "--trainer.federation.init_args.rounds", "-1"], "rounds = -1"),
+        (
+            ["fit", "--config", SYNTHETIC, "--model.init_args.encoder", "mine.Nope"],
+            "No module named 'mine'; a module of",
+        ),
         (["fit", "--config", SYNTHETIC, "--trainer.federation", "null"], "an experiment follows federated rounds"),
         (["test", "--config", SYNTHETIC, "--trainer.default_root_dir", "nowhere", "--ckpt_path", "last"], "nowhere"),
     ],
@@ -117,7 +160,10 @@ def test_a_trainer_that_the_machine_cannot_have_is_refused_in_one_sentence(capsy
 def test_the_help_of_a_command_lists_what_can_be_configured(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
-    listed = "".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: lightning-sfubm [options] fit ")
+    assert "lightning-sfubm fit --config configs/debug/synthetic.yaml" in " ".join(shown.split())
+    listed = "".join(shown.split())
     for name in ("modules.fkd.FKDDistiller", "modules.llm_head.LLMHead", "modules.baselines.ffmsr.FFMSR"):
         assert f"lightning_sfubm.{name}" in listed
     for name in ("datamodules.federated_datamodule.FederatedDataModule", "callbacks.fedprox.FedProx"):

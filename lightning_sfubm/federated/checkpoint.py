@@ -106,7 +106,11 @@ def find_state(path: Path) -> Path:
             return state
         except CheckpointError as error:
             problems.append(str(error))
-    raise CheckpointError("; ".join(problems) or f"{path}: no federated checkpoint there; start without --ckpt_path")
+    raise CheckpointError(
+        "; ".join(problems)
+        or f"{path}: no federated checkpoint there; 'last' is the newest state of the run, without --ckpt_path a fit starts "
+        "from the beginning"
+    )
 
 
 def read_loop(state: Path) -> dict[str, Any]:

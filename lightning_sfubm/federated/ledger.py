@@ -58,6 +58,13 @@ class Ledger:
         self.since: list[Entry] = []
         self._again: set[tuple[str, int]] = set()
 
+    def messages(self) -> int:
+        """Lines that the file holds, of whatever run; 0 where there is none."""
+        if not self.path.is_file():
+            return 0
+        with open(self.path, "rb") as handle:
+            return sum(1 for line in handle if line.strip())
+
     def start(self) -> None:
         """Begin an empty ledger; one of an earlier run in the same place is replaced."""
         if is_first():

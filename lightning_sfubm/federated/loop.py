@@ -15,7 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.federated.checkpoint import state_folder
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.exchange import Exchange
 from lightning_sfubm.federated.federation import Federation
@@ -23,7 +26,7 @@ from lightning_sfubm.federated.hooks import ClientDropped
 from lightning_sfubm.federated.ledger import content_hash
 from lightning_sfubm.federated.state import OF_SILO, Counters
 from lightning_sfubm.federated.workers import Job, Trained
-from lightning_sfubm.ranks import wait_for_all
+from lightning_sfubm.ranks import is_first, wait_for_all
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,12 @@ class FederatedLoop(Exchange):
                 f"{states}: the local phases there follow {done} rounds and would not learn from more: set "
                 f"trainer.federation.rounds to {done}, or start anew in another trainer.default_root_dir"
             )
+        finished = sum(len(phases) for phases in self.counters.phases.values())
+        phases = sum(len(client.module.local_phases) for client in self.clients.values())
+        Console(highlight=False, quiet=not is_first()).print(
+            f"Goes on from {state_folder(self.checkpoints, self.counters.step).name}: {done} of {self.federation.rounds} "
+            f"rounds and {finished} of {phases} local phases are done"
+        )
 
     def run(self) -> None:
         """Run to the end from wherever the counters stand."""

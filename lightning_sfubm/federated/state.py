@@ -189,6 +189,11 @@ class RunState:
             self._clear()
         wait_for_all()
 
+    def warn_of_ledger(self) -> None:
+        """Say that the record of an earlier run in the same folder is about to go, where it tells of messages."""
+        if messages := self.ledger.messages():
+            log.warning("%s holds an earlier run: its ledger is replaced (messages in it: %d)", self.run_dir, messages)
+
     def _clear(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         earlier = self.run_dir / ".earlier"
@@ -203,6 +208,7 @@ class RunState:
         if self.goes_on and not earlier.exists():
             self.ledger.resume(0)
         else:
+            self.warn_of_ledger()
             (self.run_dir / NONCE).unlink(missing_ok=True)
             self.ledger.start()
         shutil.rmtree(earlier, ignore_errors=True)

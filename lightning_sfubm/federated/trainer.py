@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from lightning_sfubm.callbacks.data_card import DataCardPrinter
 from lightning_sfubm.callbacks.progress import LabelledProgressBar
 from lightning_sfubm.callbacks.round_logger import RoundLogger
 from lightning_sfubm.checkpoints import resolve
@@ -276,6 +277,9 @@ class FederatedTrainer(L.Trainer):
         assert self.loop is not None
         if ckpt_path is not None:
             self.loop.go_on(ckpt_path)
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, DataCardPrinter):
+                callback.show(self, datamodule)
         self.write_config()
         self.loop.run()
 

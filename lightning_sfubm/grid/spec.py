@@ -65,12 +65,14 @@ def values_of(config: Path) -> Any:
     """Values of a configuration without ``experiment.init_args.methods``, in whose place a run's rows stand.
 
     Raises:
-        ConfigError: it is not readable YAML.
+        ConfigError: it is not there, or not readable YAML.
     """
     import yaml
 
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{config} is not there") from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
         raise ConfigError(f"{config} is not readable YAML: {' '.join(str(error).split())}") from error
     with suppress(TypeError, KeyError, AttributeError):  # none named
@@ -130,6 +132,8 @@ def load_grid(path: Path, known_rows: set[str]) -> Grid:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"grid {path} is not there") from None
     except (
         OSError,
         ValueError,

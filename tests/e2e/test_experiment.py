@@ -67,7 +67,21 @@ def test_a_template_of_a_domain_that_there_is_not_is_told(
     assert "experiment.templates names ['alfa']; the domains are ['alpha', 'beta']" in caplog.text
 
 
-def test_messages_of_an_earlier_run_are_not_told_of_one_that_sends_none(tmp_path: Path) -> None:
+def test_rows_that_are_kept_are_said_to_be(
+    tmp_path: Path, federated_data: Any, federated_trainer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ckpt_path in (None, "last"):
+        assert ", kept\n" not in capsys.readouterr().out
+        Experiment(methods=["popularity"]).run(
+            federated_trainer(rounds=1), small_distiller(), federated_data(), ckpt_path=ckpt_path, config_hash="h"
+        )
+    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith(", kept")]
+    assert [line.split(":")[0] for line in said] == ["alpha", "beta"]
+
+
+def test_messages_of_an_earlier_run_are_not_told_of_one_that_sends_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "run/checkpoints/state-000001").mkdir(parents=True)
     earlier = {"ledger.jsonl", "history.jsonl", "audit.json", "privacy_report.html", "privacy_report.json"}
     for name in earlier:
@@ -77,6 +91,7 @@ def test_messages_of_an_earlier_run_are_not_told_of_one_that_sends_none(tmp_path
     )
     left = {p.name for p in (tmp_path / "run").iterdir()}
     assert not left & {*earlier, "checkpoints"}
+    assert "holds an earlier run: its ledger is replaced (messages in it: 1)" in caplog.text
 
 
 def test_every_method_ranks_the_same_candidates_of_the_same_users(finished: Any) -> None:

@@ -46,7 +46,7 @@ NOISE = "--trainer.callbacks.init_args.sigma"
             ["threshold = 0.3"],
         ),
         ([NOISE, "-1"], ["sigma"]),
-        (["--ckpt_path", "elsewhere"], ["elsewhere", "no federated checkpoint"]),
+        (["--ckpt_path", "best"], ["best: no federated checkpoint there; 'last' is the newest state of the run"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else "",
 )

@@ -52,7 +52,7 @@ class StopAfter(FederatedCallback):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_run_resumed_after_a_round_equals_one_that_never_stopped(
-    stop: int, federated_data: Any, federated_trainer: Any
+    stop: int, federated_data: Any, federated_trainer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight = federated_trainer("straight", rounds=3)
     straight.fit(small_distiller(), datamodule=federated_data())
@@ -61,9 +61,12 @@ def test_a_run_resumed_after_a_round_equals_one_that_never_stopped(
     with pytest.raises(KeyboardInterrupt):
         broken.fit(small_distiller(), datamodule=federated_data())
     torch.manual_seed(999)  # a new process has another global stream
+    state = find_state(broken.run_dir / "checkpoints").name
     resumed = federated_trainer("broken", rounds=3)
     resumed.fit(small_distiller(), datamodule=federated_data(), ckpt_path="last")
 
+    said = capsys.readouterr().out
+    assert f"Goes on from {state}: {stop} of 3 rounds and 0 of 4 local phases are done" in said.replace("\n", " ")
     assert same(weights(straight), weights(resumed))
     for file in ("history.jsonl",):
         assert (straight.run_dir / file).read_text() == (resumed.run_dir / file).read_text()
@@ -294,6 +297,22 @@ def test_checkpoints_are_safe_whole_and_the_last_two(federated_data: Any, federa
         find_state(newest)
     with pytest.raises(CheckpointError, match="no federated checkpoint"):
         trainer.fit(small_distiller(), datamodule=federated_data(), ckpt_path=str(folder / "elsewhere"))
+
+
+def test_a_ledger_that_is_replaced_is_said_to_be(
+    federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = federated_trainer(rounds=0)
+    trainer.run_dir.mkdir()
+    file = trainer.run_dir / "ledger.jsonl"
+    file.write_text('{"a": 1}\n{"a": 2}\n')
+    trainer.prepare(small_distiller(), federated_data())
+    trainer.loop._start()
+    assert f"{trainer.run_dir} holds an earlier run: its ledger is replaced (messages in it: 2)" in caplog.text
+    assert file.read_text() == ""
+    caplog.clear()
+    trainer.loop._start()
+    assert caplog.text == ""
 
 
 def test_resume_refuses_other_clients_models_and_schedules(federated_data: Any, federated_trainer: Any) -> None:

@@ -147,6 +147,9 @@ def test_a_configuration_that_is_no_yaml_is_named(tmp_path: Path) -> None:
         (tmp_path / "base.yaml").write_bytes(text)
         with pytest.raises(ConfigError, match=r"base.yaml is not readable YAML"):
             run.settings_hash()
+    (tmp_path / "base.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"base.yaml is not there$"):
+        run.settings_hash()
 
 
 def test_a_second_command_on_the_same_folder_is_refused_but_for_tables(

@@ -109,6 +109,11 @@ def test_broken_yaml_names_the_file(tmp_path: Path, text: str) -> None:
         load_grid(path, set(METHODS))
 
 
+def test_a_grid_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^grid .*g\.yaml is not there$"):
+        load_grid(tmp_path / "g.yaml", set(METHODS))
+
+
 GRIDS = [*sorted((ROOT / "configs" / "results").glob("*.yaml")), ROOT / "benchmarks" / "stage1_grid.yaml"]
 
 

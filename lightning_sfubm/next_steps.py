@@ -1,0 +1,57 @@
+"""What ``fit`` of one model says at its end: where its checkpoints are, and the command that uses the best one."""
+
+import shlex
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_sfubm.checkpoints import find_checkpoint
+from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.modules.stage1 import CatalogueModule
+
+
+def next_steps(trainer: L.Trainer, model: L.LightningModule, argv: list[str]) -> list[str]:
+    """Lines on the checkpoints of a training that has ended; none where it has written none.
+
+    Args:
+        trainer: that has trained.
+        model: what it has trained.
+        argv: of the command, ``fit`` first.
+    """
+    written = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path]
+    if not written:
+        return []
+    own = written[0]
+    what = "checkpoint"
+    if own.monitor is not None and own.best_model_score is not None:
+        what = f"best {own.monitor} {float(own.best_model_score):.4f}"
+    last = f"; last: {own.last_model_path}" if own.last_model_path else ""
+    lines = [f"{what}: {own.best_model_path}{last}"]
+    if is_overridden("test_step", model):
+        which = "best" if _is_found(trainer, own) else own.best_model_path
+        command = shlex.join(["lightning-sfubm", "test", *_options(argv), "--ckpt_path", which])
+        more = " (or predict in place of test)" if isinstance(model, CatalogueModule) else ""
+        lines.append(f"next: {command}{more}")
+    return lines
+
+
+def _is_found(trainer: L.Trainer, own: ModelCheckpoint) -> bool:
+    """Whether a new process with the same options finds this training's best checkpoint as ``best``."""
+    try:
+        last = find_checkpoint([Path(trainer.default_root_dir)], "last")
+    except CheckpointError:
+        return False
+    return (
+        own.monitor is not None and last.is_file() and str(last.resolve()) == str(Path(own.last_model_path).resolve())
+    )
+
+
+def _options(argv: list[str]) -> list[str]:
+    """Options of a ``fit``, less the checkpoint that it went on from."""
+    options = [argument for argument in argv[1:] if not argument.startswith("--ckpt_path=")]
+    if "--ckpt_path" in options:
+        at = options.index("--ckpt_path")
+        del options[at : at + 2]
+    return options
