@@ -119,7 +119,8 @@ def test_the_run_folder_and_the_report_say_what_happened(finished: Any) -> None:
     run = json.loads((trainer.run_dir / "run.json").read_text())
     assert run["command"] == "lightning-sfubm fit"
     assert run["seed"] == 3
-    assert {c["a"] for c in run["comparisons"]} == {"stage1", "sfubm"}
+    fusions = {"late_fusion", "late_fusion_counts", "late_fusion_products"}
+    assert {c["a"] for c in run["comparisons"]} == {"stage1", "sfubm", "stage1_beside_own", *fusions}
     assert any(name.startswith("train sfubm") for name in run["timings"])
     privacy = json.loads((trainer.run_dir / "privacy.json").read_text())
     assert [(e["sigma"], e["used"]) for e in privacy["alpha"]] == [(0.0, False), (0.05, True), (0.2, False)]
