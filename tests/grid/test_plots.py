@@ -78,4 +78,6 @@ def test_groups_are_told_apart_beyond_the_colours() -> None:
 
 def test_a_domain_without_rows_is_drawn_empty() -> None:
     for draw in (hit_figure, cost_figure):
-        draw("films", []).draw_without_rendering()
+        figure = draw("films", [])
+        figure.draw_without_rendering()
+        assert not figure.axes[0].lines
