@@ -121,7 +121,8 @@ class DataCard:
         return cls(**{**values, **parts})
 
     def __rich__(self) -> Table:
-        table = Table(title=f"Data card: {self.name} ({self.order} order, {self.k_core}-core)", title_justify="left")
+        order = "in the order of its rows" if self.order == "none" else f"by {self.order}"
+        table = Table(title=f"Data card: {self.name} ({order}, {self.k_core}-core)", title_justify="left")
         table.add_column("")
         table.add_column("source", justify="right")
         table.add_column("used", justify="right")
