@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
@@ -35,16 +36,16 @@ class PredictionWriter(BasePredictionWriter):
         import pyarrow.parquet as pq
 
         domain = data.domain
-        rows: dict[str, list[Any]] = {name: [] for name in ("user", "rank", "item", "title", "score")}
-        for batch in batches:
-            for user, items, scores in zip(
-                batch["user"].tolist(), batch["items"].tolist(), batch["scores"].tolist(), strict=True
-            ):
-                for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1):
-                    if item:
-                        key, title = domain.item_keys[item], domain.titles[item]
-                        for name, value in zip(rows, (domain.user_keys[user], rank, key, title, score), strict=True):
-                            rows[name].append(value)
+        users, items, scores = (torch.cat([b[name].cpu() for b in batches]) for name in ("user", "items", "scores"))
+        filled, ranks = items.nonzero(as_tuple=True)  # item 0 stands where a user has had nearly everything
+        chosen = pa.array(items[filled, ranks].numpy())
+        rows = {
+            "user": pa.array(domain.user_keys).take(pa.array(users[filled].numpy())),
+            "rank": pa.array((ranks + 1).numpy()),
+            "item": pa.array(domain.item_keys).take(chosen),
+            "title": pa.array(domain.titles).take(chosen),
+            "score": pa.array(scores[filled, ranks].numpy()),
+        }
         folder = Path(self.folder) if self.folder else Path(trainer.default_root_dir) / "predictions"
         folder.mkdir(parents=True, exist_ok=True)
         suffix = "" if trainer.world_size == 1 else f"-{trainer.global_rank}"

@@ -294,18 +294,26 @@ class Experiment:
         )
 
     def _protocol(self, datamodule: Any) -> dict[str, Any]:
-        domain = next(iter(datamodule.domains.values()))
+        domains = datamodule.domains
+        negatives = _alike({name: domain.num_candidates - 1 for name, domain in domains.items()})
         return {
             "split": "leave one out by time: last = test, one before = validation, rest = training",
-            "candidates": f"the target and {domain.num_candidates - 1} uniform negatives outside the user's history",
-            "chance": 1 / domain.num_candidates,
-            "k_core": domain.settings.k_core,
+            "candidates": f"the target and {negatives} uniform negatives outside the user's history",
+            "chance": _alike({name: 1 / domain.num_candidates for name, domain in domains.items()}),
+            "k_core": _alike({name: domain.settings.k_core for name, domain in domains.items()}),
             "compared on": "all test users"
             if self.max_test_users is None
             else f"{self.max_test_users} fixed test users",
             "stage 2 samples": "the last training positions of the users, held out from stage 1",
             "ties": "conservative: a tie counts against the method",
         }
+
+
+def _alike(values: Mapping[str, Any]) -> Any:
+    """The one value that all domains share, else each domain's, as text."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return ", ".join(f"{value} ({name})" for name, value in values.items())
 
 
 def _check_baselines(baselines: Mapping[str, LightningModule]) -> None:

@@ -18,7 +18,6 @@ from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics, user_blocks
 
 SHAPES_KEY = "stage1_shapes"
-TOP_ITEMS = 10  #: items that ``predict`` recommends to a user
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
@@ -52,6 +51,7 @@ class CatalogueModule(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.num_items = 0
         self.text_dim = 0
+        self.top_k = 10  #: items that ``predict`` recommends to a user
         self._term_sums: dict[str, Tensor] = {}
         self._term_rows = 0
         self._last_batch = False
@@ -195,7 +195,7 @@ class CatalogueModule(L.LightningModule):
         self._evaluate("test", batch)
 
     def predict_step(self, batch: PredictBatch, batch_idx: int) -> dict[str, Tensor]:
-        """The :data:`TOP_ITEMS` best items of the catalogue that the user has not had yet, after all that the user had.
+        """The :attr:`top_k` best items of the catalogue that the user has not had yet, after all that the user had.
 
         Returns:
             ``user`` (B,), ``items`` (B, k) and their ``scores`` (B, k), best first; k is at most N. Where a user has had
@@ -204,7 +204,7 @@ class CatalogueModule(L.LightningModule):
         scores = self.score_all(cast(RankBatch, batch)).float()  # no score depends on what there is to be predicted
         scores[:, 0] = -torch.inf
         scores.scatter_(1, batch.get("seen", batch["history"]), -torch.inf)
-        best = scores.topk(min(TOP_ITEMS, scores.shape[1] - 1), dim=1)
+        best = scores.topk(min(self.top_k, scores.shape[1] - 1), dim=1)
         items = best.indices.masked_fill(best.values == -torch.inf, 0)
         return {"user": batch["user"], "items": items, "scores": best.values}
 

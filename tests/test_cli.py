@@ -272,6 +272,9 @@ def test_predict_writes_recommendations_a_user_has_not_had(sequential: list[str]
         assert not known & {row["item"] for row in mine}
         assert [row["score"] for row in mine] == sorted((row["score"] for row in mine), reverse=True)
         assert all(row["title"] for row in mine)
+    SFUBMCLI(args=["predict", *sequential, "--ckpt_path", checkpoint(tmp_path / "run"), "--top_k", "3"])
+    shorter = pq.read_table(tmp_path / "run" / "predictions" / "alpha.parquet").to_pylist()
+    assert shorter == [row for row in rows if row["rank"] <= 3]
 
 
 def test_predict_of_a_federation_writes_a_table_for_each_domain(
@@ -283,6 +286,9 @@ def test_predict_of_a_federation_writes_a_table_for_each_domain(
 
     trainer = federated_trainer(rounds=1, callbacks=[PrivacyNoise(0.05), PredictionWriter()])
     trainer.fit(small_distiller(), datamodule=federated_data())
-    answers = trainer.predict(small_distiller(), datamodule=federated_data())
-    assert set(answers) == {"alpha", "beta"}
+    answers = trainer.predict(small_distiller(), datamodule=federated_data(), top_k=4)
+    assert {name: {batch["items"].shape[1] for batch in batches} for name, batches in answers.items()} == {
+        "alpha": {4},
+        "beta": {4},
+    }
     assert {p.name for p in (trainer.run_dir / "predictions").iterdir()} == {"alpha.parquet", "beta.parquet"}

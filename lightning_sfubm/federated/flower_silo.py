@@ -28,7 +28,7 @@ def flower_silo(argv: Sequence[str]) -> NoReturn:
     """Entry point: becomes the SuperNode.
 
     Raises:
-        ConfigError: Flower is not installed, or neither certificates nor ``--insecure`` are given.
+        ConfigError: Flower is not installed, neither certificates nor ``--insecure`` are given, or the configuration is wrong.
     """
     parser = argparse.ArgumentParser(
         "lightning-sfubm flower-silo",
@@ -63,6 +63,7 @@ def flower_silo(argv: Sequence[str]) -> NoReturn:
     if not options.insecure:
         trust = ["--root-certificates", str(options.root_certificates)]
         trust += ["--auth-supernode-private-key", str(options.key)]
+    _check(paths, options.silo)  # as a task would, but now and not in the log of the first round
     environment = silo_environment(write_commands())
     command = shutil.which("flower-supernode", path=environment["PATH"])
     if command is None:
@@ -72,6 +73,15 @@ def flower_silo(argv: Sequence[str]) -> NoReturn:
     node = f'silo="{options.silo}" config="{":".join(paths)}"'
     link = ["--superlink", options.superlink, "--port", str(options.port)]
     os.execve(command, [command, *link, *trust, "--node-config", node], environment)
+
+
+def _check(configs: Sequence[str], silo: str) -> None:
+    """Refuse a configuration that no task could open: an unknown setting, no such domain, what is for one process only."""
+    from lightning_sfubm.federated.envelopes import check_across_machines
+    from lightning_sfubm.federated.silo import read_silo
+
+    _, federation = read_silo(configs, silo)
+    check_across_machines(federation)
 
 
 def write_commands() -> Path:

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from filelock import FileLock
 from torch import Tensor
@@ -34,6 +34,10 @@ from lightning_sfubm.federated.messages import Message, MessageSchema, ReplayGua
 from lightning_sfubm.federated.server import SERVER
 from lightning_sfubm.federated.state import OF_SILO
 from lightning_sfubm.locks import locked
+
+if TYPE_CHECKING:
+    from lightning_sfubm.cli import SFUBMCLI
+    from lightning_sfubm.federated.trainer import FederatedTrainer
 
 log = logging.getLogger(__name__)
 
@@ -282,11 +286,35 @@ def _from_server(schema: MessageSchema, payload: bytes, held: int, latest: int) 
 
 
 def open_silo(configs: Sequence[str], name: str) -> Silo:
-    """Build a silo from its own configuration files, which never leave its machine.
+    """Build a silo from its own configuration files, which never leave its machine, and prepare its data.
 
     Args:
         configs: paths, later ones win: the federation's common part, then this silo's ``data``.
         name: of the silo and of its domain in ``data.domains``.
+
+    Raises:
+        ConfigError: no federation is agreed to, or there is no such domain.
+    """
+    cli, federation = read_silo(configs, name)
+    trainer = cast("FederatedTrainer", cli.trainer)
+    clients = trainer.build_clients(cli.model, cli.datamodule)
+    return Silo(
+        federation,
+        clients[name],
+        trainer.loop_callbacks,
+        trainer.run_dir,
+        trainer.seed,
+        trainer.shared_loggers,
+        cli.lasting_settings,
+    )
+
+
+def read_silo(configs: Sequence[str], name: str) -> "tuple[SFUBMCLI, Federation]":
+    """What a silo's configuration files say, no data read: trainer, model and the silo's own domain, and its federation.
+
+    Args:
+        configs: as those of :func:`open_silo`.
+        name: of the silo.
 
     Raises:
         ConfigError: no federation is agreed to, or there is no such domain.
@@ -311,13 +339,4 @@ def open_silo(configs: Sequence[str], name: str) -> Silo:
             f"are {sorted(domains)}"
         )
     data.domains = {name: domains[name]}  # whatever else there is, it is not this silo's
-    clients = trainer.build_clients(cli.model, data)
-    return Silo(
-        trainer.federation,
-        clients[name],
-        trainer.loop_callbacks,
-        trainer.run_dir,
-        trainer.seed,
-        trainer.shared_loggers,
-        cli.lasting_settings,
-    )
+    return cli, trainer.federation

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import (
     Callback,
@@ -37,6 +38,7 @@ from lightning_sfubm.federated.state import OF_SILO
 from lightning_sfubm.federated.twins import train_twins
 from lightning_sfubm.federated.workers import WorkerPool, import_ahead
 from lightning_sfubm.locks import locked
+from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.quiet import quiet_lightning
 from lightning_sfubm.ranks import first_prepares, is_first
 from lightning_sfubm.safe_load import SafeCheckpointIO
@@ -319,16 +321,29 @@ class FederatedTrainer(L.Trainer):
         return_predictions: bool | None = None,
         ckpt_path: Any = None,
         weights_only: bool | None = None,
+        top_k: PositiveInt = 10,
     ) -> Any:
-        """As :meth:`lightning.Trainer.predict`; with a federation, a dict of predictions by client."""
+        """As :meth:`lightning.Trainer.predict`; with a federation, a dict of predictions by client.
+
+        Args:
+            model: as there.
+            dataloaders: as there.
+            datamodule: as there.
+            return_predictions: as there.
+            ckpt_path: as there, or ``last`` and ``best`` of an earlier process.
+            weights_only: as there.
+            top_k: items that a model of stage 1 recommends to each user.
+        """
         if self.federation is None:
+            _set_top_k(self.lightning_module if model is None else model, top_k)
             path = resolve(self, ckpt_path)
             return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
-        loop = self._restored(model, datamodule, ckpt_path)
-        return {
-            name: self.make_trainer(label=name, max_epochs=1).predict(client.module, datamodule=client.datamodule)
-            for name, client in loop.clients.items()
-        }
+        loop, answers = self._restored(model, datamodule, ckpt_path), {}
+        for name, client in loop.clients.items():
+            _set_top_k(client.module, top_k)
+            trainer = self.make_trainer(label=name, max_epochs=1)
+            answers[name] = trainer.predict(client.module, datamodule=client.datamodule)
+        return answers
 
     def _evaluate(
         self, stage: str, model: Any, datamodule: Any, ckpt_path: Any, verbose: bool
@@ -375,3 +390,8 @@ def _as_list(callbacks: Any) -> list[Callback]:
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+
+
+def _set_top_k(module: Any, top_k: int) -> None:
+    if isinstance(module, CatalogueModule):
+        module.top_k = top_k

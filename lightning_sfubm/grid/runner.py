@@ -99,6 +99,8 @@ def run_grid(
         # Read once: what is edited while the run is at work is not what its cells were computed with.
         here, settings, name = data[parts[run.key]], run.settings_hash(), f"{number}/{len(chosen)} {run.key}"
         key = cell_hash(settings, here)
+        # Rows of a run that was killed before they became cells, as those of the commit and machine that computed them.
+        _export(run, out, key, settings)
         missing = _missing(run, out, list(here), key)
         if not missing:
             console.print(f"[dim]{name}: done before[/dim]")

@@ -283,8 +283,9 @@ def test_a_silo_opens_from_its_own_configuration_files(tmp_path: Path, monkeypat
     assert reply.silo == "alpha"
     assert read_shapes(reply.shape)[0] == 64
     assert json.loads((tmp_path / "run/ledger.jsonl").read_text())["kind"] == "teacher"
+    start = ["--config", str(common), "--config", str(own), "--superlink", "127.0.0.1:9091", "--insecure"]
     with pytest.raises(ConfigError, match="the domain 'beta'"):
-        open_silo([str(common), str(own)], "beta")
+        flower_silo([*start, "--silo", "beta"])  # before anything is started
 
 
 def test_the_page_says_what_the_generated_commands_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,7 +304,14 @@ def test_finished_cells_are_skipped_and_stale_ones_computed_again(
     assert not any("--ckpt_path" in call for call in fit.calls)
     runner.run_grid(grid, out, None, [], None)
     assert len(fit.calls) == 3
-    cell_path(out, "p", "a", "stage1", 2).write_text("{")  # torn
+    torn = cell_path(out, "p", "a", "stage1", 2)
+    torn.write_text("{")
+    runner.run_grid(grid, out, None, [], None)
+    assert len(fit.calls) == 3  # made again of the row that is still there
+    assert read_cell(torn)
+    torn.write_text("{")
+    for row in (out / "runs" / "p" / "main" / "2" / "results").glob("*/stage1.parquet"):
+        row.unlink()
     runner.run_grid(grid, out, None, [], None)
     assert len(fit.calls) == 4
     assert fit.calls[-1][-2:] == ["--ckpt_path", "last"]
@@ -333,6 +340,21 @@ def test_a_run_without_federated_rounds_goes_on_too(tmp_path: Path, fit: FakeFit
     fit.rows_before_death = None
     assert runner.run_grid(grid, out, None, [], None) == []
     assert fit.computed == ["random", "popularity", "encoder"]
+
+
+def test_rows_of_a_grid_that_was_killed_are_of_the_code_that_computed_them(
+    tmp_path: Path, fit: FakeFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, out = load_grid(grid_file(tmp_path), set(METHODS)), tmp_path / "out"
+    fit.rows_before_death = 1
+    with monkeypatch.context() as killed:
+        killed.setattr(runner, "_export", lambda *of: None)
+        runner.run_grid(grid, out, None, ["p/main/1"], None)
+    fit.rows_before_death = None
+    monkeypatch.setattr(runner, "environment", lambda: {"commit": "later", "hardware": {}, "versions": {}})
+    assert runner.run_grid(grid, out, None, ["p/main/1"], None) == []
+    assert {cell["method"]: cell["commit"] for cell in all_cells(out)} == {"popularity": "c", "stage1": "later"}
+    assert fit.computed == ["popularity", "stage1"]
 
 
 def test_what_is_edited_while_a_run_is_at_work_is_not_what_its_cells_are_of(tmp_path: Path, fit: FakeFit) -> None:
