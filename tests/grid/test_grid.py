@@ -124,6 +124,17 @@ def test_every_shipped_grid_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert path.read_text().startswith(f"# lightning-sfubm results --grid {path.relative_to(ROOT)}")
 
 
+def test_the_grid_of_the_how_to_page_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "how-to" / "compare-methods.md").read_text()
+    overlay, grid = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my_encoder.yaml").write_text(overlay)
+    (tmp_path / "my_grid.yaml").write_text(grid)
+    monkeypatch.chdir(tmp_path)
+    loaded = load_grid(Path("my_grid.yaml"), set(METHODS))
+    assert [run.key for run in loaded.select(["films/*/1"])] == ["films/published/1", "films/ours/1"]
+
+
 def test_runs_and_selection(tmp_path: Path) -> None:
     grid = load_grid(grid_file(tmp_path), set(METHODS))
     assert [run.key for run in grid.runs] == ["p/main/1", "p/main/2", "p/v/1"]
