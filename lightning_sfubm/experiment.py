@@ -47,6 +47,7 @@ COMPARISONS = (
     ("sfubm", "stage1"),
     ("sfubm", "late_fusion"),
     ("sfubm", "late_fusion_products"),
+    ("stage1_with_teacher", "stage1"),
     ("late_fusion", "stage1"),
     ("late_fusion_counts", "late_fusion"),
     ("late_fusion_products", "late_fusion"),
@@ -169,6 +170,7 @@ class Experiment:
             first_prepares(datamodule)
             datamodule.setup("fit")
         self._check_templates(getattr(datamodule, "domains", {}))
+        self._check_branches(model)
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
             for old in ("results", "local", "local-*", "models", "data"):
                 for folder in run_dir.glob(old):
@@ -273,6 +275,18 @@ class Experiment:
             for template in sorted({self.llm.hparams["template"], *self.templates.values()}):
                 for form in sorted(forms):
                     load_template(template, form)
+
+    def _check_branches(self, model: LightningModule) -> None:
+        """Refuse rows of a branch that the stage-1 module does not have, before it is trained.
+
+        Raises:
+            ConfigError: naming row and branch.
+        """
+        for key in self.methods:
+            if (needed := METHODS[key].branch) and needed not in getattr(model, "side_branches", ()):
+                raise ConfigError(
+                    f"row '{key}' ranks by the {needed} of stage 1, which {type(model).__name__} does not have: leave it out"
+                )
 
     def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:
         for name, card in datamodule.data_cards.items():

@@ -34,7 +34,13 @@ T = TypeVar("T")
 FUSION_USERS = 10_000
 
 #: stage-1 rows and the twins whose students rank in them; 0 is the federated client
-TWINS = {"stage1_local": (1,), "stage1": (0,), "stage1_beside_own": (0, 1), "stage1_local_twice": (1, 2)}
+TWINS = {
+    "stage1_local": (1,),
+    "stage1": (0,),
+    "stage1_with_teacher": (0,),
+    "stage1_beside_own": (0, 1),
+    "stage1_local_twice": (1, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Method:
         configurable: whether it takes a module from ``experiment.baselines``.
         promises: settings that such a module must have, for the label states them.
         trainings: its trainings to early stopping, by the names that ``experiment.patience`` gives.
+        branch: a side branch that it needs of the stage-1 module.
     """
 
     label: str
@@ -60,6 +67,7 @@ class Method:
     configurable: bool = False
     promises: Mapping[str, str] = field(default_factory=dict)
     trainings: tuple[str, ...] = ()
+    branch: str = ""
 
 
 class DomainRun:

@@ -11,7 +11,7 @@ from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.datamodules.union_datamodule import UnionDataModule
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.methods.base import TWINS, DomainRun, Method
-from lightning_sfubm.modules.baselines.score_sum import ScoreSum
+from lightning_sfubm.modules.baselines.score_sum import Branch, ScoreSum
 from lightning_sfubm.seeds import derive_seed
 
 
@@ -27,6 +27,13 @@ def _students(key: str) -> Callable[[DomainRun], Ranker]:
         return both
 
     return build
+
+
+def _with_teacher(run: DomainRun) -> Ranker:
+    """The federated student and its teacher, which is there already: the one knows items by their ids, the other by text."""
+    both = ScoreSum([run.stage1, Branch(run.stage1, "teacher")])
+    both.fit(run.data.rank_dataloader("train2", 256))
+    return both
 
 
 def _stage1_pooled(run: DomainRun) -> Ranker:
@@ -92,6 +99,13 @@ STAGE1: dict[str, Method] = {
     "stage1_local": _row("stage1_local", "{model} stage 1 without federation", False),
     "stage1_local_twice": _row("stage1_local_twice", "{model} stage 1 without federation, two students", False),
     "stage1": _row("stage1", "{model} stage 1", True),
+    "stage1_with_teacher": Method(
+        "{model} stage 1, student and teacher",
+        "{model}, stage 1",
+        _with_teacher,
+        needs_stage1=True,
+        branch="teacher",
+    ),
     "stage1_beside_own": _row("stage1_beside_own", "{model} stage 1, beside the silo's own student", True),
     "stage1_pooled": Method(
         "{model} stage 1, teacher pre-trained on pooled behaviour",

@@ -1,4 +1,4 @@
-"""A silo's own model beside the one it got by joining: their scores, weighed on samples that neither has seen."""
+"""Several trained models, or branches of one, side by side: their scores, weighed on samples that none has seen."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -11,6 +11,29 @@ from lightning_sfubm.contracts import CatalogueRanker, RankBatch
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.modules.layers.conditional_logit import fit_conditional_logit
 from lightning_sfubm.modules.layers.modes import evaluating
+from lightning_sfubm.modules.stage1 import CatalogueModule
+
+
+class Branch(nn.Module):
+    """One branch of a stage-1 module as a ranker of its own, such as the teacher beside its student.
+
+    Args:
+        module: trained; not copied, not changed.
+        name: one of its ``side_branches``.
+    """
+
+    def __init__(self, module: CatalogueModule, name: str) -> None:
+        super().__init__()
+        self.module, self.name = module, name
+
+    def rank(self, batch: RankBatch) -> Tensor:
+        """Scores (B, C)."""
+        return self.module.candidate_scores(batch, self.name)
+
+    def score_all(self, batch: RankBatch) -> Tensor:
+        """Scores (B, N + 1); column 0 (padding) is meaningless."""
+        states, items = self.module.logit_inputs(batch["history"], self.name)
+        return states @ items.T
 
 
 class ScoreSum(nn.Module):

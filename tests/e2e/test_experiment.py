@@ -11,6 +11,8 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
+from lightning_sfubm.modules.baselines.ffmsr import FFMSR
+from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm_head import LLMHead
 from tests.callbacks.test_dashboard import offline_wandb, wandb_records  # noqa: F401
@@ -67,6 +69,19 @@ def test_a_template_of_a_domain_that_there_is_not_is_told(
     assert "experiment.templates names ['alfa']; the domains are ['alpha', 'beta']" in caplog.text
 
 
+def test_a_row_of_a_branch_that_stage_1_lacks_is_refused_before_anything_is_trained(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    trainer = federated_trainer(rounds=1)
+    with pytest.raises(
+        ConfigError, match="'stage1_with_teacher' ranks by the teacher of stage 1, which FFMSR does not"
+    ):
+        Experiment(methods=["popularity", "stage1_with_teacher"]).run(
+            trainer, FFMSR(SASRec(16, num_heads=1), text_layers=1), federated_data()
+        )
+    assert not list(trainer.run_dir.glob("checkpoints"))
+
+
 def test_rows_that_are_kept_are_said_to_be(
     tmp_path: Path, federated_data: Any, federated_trainer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,7 +135,13 @@ def test_the_run_folder_and_the_report_say_what_happened(finished: Any) -> None:
     assert run["command"] == "lightning-sfubm fit"
     assert run["seed"] == 3
     fusions = {"late_fusion", "late_fusion_counts", "late_fusion_products"}
-    assert {c["a"] for c in run["comparisons"]} == {"stage1", "sfubm", "stage1_beside_own", *fusions}
+    assert {c["a"] for c in run["comparisons"]} == {
+        "stage1",
+        "sfubm",
+        "stage1_beside_own",
+        "stage1_with_teacher",
+        *fusions,
+    }
     assert any(name.startswith("train sfubm") for name in run["timings"])
     privacy = json.loads((trainer.run_dir / "privacy.json").read_text())
     assert [(e["sigma"], e["used"]) for e in privacy["alpha"]] == [(0.0, False), (0.05, True), (0.2, False)]
@@ -146,6 +167,8 @@ def test_students_alone_have_seeds_of_their_own_and_sums_count_both_trainings(fi
     }.items():
         assert rows[row].trainable_params == 2 * rows["stage1"].trainable_params
         assert rows[row].extra["train_cpu_s"] >= sum(rows[part].extra["train_cpu_s"] for part in parts)
+    assert rows["stage1_with_teacher"].trainable_params == rows["stage1"].trainable_params
+    assert rows["stage1_with_teacher"].extra["train_cpu_s"] == rows["stage1"].extra["train_cpu_s"]
     assert rows["stage1_local_twice"].extra["train_cpu_s"] > rows["stage1_local"].extra["train_cpu_s"]
 
 

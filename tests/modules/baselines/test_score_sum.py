@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_sfubm.contracts import RankBatch
+from lightning_sfubm.contracts import Catalogue, RankBatch
 from lightning_sfubm.errors import ConfigError, DataError
-from lightning_sfubm.modules.baselines.score_sum import ScoreSum
+from lightning_sfubm.modules.baselines.score_sum import Branch, ScoreSum
+from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.seeds import torch_generator
 
 ITEMS, CANDIDATES, TRUE = 60, 20, torch.tensor([0.8, 0.4])
@@ -87,6 +89,22 @@ def test_candidates_and_catalogue_are_ranked_by_the_same_scores() -> None:
     batch = world.batch(0, 50)
     torch.testing.assert_close(both.score_all(batch).gather(1, batch["candidates"]), both.rank(batch))
     assert torch.equal(world.models[0].scores, ScoreSum(world.models).models[0].scores)
+
+
+def test_a_student_beside_its_teacher_ranks_by_both(catalogue: Catalogue) -> None:
+    torch.manual_seed(0)
+    module = FKDDistiller(SASRec(8, num_heads=1), num_experts=1, phase="student", logits_precision="fp32")
+    module.bind(catalogue)
+    module.eval()
+    candidates = torch.tensor([[1, 4, 9], [2, 3, 5]])
+    batch: RankBatch = {"history": torch.tensor([[0, 3, 1], [5, 2, 7]]), "candidates": candidates}  # type: ignore[typeddict-item]
+    both = ScoreSum([module, Branch(module, "teacher")])
+    both.weights.copy_(torch.tensor([0.7, 0.4]))
+    with torch.no_grad():
+        expected = 0.7 * module.candidate_scores(batch) + 0.4 * module.candidate_scores(batch, "teacher")
+        torch.testing.assert_close(both.rank(batch), expected)
+        torch.testing.assert_close(both.score_all(batch).gather(1, candidates), expected)
+    assert not torch.allclose(module.candidate_scores(batch), module.candidate_scores(batch, "teacher"))
 
 
 def test_samples_come_in_any_batches() -> None:
