@@ -19,16 +19,16 @@ from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.callbacks.dashboard import log_privacy, log_results_table
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.datamodules.prompt_templates import load_template
-from lightning_sfubm.errors import ConfigError, DataError
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.facts import result_rows
 from lightning_sfubm.evaluation.report import build_report
-from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.evaluation.terminal import print_results
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.kept_rows import finished_row, save_row, set_aside
 from lightning_sfubm.methods import METHODS, DomainRun
 from lightning_sfubm.methods.published_llm import PUBLISHED_LLM
 from lightning_sfubm.modules.llm_head import LLMHead
@@ -205,7 +205,7 @@ class Experiment:
             for name, client in trainer.loop.clients.items()
         }
         if is_first():
-            _set_aside(run_dir / "results", runs, config_hash)
+            set_aside(run_dir / "results", runs, config_hash)
         wait_for_all()
         for order, key in enumerate(self.methods):
             for name, domain in runs.items():
@@ -243,7 +243,7 @@ class Experiment:
 
     def _row(self, domain: "DomainRun", key: str, order: int, name: str, config_hash: str, console: Console) -> None:
         path = domain.run_dir / "results" / name / f"{key}.parquet"
-        finished = _finished(path, domain, config_hash)
+        finished = finished_row(path, domain, config_hash)
         wait_for_all()  # all have looked before the first writes
         method = METHODS[key]
         if finished:
@@ -259,8 +259,8 @@ class Experiment:
             few = domain.evaluate(ranker, key, method, order, extra)
             if not method.needs_llm and domain.has_larger_test:
                 everyone = domain.evaluate(ranker, key, method, order, extra, all_users=True)
-                _save(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
-            _save(few, path)  # last: where it is, the row is whole
+                save_row(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
+            save_row(few, path)  # last: where it is, the row is whole
 
     def _check_templates(self, domains: Collection[str]) -> None:
         """Read every prompt template now, not after stage 1 has been trained.
@@ -346,38 +346,6 @@ def _check_baselines(baselines: Mapping[str, LightningModule]) -> None:
                     f"experiment.baselines.{key} has {name} '{found}', but row '{key}' is called '{METHODS[key].label}': set "
                     f"it to '{value}', or configure another row"
                 )
-
-
-def _finished(path: Path, domain: DomainRun, config_hash: str) -> bool:
-    """Whether a row is there, computed with these settings on these data."""
-    if not path.exists() or not config_hash:
-        return False
-    try:
-        meta = PerUserResults.load(path).meta
-    except DataError:  # cut off between its two files
-        return False
-    same_data = (meta.data_fingerprint, meta.candidate_hash) == domain.data_hashes
-    return same_data and meta.extra.get("config_hash") == config_hash
-
-
-def _set_aside(results: Path, runs: Mapping[str, DomainRun], config_hash: str) -> None:
-    """Move rows of other settings or data out of the results: one report holds one configuration.
-
-    They are kept in ``results-of-other-settings``, which the next move into it replaces row by row.
-    """
-    aside = results.with_name("results-of-other-settings")
-    for path in sorted(results.glob("*/*.parquet")):
-        domain = runs.get(path.parent.name.removesuffix(", all users"))
-        if config_hash and not (domain and _finished(path, domain, config_hash)):
-            (aside / path.parent.name).mkdir(parents=True, exist_ok=True)
-            for file in (path, path.with_suffix(".json")):
-                if file.exists():
-                    file.replace(aside / path.parent.name / file.name)
-
-
-def _save(results: PerUserResults, path: Path) -> None:
-    if is_first():
-        results.save(path)
 
 
 def _write_json(path: Path, value: Any) -> None:

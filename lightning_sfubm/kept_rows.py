@@ -1,0 +1,45 @@
+"""Rows in a run's folder: which of them a run that goes on keeps, and what becomes of the others."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_sfubm.errors import DataError
+from lightning_sfubm.evaluation.results import PerUserResults
+from lightning_sfubm.ranks import is_first
+
+if TYPE_CHECKING:
+    from lightning_sfubm.methods.base import DomainRun
+
+
+def finished_row(path: Path, domain: "DomainRun", config_hash: str) -> bool:
+    """Whether a row is there, computed with these settings on these data."""
+    if not path.exists() or not config_hash:
+        return False
+    try:
+        meta = PerUserResults.load(path).meta
+    except DataError:  # cut off between its two files
+        return False
+    same_data = (meta.data_fingerprint, meta.candidate_hash) == domain.data_hashes
+    return same_data and meta.extra.get("config_hash") == config_hash
+
+
+def set_aside(results: Path, runs: Mapping[str, "DomainRun"], config_hash: str) -> None:
+    """Move rows of other settings or data out of the results: one report holds one configuration.
+
+    They are kept in ``results-of-other-settings``, which the next move into it replaces row by row.
+    """
+    aside = results.with_name("results-of-other-settings")
+    for path in sorted(results.glob("*/*.parquet")):
+        domain = runs.get(path.parent.name.removesuffix(", all users"))
+        if config_hash and not (domain and finished_row(path, domain, config_hash)):
+            (aside / path.parent.name).mkdir(parents=True, exist_ok=True)
+            for file in (path, path.with_suffix(".json")):
+                if file.exists():
+                    file.replace(aside / path.parent.name / file.name)
+
+
+def save_row(results: PerUserResults, path: Path) -> None:
+    """Write a row, in the first process alone."""
+    if is_first():
+        results.save(path)
