@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,21 +94,30 @@ def template_environment() -> "jinja2.Environment":
         "words": _words,
         "flat": lambda mapping: list(_flat(mapping)),
     }
+    environment.filters["own_names"] = own_names
     return environment
+
+
+def own_names(domains: Sequence[Json]) -> list[str]:
+    """Names of the domains, each once: a table of all its users is no other domain."""
+    return list(dict.fromkeys(domain["name"].removesuffix(", all users") for domain in domains))
 
 
 def protocol_words(facts: Json) -> list[str]:
     """The protocol in sentences, as far as it follows from the results."""
     sentences = []
+    alike: dict[int, list[Json]] = {}
     for domain in facts["domains"]:
-        candidates, level = domain["num_candidates"], domain["chance"]["hit@1"]
-        if level is None:
-            continue
+        if domain["chance"]["hit@1"] is not None:
+            alike.setdefault(domain["num_candidates"], []).append(domain)
+    for candidates, domains in alike.items():
+        chance = domains[0]["chance"]
         sentences.append(
-            f"{domain['name']}: each method ranks the same stored list of {candidates} items per user, the one that "
-            f"followed and {candidates - 1} others. Chance level of Hit@1 is 1/{candidates} = {level:.3f}, "
-            f"of NDCG@10 {domain['chance']['ndcg@10']:.3f}, of MRR {domain['chance']['mrr']:.3f}."
+            f"{', '.join(own_names(domains))}: each method ranks the same stored list of {candidates} items per user, the one "
+            f"that followed and {candidates - 1} others. Chance level of Hit@1 is 1/{candidates} = {chance['hit@1']:.3f}, "
+            f"of NDCG@10 {chance['ndcg@10']:.3f}, of MRR {chance['mrr']:.3f}."
         )
+    for domain in facts["domains"]:
         if len(domain["candidate_hashes"]) > 1:
             sentences.append(
                 f"Attention: results of {domain['name']} come from {len(domain['candidate_hashes'])} different "
