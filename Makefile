@@ -26,7 +26,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@echo "Setting up $(VENV): about 1.6 GB to download and unpack, 1 to 5 minutes; done once."
+	@echo "Setting up $(VENV): about 2.1 GB once unpacked, 1 to 5 minutes; done once."
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed, this is %d.%d: set PYTHON=python3.x" % sys.version_info[:2]'
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
