@@ -101,7 +101,7 @@ TEMPLATE = """
 {% if row.group and (loop.first or row.group != loop.previtem.group) %}
 <tr class="group"><td colspan="11">{{ row.group }}</td></tr>
 {% endif %}
-<tr><td>{{ row.label }}</td>{{ cell(row.metrics["hit@1"]) }}{{ cell(row.metrics["ndcg@10"]) }}
+<tr><td class="wrap">{{ row.label }}</td>{{ cell(row.metrics["hit@1"]) }}{{ cell(row.metrics["ndcg@10"]) }}
 <td>{{ row.metrics["mrr"].value|num }}</td><td>{{ row.metrics["valid_ratio"].value|num }}</td>
 <td>{{ row.metrics["hit@1|valid"].value|num }}</td>{{ cell(row.metrics["full_ndcg@10"]) }}
 <td>{{ row.users|count }}</td><td>{{ row.trainable_params|count }}</td><td>{{ row.train_cpu_s|seconds }}</td>
@@ -123,7 +123,7 @@ lists: {{ domain.candidate_hashes|join(", ") }}.</caption>
 <th>NDCG@10</th><th>Users</th></tr></thead>
 <tbody>{% for c in comparisons %}
 {% if loop.first or c.domain != loop.previtem.domain %}<tr class="group"><td colspan="8">{{ c.domain }}</td></tr>{% endif %}
-<tr><td>{{ c.label_a }} − {{ c.label_b }}</td>
+<tr><td class="wrap">{{ c.label_a }} − {{ c.label_b }}</td>
 {% if c.not_compared %}<td colspan="7" class="text wrap">not compared: {{ c.not_compared }}</td>
 {% else %}{% set h = c["hit@1"] %}{{ difference(h) }}<td>{{ h.a_wins|count }}</td><td>{{ h.b_wins|count }}</td>
 <td>{{ h.p_mcnemar|p }}</td><td>{{ c.p_holm|p }}</td>{{ difference(c["ndcg@10"]) }}
@@ -144,7 +144,7 @@ a or only b was evaluated on.</caption></table></div>
 {% set names = (domain.rows|first).slices.keys()|list %}
 <thead><tr><th>Method</th>{% for name in names %}<th>Hit@1, {{ name }}</th><th>NDCG@10</th>{% endfor %}</tr></thead>
 <tbody>{% for row in domain.rows %}
-<tr><td>{{ row.label }}</td>{% for name in names %}{% set s = row.slices[name] %}
+<tr><td class="wrap">{{ row.label }}</td>{% for name in names %}{% set s = row.slices[name] %}
 {{ cell(s["hit@1"]) }}<td>{{ s["ndcg@10"].value|num }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 <caption>{% for name in names %}{{ name }}: {{ (domain.rows|first).slices[name].users|count }} users{{ "; " if not
