@@ -22,7 +22,7 @@ from lightning_sfubm.datamodules.readers.base import Reader
 from lightning_sfubm.datamodules.sequences import TrainSequences, Windows
 from lightning_sfubm.datamodules.splits import Splits, leave_one_out, retrained, train_counts
 from lightning_sfubm.datamodules.storage import prepared_domain
-from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.errors import CheckpointError, ConfigError, DataError
 from lightning_sfubm.evaluation.candidates import CandidateLists, CandidateSampler, stored_candidates, title_groups
 from lightning_sfubm.names import path_part
 from lightning_sfubm.seeds import numpy_generator
@@ -122,6 +122,11 @@ class DomainDataModule(L.LightningDataModule):
             domain.fingerprint,
             self.train_users,
         )
+        if not len(self._splits.eval_users):
+            raise DataError(
+                f"domain '{self.name}': none of its {domain.num_users} users has the three interactions of which training, "
+                "validation and test take one each"
+            )
         self._groups = title_groups(domain.titles)
         self._catalogue = Catalogue(
             name=self.name,

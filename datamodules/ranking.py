@@ -29,7 +29,7 @@ class RedrawnCandidates:
     """Candidate lists drawn anew for each epoch, from a stream named by it (training).
 
     The lists of an epoch do not depend on batch order or on the number of workers: each worker draws the whole table,
-    which takes milliseconds.
+    which takes seconds where there are hundreds of thousands of rows.
     """
 
     sampler: CandidateSampler

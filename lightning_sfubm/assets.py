@@ -96,6 +96,10 @@ def cache_dir() -> Path:
     return Path(root).expanduser() / "lightning-sfubm"
 
 
+#: files one of which holds a tokenizer's words
+TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "*.tiktoken")
+
+
 def resolve_model(name: str) -> Path:
     """Folder of a transformers model and its tokenizer.
 
@@ -112,6 +116,12 @@ def resolve_model(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise AssetError(
                 f"model folder {folder} holds no config.json; give the folder that `save_pretrained` wrote"
+            )
+        if not any(
+            path for pattern in TOKENIZERS for path in folder.glob(pattern)
+        ):  # transformers would invent an empty one
+            raise AssetError(
+                f"model folder {folder} holds no tokenizer; save it there too: tokenizer.save_pretrained('{folder}')"
             )
         return folder
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):

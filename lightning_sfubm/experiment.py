@@ -28,7 +28,7 @@ from lightning_sfubm.evaluation.terminal import print_results
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.trainer import FederatedTrainer
-from lightning_sfubm.kept_rows import finished_row, save_row, set_aside
+from lightning_sfubm.kept_rows import finished_row, save_row, set_all_aside, set_aside
 from lightning_sfubm.methods import METHODS, DomainRun
 from lightning_sfubm.methods.published_llm import PUBLISHED_LLM
 from lightning_sfubm.modules.llm_head import LLMHead
@@ -172,6 +172,7 @@ class Experiment:
         self._check_templates(getattr(datamodule, "domains", {}))
         self._check_branches(model)
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
+            set_all_aside(run_dir / "results", console)
             for old in ("results", "local", "local-*", "models", "data"):
                 for folder in run_dir.glob(old):
                     shutil.rmtree(folder, ignore_errors=True)

@@ -92,6 +92,9 @@ def test_local_folder_hub_failure_and_unknown_name(tmp_path, monkeypatch):
     with pytest.raises(AssetError, match=r"holds no config\.json"):
         assets.resolve_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(AssetError, match="holds no tokenizer"):
+        assets.resolve_model(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
     assert assets.resolve_model(str(tmp_path)) == tmp_path
     assert assets.resolve_data(str(tmp_path)) == tmp_path
     with pytest.raises(AssetError, match=r"neither a folder, a hub id"):

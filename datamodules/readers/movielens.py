@@ -126,7 +126,7 @@ class MovieLensReader:
             keep = pc.invert(
                 pc.is_in(ratings.column("item").cast(pa.string()), other.cast(pa.string()).combine_chunks())
             )
-            notes["ratings_of_the_other_service"] = ratings.num_rows - pc.sum(keep).as_py()
+            notes["ratings_of_the_other_service"] = ratings.num_rows - pc.sum(keep, min_count=0).as_py()
             ratings = ratings.filter(keep)
         if self.user_part is not None:
             part, parts = self.user_part

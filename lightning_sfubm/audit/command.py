@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def audit(argv: list[str]) -> None:
         raise ConfigError("audit: the configuration has no trainer.federation, so nothing was exchanged")
     settings = AuditSettings(options.shadows, options.max_users, options.max_items, seed=trainer.seed)
     _recorded_or_raise(trainer.run_dir)
+    _secrets_or_raise(trainer, getattr(cli.datamodule, "domains", {}))
     report = audit_run(trainer, trainer.build_loop(cli.model, cli.datamodule), settings, "audit " + " ".join(argv))
     if options.beside:
         report = write_curve(trainer.run_dir, options.beside)
@@ -182,6 +184,18 @@ def _same_run_or_raise(loop: FederatedLoop) -> None:
                 f"the run was written by the schedule {schedule}, the configuration has {loop.federation.schedule(loop.seed)}: "
                 "audit a run with its own configuration (--run_dir alone takes the one in the run folder)"
             )
+
+
+def _secrets_or_raise(trainer: FederatedTrainer, clients: Iterable[str]) -> None:
+    """A secret made anew gives another order of items and another noise: every attack would miss, and the report would calm."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if folder := getattr(callback, "secret_dir", None):
+            for path in (Path(folder) / f"{name}.key" for name in clients):
+                if not path.is_file():
+                    raise PrivacyError(
+                        f"{path.absolute()}, the secret the run was made with, is not there: run the audit in the folder that "
+                        f"fit was run in, or set the secret_dir of {type(callback).__name__}"
+                    )
 
 
 def _recorded_or_raise(run_dir: Path) -> None:

@@ -12,7 +12,6 @@ from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.facts import ledger_facts, plain
 from lightning_sfubm.evaluation.forms import Form
 from lightning_sfubm.evaluation.run_folder import Json, RunFolder
-from lightning_sfubm.federated.ledger import GENESIS
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 
 CURVE = "privacy_curve.json"
@@ -126,7 +125,7 @@ def _self_check(folder: RunFolder, check: Check, communication: Json, audit: Jso
         attacked = "by the hash of the last line"
     elif (folder.path / "audit.json").is_file():
         attacked = "audit.json does not say it, or cannot be used"
-    broken = bool(check.problems or unread) or check.head == GENESIS
+    broken = bool(check.problems or unread)
     rows: list[Json] = [
         {
             "what": "The ledger is whole: every line follows the one before it, and none is missing at the end",

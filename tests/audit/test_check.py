@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,13 @@ import torch
 from torch.nn.functional import normalize
 
 from lightning_sfubm.audit.check import check_run
+from lightning_sfubm.audit.command import _secrets_or_raise
+from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+from lightning_sfubm.errors import PrivacyError
 from lightning_sfubm.federated.ledger import GENESIS, Ledger, entry_hash
 from lightning_sfubm.federated.messages import Message, pack, semantics_schema, teacher_schema
 from lightning_sfubm.federated.recording import MessageStore
+from lightning_sfubm.privacy.secret import client_secret
 
 TEACHER = {"w": torch.zeros(2, 3)}
 SCHEMAS = {
@@ -172,3 +177,12 @@ def test_many_problems_are_summed_up(run_dir: Path) -> None:
     problems = check_run(run_dir).problems
     assert len(problems) == 21
     assert problems[-1] == "and 21 more problems"
+
+
+def test_an_audit_without_the_secrets_of_the_run_is_refused_and_makes_none(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(callbacks=[PrivacyNoise(0.05, secret_dir=str(tmp_path / "secrets")), PrivacyNoise(0.05)])
+    client_secret(tmp_path / "secrets", "alpha")
+    _secrets_or_raise(trainer, ["alpha"])  # type: ignore[arg-type]
+    with pytest.raises(PrivacyError, match=r"beta\.key, the secret the run was made with, is not there"):
+        _secrets_or_raise(trainer, ["alpha", "beta"])  # type: ignore[arg-type]
+    assert [path.name for path in (tmp_path / "secrets").iterdir()] == ["alpha.key"]

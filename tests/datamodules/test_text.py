@@ -1,9 +1,12 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from lightning_sfubm.datamodules.text import HFTextEncoder, encode_cached
-from lightning_sfubm.errors import ConfigError, DataError
+from lightning_sfubm.errors import AssetError, ConfigError, DataError
 from lightning_sfubm.modules.llm.tiny import write_tiny_text_encoder
 
 
@@ -171,3 +174,11 @@ def test_minilm_knows_what_is_alike():
     vectors = HFTextEncoder("minilm", precision="32").encode(["Star Wars", "The Empire Strikes Back", "Bread Recipes"])
     assert vectors.shape == (3, 384)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.1
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder: str, tmp_path: Path) -> None:
+    """transformers would make one up that knows no word, and all texts would look alike."""
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    with pytest.raises(AssetError, match="holds no tokenizer; save it there too"):
+        HFTextEncoder(str(bare)).encode(["alien"])

@@ -69,6 +69,17 @@ def test_a_template_of_a_domain_that_there_is_not_is_told(
     assert "experiment.templates names ['alfa']; the domains are ['alpha', 'beta']" in caplog.text
 
 
+def test_results_of_an_earlier_run_are_set_aside_and_told(
+    federated_data: Any, federated_trainer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for row in ("popularity", "random"):
+        trainer = federated_trainer(rounds=1)
+        Experiment(methods=[row]).run(trainer, small_distiller(), federated_data())
+    assert [p.stem for p in trainer.run_dir.glob("results/alpha/*.parquet")] == ["random"]
+    assert [p.stem for p in trainer.run_dir.glob("results-of-the-run-before/alpha/*.parquet")] == ["popularity"]
+    assert "Results of an earlier run lay here" in capsys.readouterr().out
+
+
 def test_a_row_of_a_branch_that_stage_1_lacks_is_refused_before_anything_is_trained(
     federated_data: Any, federated_trainer: Any
 ) -> None:
