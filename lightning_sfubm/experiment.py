@@ -170,7 +170,7 @@ class Experiment:
             first_prepares(datamodule)
             datamodule.setup("fit")
         self._check_templates(getattr(datamodule, "domains", {}))
-        self._check_branches(model)
+        self._check_needs(model, datamodule)
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
             set_all_aside(run_dir / "results", console)
             for old in ("results", "local", "local-*", "models", "data"):
@@ -277,13 +277,19 @@ class Experiment:
                 for form in sorted(forms):
                     load_template(template, form)
 
-    def _check_branches(self, model: LightningModule) -> None:
-        """Refuse rows of a branch that the stage-1 module does not have, before it is trained.
+    def _check_needs(self, model: LightningModule, datamodule: Any) -> None:
+        """Refuse rows of a branch that stage 1 does not have, or of held-out positions there are none of, before it is trained.
 
         Raises:
-            ConfigError: naming row and branch.
+            ConfigError: naming row and branch, or row and domain.
         """
+        bare = [n for n, d in getattr(datamodule, "domains", {}).items() if not len(d.splits.stage2)]
         for key in self.methods:
+            if bare and METHODS[key].fitted:
+                raise ConfigError(
+                    f"row '{key}' chooses its weights on positions held out from stage 1, and domain '{bare[0]}' has none: set "
+                    "its stage2_positions to 1 or more (users of five interactions or more have them), or leave the row out"
+                )
             if (needed := METHODS[key].branch) and needed not in getattr(model, "side_branches", ()):
                 raise ConfigError(
                     f"row '{key}' ranks by the {needed} of stage 1, which {type(model).__name__} does not have: leave it out"

@@ -22,7 +22,9 @@ from lightning_sfubm.federated.checkpoint import read_loop, stored_states
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
+from lightning_sfubm.federated.settings import difference
 from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.privacy.secret import secret_path
 
 
 class _Parsed(SFUBMCLI):
@@ -96,6 +98,7 @@ def audit(argv: list[str]) -> None:
         raise ConfigError("audit: the configuration has no trainer.federation, so nothing was exchanged")
     settings = AuditSettings(options.shadows, options.max_users, options.max_items, seed=trainer.seed)
     _recorded_or_raise(trainer.run_dir)
+    trainer.settings = cli.lasting_settings
     _secrets_or_raise(trainer, getattr(cli.datamodule, "domains", {}))
     report = audit_run(trainer, trainer.build_loop(cli.model, cli.datamodule), settings, "audit " + " ".join(argv))
     if options.beside:
@@ -176,9 +179,15 @@ def schemas(loop: FederatedLoop) -> Schemas:
 
 
 def _same_run_or_raise(loop: FederatedLoop) -> None:
-    """Initial weights and private orders follow from seed and schedule: with others the attacks would miss."""
+    """Initial weights and private orders follow from seed and schedule, members from the data: others make attacks miss."""
     for state in stored_states(loop.checkpoints)[-1:]:
-        schedule = read_loop(state)["stored"]["schedule"]
+        stored = read_loop(state)["stored"]
+        if changed := difference(stored.get("settings", {}), loop.settings):
+            raise ConfigError(
+                f"the run was made with other settings: {changed}; audit a run with its own configuration (--run_dir alone "
+                "takes the one in the run folder)"
+            )
+        schedule = stored["schedule"]
         if schedule != json.loads(json.dumps(loop.federation.schedule(loop.seed))):
             raise ConfigError(
                 f"the run was written by the schedule {schedule}, the configuration has {loop.federation.schedule(loop.seed)}: "
@@ -190,7 +199,7 @@ def _secrets_or_raise(trainer: FederatedTrainer, clients: Iterable[str]) -> None
     """A secret made anew gives another order of items and another noise: every attack would miss, and the report would calm."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if folder := getattr(callback, "secret_dir", None):
-            for path in (Path(folder) / f"{name}.key" for name in clients):
+            for path in (secret_path(folder, name) for name in clients):
                 if not path.is_file():
                     raise PrivacyError(
                         f"{path.absolute()}, the secret the run was made with, is not there: run the audit in the folder that "

@@ -88,11 +88,11 @@ def _pooled_teacher(run: DomainRun) -> dict[str, torch.Tensor]:
 
 def _fusion(label: str, fusion: str) -> Method:
     """A fusion that the run has under this name."""
-    return Method(label, "Controls without an LLM", attrgetter(fusion), needs_stage1=True)
+    return Method(label, "Controls without an LLM", attrgetter(fusion), needs_stage1=True, fitted=True)
 
 
 def _row(key: str, label: str, needs_stage1: bool) -> Method:
-    return Method(label, "{model}, stage 1", _students(key), needs_stage1=needs_stage1)
+    return Method(label, "{model}, stage 1", _students(key), needs_stage1=needs_stage1, fitted=len(TWINS[key]) > 1)
 
 
 STAGE1: dict[str, Method] = {
@@ -105,6 +105,7 @@ STAGE1: dict[str, Method] = {
         _with_teacher,
         needs_stage1=True,
         branch="teacher",
+        fitted=True,
     ),
     "stage1_beside_own": _row("stage1_beside_own", "{model} stage 1, beside the silo's own student", True),
     "stage1_pooled": Method(

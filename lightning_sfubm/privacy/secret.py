@@ -11,6 +11,15 @@ from lightning_sfubm.names import path_part
 _BYTES = 32
 
 
+def secret_path(folder: str | Path, client: str) -> Path:
+    """``<folder>/<client>.key``.
+
+    Raises:
+        ConfigError: the client's name is no file name.
+    """
+    return Path(folder) / f"{path_part(client, 'secret_dir, client')}.key"
+
+
 def client_secret(folder: str | Path, client: str) -> bytes:
     """Read ``<folder>/<client>.key``, made at first use with 32 random bytes and mode 600.
 
@@ -25,7 +34,7 @@ def client_secret(folder: str | Path, client: str) -> bytes:
         ConfigError: the client's name is no file name.
         PrivacyError: the file is too short to be a secret.
     """
-    path = Path(folder) / f"{path_part(client, 'secret_dir, client')}.key"
+    path = secret_path(folder, client)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not path.exists():
         # Written under another name and then linked: two processes that come at once end with one whole secret.

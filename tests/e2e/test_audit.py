@@ -241,6 +241,13 @@ def test_the_command_audits_a_run_by_its_folder_alone(
     assert json.loads((tmp_path / "run" / "audit.json").read_text())["membership"]
     main(["report", str(tmp_path / "run")])
     assert "privacy_report.html" in capsys.readouterr().out
+    before = (tmp_path / "run" / "audit.json").read_bytes()
+    with pytest.raises(SystemExit):  # would take outsiders for members
+        main(
+            ["audit", "--run_dir", str(tmp_path / "run"), "--data.init_args.domains.alpha.init_args.train_users", "150"]
+        )
+    assert "train_users was 100 and is 150" in capsys.readouterr().err
+    assert (tmp_path / "run" / "audit.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,16 @@ def test_a_row_of_a_branch_that_stage_1_lacks_is_refused_before_anything_is_trai
     assert not list(trainer.run_dir.glob("checkpoints"))
 
 
+def test_a_row_that_has_no_held_out_positions_is_refused_before_anything_is_trained(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    trainer, data = federated_trainer(rounds=1), federated_data()
+    data.domains["beta"] = data.domains["beta"].without_holdout()
+    with pytest.raises(ConfigError, match=r"'late_fusion' chooses its weights on .* domain 'beta' has none"):
+        Experiment(methods=["popularity", "late_fusion"]).run(trainer, small_distiller(), data)
+    assert not list(trainer.run_dir.glob("checkpoints"))
+
+
 def test_rows_that_are_kept_are_said_to_be(
     tmp_path: Path, federated_data: Any, federated_trainer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
