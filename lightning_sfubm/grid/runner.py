@@ -99,8 +99,6 @@ def run_grid(
         # Read once: what is edited while the run is at work is not what its cells were computed with.
         here, settings, name = data[parts[run.key]], run.settings_hash(), f"{number}/{len(chosen)} {run.key}"
         key = cell_hash(settings, here)
-        # Rows of a run that was killed before they became cells, as those of the commit and machine that computed them.
-        _export(run, out, key, settings)
         missing = _missing(run, out, list(here), key)
         if not missing:
             console.print(f"[dim]{name}: done before[/dim]")
@@ -110,6 +108,9 @@ def run_grid(
             return False
         console.print(f"[bold]{name}[/bold]: {', '.join(missing)}")
         before = time.monotonic()
+        if _can_go_on(out / "runs" / run.key / "checkpoints"):
+            # Rows of a run that was killed before they became cells, as those of the commit and machine that computed them.
+            _export(run, out, key, settings)
         problem = _process(run, out / "runs" / run.key, root, key, left, shared)
         _export(run, out, key, settings)
         done = not _missing(run, out, list(here), key)
