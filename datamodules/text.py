@@ -4,15 +4,17 @@ import hashlib
 import math
 import os
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
-from lightning_sfubm.assets import cache_dir, resolve_model
+from lightning_sfubm.assets import cache_dir, resolve_model, sha256_of
 from lightning_sfubm.contracts import TextEncoder
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.precision import has_fast_bf16
@@ -71,11 +73,18 @@ class HFTextEncoder:
             from transformers import AutoModel, AutoTokenizer
 
             folder = resolve_model(self.model)
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-            network = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)  # a .bin is a pickle
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(folder)
+                # a .bin file is a pickle
+                network = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            except (OSError, ValueError, SafetensorError) as error:
+                words = " ".join(str(error).split())
+                raise ConfigError(f"text encoder '{self.model}' cannot be loaded: {words}") from error
+            if network.config.is_encoder_decoder:
+                raise ConfigError(f"text encoder '{self.model}' has a decoder too: give a model that encodes alone")
             self._network = network.to(self._device).eval()
-            positions = self._network.config.max_position_embeddings
-            if self.max_tokens > positions:
+            positions = getattr(network.config, "max_position_embeddings", None)
+            if positions is not None and self.max_tokens > positions:
                 raise ConfigError(f"max_tokens {self.max_tokens} exceeds the {positions} positions of '{self.model}'")
             available = self._network.config.num_hidden_layers
             if self.layers > available:
@@ -100,8 +109,8 @@ class HFTextEncoder:
         digest = hashlib.sha256(f"mean-pool-1 {self.max_tokens} {self.bf16}{layers}".encode())
         for path in sorted(folder.iterdir()):
             if path.suffix in (".safetensors", ".json", ".txt", ".bin"):
-                digest.update(f"{path.name} {path.stat().st_size}".encode())
-                digest.update(_sample(path))
+                facts = path.stat()
+                digest.update(f"{path.name} {_content(path, facts.st_size, facts.st_mtime_ns)}".encode())
         return digest.hexdigest()[:24]
 
     @torch.inference_mode()
@@ -147,15 +156,10 @@ class HFTextEncoder:
         return (pooled[0] if self.layers == 1 else torch.cat(pooled, 1) / math.sqrt(self.layers)).cpu()
 
 
-def _sample(path: Path, block: int = 1 << 16) -> bytes:
-    """The head, middle and tail of a file: enough to tell two models apart without reading gigabytes."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        pieces = []
-        for offset in (0, size // 2, max(size - block, 0)):
-            file.seek(offset)
-            pieces.append(file.read(block))
-    return b"".join(pieces)
+@lru_cache
+def _content(path: Path, size: int, changed_ns: int) -> str:
+    """Hash of a whole file, read once a process as long as size and time stand: tuning may have changed one layer alone."""
+    return sha256_of(path)
 
 
 def encode_cached(

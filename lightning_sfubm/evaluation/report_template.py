@@ -59,8 +59,8 @@ TEMPLATE = """
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ run.title or "Run report" }}</title><style>{{ css|safe }}</style></head><body>
 <header><h1>{{ run.title or "Run report" }}</h1>
-{% set names = domains|own_names %}<p class="lead">{{ names|length }} domain{{ "s" if names|length != 1 }}{% if names %}:
-{{ names|join(", ") }}{% endif %}{% if run.started %} · started {{ run.started }}{% endif %}
+{% set own = domains|own_names %}<p class="lead">{{ own|length }} domain{{ "s" if own|length != 1 }}{% if own %}:
+{{ own|join(", ") }}{% endif %}{% if run.started %} · started {{ run.started }}{% endif %}
 {%- if run.finished %} · finished {{ run.finished }}{% endif %}</p>
 <nav><a href="#run">Run</a><a href="#results">Results</a><a href="#differences">Differences</a><a
  href="#slices">Slices</a><a href="#learning">Learning</a><a href="#privacy">Privacy</a><a

@@ -82,6 +82,28 @@ def test_fingerprint_changes_with_model_and_settings(folder, tmp_path):
     assert HFTextEncoder(folder, precision="32").fingerprint in prints
 
 
+def test_a_model_of_which_one_layer_was_tuned_has_vectors_of_its_own(tmp_path: Path) -> None:
+    """Wherever in a large file the layer lies."""
+    model, prints = write_tiny_text_encoder(tmp_path / "model"), set()
+    weights = bytearray(1 << 20)
+    for place in (None, 0.3, 0.7):
+        if place is not None:
+            weights[int(len(weights) * place)] ^= 1
+        (model / "more.safetensors").write_bytes(weights)
+        prints.add(HFTextEncoder(str(model), precision="32").fingerprint)
+    assert len(prints) == 3
+    shutil.copytree(model, tmp_path / "copy")
+    assert HFTextEncoder(str(tmp_path / "copy"), precision="32").fingerprint in prints
+
+
+@pytest.mark.parametrize("torn", ["model.safetensors", "config.json"])
+def test_a_torn_model_is_one_sentence(tmp_path: Path, torn: str) -> None:
+    model = write_tiny_text_encoder(tmp_path / "model")
+    (model / torn).write_bytes((model / torn).read_bytes()[:40])
+    with pytest.raises(ConfigError, match=r"text encoder '.*' cannot be loaded: "):
+        HFTextEncoder(str(model), precision="32").encode(["a title"])
+
+
 def test_bad_settings():
     with pytest.raises(ConfigError, match="precision 'half'"):
         HFTextEncoder(precision="half")
