@@ -3,6 +3,7 @@
 import math
 
 from lightning_sfubm.audit.facts import last_membership
+from lightning_sfubm.audit.guarantee import simulated
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.evaluation.run_folder import Json
 
@@ -187,7 +188,7 @@ def _guarantee(facts: Json) -> list[str]:
             sentences.append(f"{what}: no. Noise is added, which is a heuristic and no guarantee.")
         else:
             sentences.append(f"{what}: no. They are sent as they are.")
-    if any("simulation" in str(row["parameters"].get("secret", "")) for row in facts["mechanisms"]):
+    if any(simulated(row["parameters"]) for row in facts["mechanisms"]):
         sentences.append(
             "In this run the noise was derived from the run's seed: whoever knows the seed can remove it, so that what is said "
             "above holds for a simulation only. Set secret_dir to have each organisation draw its own."
@@ -208,6 +209,11 @@ def _verdict(guarantee: Json) -> list[str]:
         return [
             f"For persons, yes: each of the {number} messages made from user behaviour left with differential privacy. Which "
             "products an organisation has is no part of it."
+        ]
+    if standing == "simulated":
+        return [
+            f"For persons, in this simulation alone: each of the {number} messages made from user behaviour left with "
+            "differential privacy, but with noise that follows from the run's seed. Nothing is promised against somebody who knows the seed."
         ]
     if standing == "unknown":
         return [

@@ -60,6 +60,18 @@ def test_what_was_not_trained_is_said_by_its_line() -> None:
     assert guarantee(lines, [])["standing"] == "all"
 
 
+def test_noise_that_follows_from_the_seed_makes_no_guarantee_but_a_simulated_one(tmp_path: Path) -> None:
+    own, seed = (
+        private(1.0, secret=text) for text in ("kept by the client", "derived from the run's seed (simulation only)")
+    )
+    assert guarantee([up("a", 1, own), up("b", 1, own)], [])["standing"] == "all"
+    assert guarantee([up("a", 1, own), up("b", 1, seed)], [])["standing"] == "simulated"
+    assert guarantee([up("a", 1, own), up("b", 1, seed)], ["the end is missing"])["standing"] == "unknown"
+    facts, _ = report(tmp_path, [up("a", 1, seed)])
+    assert facts["guarantee"]["standing"] == "simulated"
+    assert "Nothing is promised against somebody who knows the seed" in in_words(facts, "guarantee")
+
+
 def test_a_run_whose_messages_are_all_covered_has_one(tmp_path: Path) -> None:
     lines = [
         up("a", 0, NOISE, "semantics"),
