@@ -12,7 +12,7 @@ LONG_TITLE = 200
 
 #: What each counted rule does, in the order in which the rules run. Readers add rules of their own.
 RULES = {
-    "rows_without_id_or_order": "interactions without user, item or order: dropped",
+    "rows_without_id_or_order": "rows without user, item or order: dropped",
     "items_listed_twice": "items listed more than once: the first line is kept",
     "users_out_of_range": "users outside user_range: dropped",
     "users_out_of_fold": "users outside user_fold: dropped",

@@ -39,8 +39,10 @@ def numpy_generator(seed: int, *names: object) -> np.random.Generator:
 
 @contextmanager
 def seeded(seed: int, *names: object) -> Iterator[None]:
-    """Run a block with torch's global CPU stream set to the named one and restore the former state afterwards."""
-    with torch.random.fork_rng(devices=[]):
+    """Run a block with torch's global streams set to the named one and restore their former states afterwards."""
+    # All devices: manual_seed reaches every CUDA generator, and what is not forked would not be restored.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(seed, *names))
         yield
 

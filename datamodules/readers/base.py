@@ -87,7 +87,7 @@ def dictionary_ids(column: pa.ChunkedArray, name: str) -> pa.DictionaryArray:
         name: how the column is called in the error.
 
     Returns:
-        ``dictionary<int32, string>``, nulls kept as null indices.
+        ``dictionary<int32, string>``, each string once; nulls and empty strings, which name nobody, as null indices.
 
     Raises:
         DataError: the column has another type.
@@ -102,7 +102,12 @@ def dictionary_ids(column: pa.ChunkedArray, name: str) -> pa.DictionaryArray:
     single = column.unify_dictionaries().combine_chunks() if column.num_chunks > 1 else column.chunk(0)
     if isinstance(single, pa.ChunkedArray):
         single = single.chunk(0)
-    return pa.DictionaryArray.from_arrays(single.indices.cast(pa.int32()), single.dictionary.cast(pa.string()))
+    names = single.dictionary.cast(pa.string())
+    ids = pa.DictionaryArray.from_arrays(single.indices.cast(pa.int32()), names)
+    if names.null_count or pc.count_distinct(names).as_py() < len(names) or pc.any(pc.equal(names, "")).as_py():
+        plain = ids.cast(pa.string())
+        ids = pc.if_else(pc.equal(plain, ""), pa.scalar(None, pa.string()), plain).dictionary_encode()
+    return ids
 
 
 def order_values(column: pa.ChunkedArray) -> tuple[pa.Array, int]:

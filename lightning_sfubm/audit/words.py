@@ -213,7 +213,8 @@ def _verdict(guarantee: Json) -> list[str]:
     if standing == "simulated":
         return [
             f"For persons, in this simulation alone: each of the {number} messages made from user behaviour left with "
-            "differential privacy, but with noise that follows from the run's seed. Nothing is promised against somebody who knows the seed."
+            "differential privacy, but with noise that follows from the run's seed. Nothing is promised against somebody "
+            "who knows the seed."
         ]
     if standing == "unknown":
         return [

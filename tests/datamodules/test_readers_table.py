@@ -10,7 +10,7 @@ import pytest
 
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.preprocess import PreprocessSettings, build_domain
-from lightning_sfubm.datamodules.readers.base import Reader
+from lightning_sfubm.datamodules.readers.base import Reader, dictionary_ids
 from lightning_sfubm.datamodules.readers.table import TableReader
 from lightning_sfubm.errors import DataError
 
@@ -214,3 +214,26 @@ def test_wrong_column_types_in_parquet(tmp_path: Path) -> None:
 def test_missing_folder_names_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         TableReader("nowhere").read(tmp_path)
+
+
+def test_an_empty_id_is_no_user_whatever_the_file(tmp_path: Path) -> None:
+    """A CSV has no other way to leave one out; in Parquet it would be one user who bought for all of them."""
+    rows = {"user_id": ["a", "", "b", None], "item_id": ["x", "x", "", "y"], "timestamp": [1, 2, 3, 4]}
+    for name in ("csv", "parquet"):
+        (tmp_path / name).mkdir()
+        items = pa.table({"item_id": ["x", "y"], "title": ["X", "Y"]})
+        if name == "csv":
+            pacsv.write_csv(pa.table(rows), tmp_path / name / "interactions.csv")
+            pacsv.write_csv(items, tmp_path / name / "items.csv")
+        else:
+            pq.write_table(pa.table(rows), tmp_path / name / "interactions.parquet")
+            pq.write_table(items, tmp_path / name / "items.parquet")
+        read = TableReader(folder=name).read(tmp_path).interactions
+        users, bought = (dictionary_ids(read.column(key), key).to_pylist() for key in ("user", "item"))
+        assert (users, bought) == (["a", None, "b", None], ["x", "x", None, "y"]), name
+
+
+def test_ids_that_are_in_a_dictionary_twice_are_one() -> None:
+    twice = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], pa.int32()), pa.array(["a", "a", None]))
+    ids = dictionary_ids(pa.chunked_array([twice]), "user")
+    assert (ids.to_pylist(), ids.dictionary.to_pylist()) == (["a", "a", None], ["a"])
