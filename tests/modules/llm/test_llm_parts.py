@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from lightning_sfubm.datamodules.prompt_templates import load_template
 from lightning_sfubm.datamodules.prompts import PromptBuilder
@@ -262,6 +263,7 @@ def test_cut_layers_and_bad_settings(llm, tmp_path):
         Backbone(llm, precision="fp8")
     with pytest.raises(ConfigError, match="adapter_targets 'nothing'"):
         Backbone(llm, adapter_rank=2, adapter_targets="nothing")
+    AutoTokenizer.from_pretrained(llm).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no usable model config"):
         Backbone(str(tmp_path))
