@@ -81,17 +81,26 @@ def _answered(facts: Json) -> list[str]:
     ]
 
 
+def _from_guessing(auc: float) -> float:
+    """How much an attack tells: one that is wrong more often than a coin tells its user to do the opposite."""
+    return abs(auc - 0.5)
+
+
 def _trained_products(rows: list[Json]) -> list[str]:
     """The strongest of the attacks on updates, by domain."""
     sentences = []
     for domain in dict.fromkeys(row["domain"] for row in rows):
         tried = [row for row in rows if row["domain"] == domain]
-        row = max(tried, key=lambda row: row["auc"]["value"])
-        by_chance = f", up to {_percent(row['random_updates'][-1])} by chance alone" if row["random_updates"] else ""
+        row = max(tried, key=lambda row: _from_guessing(row["auc"]["value"]))
+        by_chance = ""
+        if row["random_updates"]:
+            furthest = max(row["random_updates"], key=_from_guessing)
+            by_chance = f", {'up' if furthest >= 0.5 else 'down'} to {_percent(furthest)} by chance alone"
+        reversed_ = " Taken the other way round it is right in the rest." if row["auc"]["high"] < 0.5 else ""
         sentences.append(
             f"{domain}: from what its training changed in the shared model, the strongest of {len(tried)} attacks tells a "
             f"product that its users took from one that they did not in {_percent(row['auc']['value'])} of cases "
-            f"(guessing: 50 %{by_chance})."
+            f"(guessing: 50 %{by_chance}).{reversed_}"
         )
     return sentences
 
@@ -134,10 +143,15 @@ def _persons(facts: Json) -> list[str]:
     sentences = []
     for domain in dict.fromkeys(row["domain"] for row in rows):
         tried = [row for row in rows if row["domain"] == domain]
-        row = max(tried, key=lambda row: row["auc"]["value"])
+        row = max(tried, key=lambda row: _from_guessing(row["auc"]["value"]))
         whom = "the shared model that every organisation gets" if row["client"] == GLOBAL else "its own update"
         auc, tpr = row["auc"], row["tpr"]
-        better = "better than guessing" if auc["low"] > 0.5 else "not told from guessing by a test of this size"
+        if auc["low"] > 0.5:
+            better = "better than guessing"
+        elif auc["high"] < 0.5:
+            better = "worse than guessing: taken the other way round, it is right in the rest"
+        else:
+            better = "not told from guessing by a test of this size"
         sentences.append(
             f"{domain}: in the strongest of {len(tried)} attacks tried (on {whom}, {_SCORES[row['score']]}) the attacker, "
             f"shown one person inside and one outside, names the right one in {_percent(auc['value'])} of cases (between "

@@ -276,3 +276,30 @@ def test_who_was_not_attacked_is_named_beside_who_was() -> None:
     sentences = words._persons(facts)
     assert len(sentences) == 2
     assert sentences[1] == f"b: not measured, though it sent weights computed from user behaviour. {why}"
+
+
+@pytest.mark.parametrize(
+    ("weaker", "stronger", "said"),
+    [
+        ((0.52, 0.47, 0.57), (0.30, 0.25, 0.35), "worse than guessing: taken the other way round"),
+        ((0.52, 0.47, 0.57), (0.60, 0.55, 0.65), "better than guessing."),
+        ((0.50, 0.45, 0.55), (0.48, 0.43, 0.53), "not told from guessing"),
+    ],
+)
+def test_an_attack_that_is_wrong_too_often_tells_as_much_as_one_that_is_right(
+    weaker: tuple[float, float, float], stronger: tuple[float, float, float], said: str
+) -> None:
+    def attack(score: str, figures: tuple[float, float, float]) -> dict[str, Any]:
+        area = dict(zip(("value", "low", "high"), figures, strict=True))
+        tried = {"domain": "a", "client": "a", "round": 1, "score": score, "auc": area, "tpr": area}
+        return {**tried, "random_updates": [0.1, 0.55]}
+
+    rows = [attack("loss", weaker), attack("calibrated", stronger)]
+    facts = {"attacks": {"membership": rows, "not_run": []}, "communication": {"rows": []}}
+    (persons,) = words._persons(facts)
+    assert said in persons
+    assert f"names the right one in {words._percent(stronger[0])} of cases" in persons
+    (products,) = words._trained_products(rows)
+    assert f"did not in {words._percent(stronger[0])} of cases" in products
+    assert f"down to {words._percent(0.1)} by chance" in products  # further from a coin than .55
+    assert ("Taken the other way round" in products) == (stronger[2] < 0.5)
