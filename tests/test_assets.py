@@ -67,6 +67,26 @@ def test_changed_file_is_found(index):
         assets.verify(entry)
 
 
+def test_an_entry_without_its_manifest_is_made_again(index, tmp_path):
+    entry = assets.resolve_data("toy")
+    (entry / assets.MANIFEST).unlink()
+    (entry / "a.inter").write_text("half of it")
+    assert assets.resolve_data("toy") == entry
+    assets.verify(entry)
+    assert no_debris(tmp_path)
+
+
+def test_files_that_their_writer_kept_to_itself_can_be_shared(index, monkeypatch):
+    unpack = assets._unpack
+
+    def private(wheel, package, folder):
+        unpack(wheel, package, folder)
+        (folder / "a.inter").chmod(0o600)
+
+    monkeypatch.setattr(assets, "_unpack", private)
+    assert (assets.resolve_data("toy") / "a.inter").stat().st_mode & 0o777 == 0o644
+
+
 def test_wrong_digest_is_refused_and_leaves_nothing(index, tmp_path, monkeypatch):
     monkeypatch.setitem(assets.DATA, "toy", IndexPackage("sfubm-toy==1.0", "0" * 64, index.members))
     with pytest.raises(AssetError, match=r"sha256 .* instead of 0000"):
