@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_sfubm.methods import METHODS, llm
-from lightning_sfubm.methods.published_llm import _head
+from lightning_sfubm.methods.published_llm import _answering, _head
 from lightning_sfubm.modules.baselines.a_llmrec import ALLMRec
 from lightning_sfubm.modules.baselines.llara import LLaRA
 from lightning_sfubm.modules.baselines.tallrec import TALLRec
@@ -68,3 +68,21 @@ def test_configured_projectors_stay_where_none_are_aligned(
         monkeypatch.setattr(llm, "_align", lambda run: aligned)
     row: Any = METHODS["sfubm"].build(run_of(LLMHead("no-model", projector_checkpoint="configured.ckpt")))
     assert row.settings.projector_checkpoint == (aligned or "configured.ckpt")
+
+
+@pytest.mark.parametrize("order", [("llara", "llara_likelihood"), ("llara_likelihood", "llara"), ("llara_likelihood",)])
+def test_two_rows_of_a_method_share_one_tuned_head(order: tuple[str, ...]) -> None:
+    tuned: list[Any] = []
+
+    def build(run: Any) -> Any:
+        tuned.append(LLaRA("no-model"))
+        return tuned[-1]
+
+    run = run_of(LLMHead("no-model"), methods=list(order))
+    run.shared = {}
+    for key in order:
+        row: Any = _answering("llara", build, by_likelihood=key != "llara")(run)
+        assert row.rank_mode == ("generate" if key == "llara" else "score")
+        assert row._parameters is tuned[0]._parameters
+    assert len(tuned) == 1
+    assert not run.shared  # nothing of it stays in memory once both rows are there

@@ -19,6 +19,8 @@ from lightning_sfubm.modules.baselines.tallrec import TALLRec
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.seeds import derive_seed, follow_seed
 
+LIKELIHOOD = "_likelihood"  #: ending of the rows in which a head that answers in words ranks by their likelihood
+
 
 def _head(run: DomainRun, key: str, kind: type[PublishedHead]) -> PublishedHead:
     """The method's head: as configured under ``experiment.baselines``, else its defaults on the shared backbone.
@@ -78,12 +80,42 @@ def _a_llmrec(run: DomainRun) -> Ranker:
     return tune(run, head, "a_llmrec")
 
 
-def _method(label: str, build: Callable[[DomainRun], Ranker], *trainings: str) -> Method:
-    return Method(label, "LLM, one domain", build, needs_llm=True, configurable=True, trainings=trainings)
+def _answering(key: str, build: Callable[[DomainRun], Ranker], by_likelihood: bool) -> Callable[[DomainRun], Ranker]:
+    """A row of a method: its head answers as it was configured to, or ranks by the likelihood of titles.
+
+    Where a table has both rows, the head is tuned once: the costs of its training stand in the row that comes first.
+    """
+
+    def row(run: DomainRun) -> Ranker:
+        name = f"head {key} {run.name}"
+        head = run.shared.pop(name, None)  # of the other row: nobody asks a third time
+        if head is None:
+            head = build(run)
+            if {key, key + LIKELIHOOD} <= set(run.experiment.methods):
+                run.shared[name] = head
+        if by_likelihood:
+            head = copy.copy(head)  # the weights are those of the other row
+            head.rank_mode = "score"
+        return head
+
+    return row
+
+
+def _rows(key: str, label: str, build: Callable[[DomainRun], Ranker], *trainings: str) -> dict[str, Method]:
+    group = "LLM, one domain"
+    likelihood = _answering(key, build, by_likelihood=True)
+    return {
+        key: Method(
+            label, group, _answering(key, build, False), needs_llm=True, configurable=True, trainings=trainings
+        ),
+        key + LIKELIHOOD: Method(
+            f"{label}, by title likelihood", group, likelihood, needs_llm=True, trainings=trainings
+        ),
+    }
 
 
 PUBLISHED_LLM: dict[str, Method] = {
-    "tallrec": _method("TALLRec", _tallrec),
-    "llara": _method("LLaRA", _llara, "recommender"),
-    "a_llmrec": _method("A-LLMRec", _a_llmrec, "recommender", "a_llmrec_alignment"),
+    **_rows("tallrec", "TALLRec", _tallrec),
+    **_rows("llara", "LLaRA", _llara, "recommender"),
+    **_rows("a_llmrec", "A-LLMRec", _a_llmrec, "recommender", "a_llmrec_alignment"),
 }

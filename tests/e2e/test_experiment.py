@@ -148,6 +148,15 @@ def test_every_method_ranks_the_same_candidates_of_the_same_users(finished: Any)
     frozen = PerUserResults.load(trainer.run_dir / "results" / "alpha" / "zero_shot.parquet")
     assert llm.meta.trainable_params
     assert frozen.meta.trainable_params == 0
+    for method in ("tallrec", "llara", "a_llmrec"):
+        words, ranks = (
+            PerUserResults.load(trainer.run_dir / "results" / "alpha" / f"{row}.parquet")
+            for row in (method, f"{method}_likelihood")
+        )
+        assert ranks.valid.all()
+        assert len(set(ranks.rank.tolist())) > 2  # a whole order, not one chosen candidate
+        assert set(words.rank.tolist()) <= {1, 20}
+        assert ranks.meta.trainable_params == words.meta.trainable_params
 
 
 def test_the_run_folder_and_the_report_say_what_happened(finished: Any) -> None:
