@@ -27,7 +27,7 @@ from lightning_sfubm.evaluation.candidates import CandidateLists, CandidateSampl
 from lightning_sfubm.names import path_part
 from lightning_sfubm.seeds import numpy_generator
 
-Split = Literal["train2", "val", "test"]
+Split = Literal["train1", "train2", "val", "test"]
 
 
 class DomainDataModule(L.LightningDataModule):
@@ -249,41 +249,46 @@ class DomainDataModule(L.LightningDataModule):
         seed: int | None = None,
         with_seen: bool = False,
         draws_seed: int | None = None,
+        max_rows: int | None = None,
     ) -> RankRows:
         """Rows of a split as a data set.
 
         Args:
-            split: ``train2`` (held-out train positions, negatives outside the train history, drawn anew each epoch),
-                ``val`` or ``test`` (stored lists).
+            split: ``train1`` (every position that trains stage 1 and has a history) or ``train2`` (held-out train positions),
+                both with negatives outside the train history, drawn anew each epoch; ``val`` or ``test`` (stored lists).
             num_candidates: C; ``None`` = the data module's.
             max_users: seeded subset of users; a larger one contains a smaller one. The candidates of a user do not
                 depend on it.
             seed: of the subset; ``None`` = the data module's.
             with_seen: whether batches carry the complete known history.
-            draws_seed: of what is drawn anew each epoch: the candidates of ``train2``; ``None`` = ``seed``.
+            draws_seed: of what is drawn anew each epoch: the candidates of ``train1`` and ``train2``; ``None`` = ``seed``.
+            max_rows: seeded subset of the rows; a larger one contains a smaller one.
         """
         domain, splits = self.domain, self.splits
         count = self.num_candidates if num_candidates is None else num_candidates
         seed = self.seed if seed is None else seed
-        if split == "train2":
+        if split == "train1":
+            positions, users = splits.stage1_targets()
+        elif split == "train2":
             positions, users = splits.stage2, splits.stage2_users
         elif split in ("val", "test"):
             positions, users = getattr(splits, split), splits.eval_users
         else:
-            raise ConfigError(f"split must be 'train2', 'val' or 'test', not {split!r}")
+            raise ConfigError(f"split must be 'train1', 'train2', 'val' or 'test', not {split!r}")
         rows = np.arange(len(users)) if split == "test" else np.flatnonzero(splits.trained[users])
         if max_users is not None:
             distinct = np.unique(users[rows])
             chosen = numpy_generator(seed, "rank users", domain.fingerprint).permutation(distinct)[:max_users]
             rows = rows[np.isin(users[rows], chosen)]
+        if max_rows is not None:
+            rows = np.sort(numpy_generator(seed, "rank rows", domain.fingerprint).permutation(rows)[:max_rows])
         positions, users = positions[rows], users[rows]
 
         candidates: FixedCandidates | RedrawnCandidates
-        if split == "train2":
+        if split in ("train1", "train2"):
             sampler = self._sampler(positions, domain.offsets[users], splits.stage2_end[users])
-            candidates = RedrawnCandidates(
-                sampler, count, seed if draws_seed is None else draws_seed, domain.fingerprint
-            )
+            name = domain.fingerprint if split == "train2" else f"{domain.fingerprint} {split}"
+            candidates = RedrawnCandidates(sampler, count, seed if draws_seed is None else draws_seed, name)
         else:
             lists = self._stored(split, count)
             candidates = FixedCandidates(CandidateLists(lists.candidates[rows], lists.target_index[rows]))
@@ -302,9 +307,10 @@ class DomainDataModule(L.LightningDataModule):
         rank: int = 0,
         world_size: int = 1,
         draws_seed: int | None = None,
+        max_rows: int | None = None,
     ) -> DataLoader[RankBatch]:
         """Batches of :meth:`rank_rows`: sorted by history length, or shuffled in length buckets by ``draws_seed``."""
-        rows = self.rank_rows(split, num_candidates, max_users, seed, with_seen, draws_seed)
+        rows = self.rank_rows(split, num_candidates, max_users, seed, with_seen, draws_seed, max_rows)
         sampler: BucketBatchSampler | SortedBatchSampler
         if shuffle:
             order = next(given for given in (draws_seed, seed, self.seed) if given is not None)

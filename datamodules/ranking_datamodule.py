@@ -11,7 +11,7 @@ from lightning_sfubm.errors import ConfigError
 
 
 class RankingDataModule(L.LightningDataModule):
-    """Training on the positions that stage 1 never saw; validation and test on stored candidate lists.
+    """Training on the positions that stage 1 never saw, or for text alone on those it did; tests on stored candidate lists.
 
     Args:
         source: the domain, with ``stage2_positions`` of at least 1.
@@ -22,6 +22,8 @@ class RankingDataModule(L.LightningDataModule):
         max_val_users: seeded subset of users for validation.
         max_test_users: seeded subset of users for test; method comparisons must share it.
         seed: of the subsets; of order and training candidates where the trainer's run has no seed.
+        text_samples: train on so many of the positions that trained stage 1 instead of the held-out ones. For a model that
+            reads nothing of stage 1: another would learn to trust it more than it may.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class RankingDataModule(L.LightningDataModule):
         max_val_users: int | None = None,
         max_test_users: int | None = None,
         seed: int = 1,
+        text_samples: int | None = None,
     ) -> None:
         super().__init__()
         self.source = source
@@ -44,6 +47,7 @@ class RankingDataModule(L.LightningDataModule):
         self.max_val_users = max_val_users
         self.max_test_users = max_test_users
         self.seed = seed
+        self.text_samples = text_samples
 
     def prepare_data(self) -> None:
         """Prepare the source."""
@@ -56,7 +60,7 @@ class RankingDataModule(L.LightningDataModule):
             ConfigError: the source holds no positions out for stage 2, yet training is asked for.
         """
         self.source.setup(stage)
-        if stage == "fit" and len(self.source.splits.stage2) == 0:
+        if stage == "fit" and self.text_samples is None and len(self.source.splits.stage2) == 0:
             raise ConfigError(
                 f"domain '{self.source.name}' holds no positions out for stage 2: set stage2_positions to 1, 2 or 3 "
                 "before stage 1 is trained"
@@ -73,19 +77,25 @@ class RankingDataModule(L.LightningDataModule):
         return self.source.catalogue
 
     def train_dataloader(self) -> DataLoader[RankBatch]:
-        """Held-out train positions, shuffled in buckets of history length."""
+        """The training positions, shuffled in buckets of history length."""
         rank, world_size = shard_of(self)
+        of_text = self.text_samples is not None
         return self.source.rank_dataloader(
-            "train2",
+            "train1" if of_text else "train2",
             self.batch_size,
             self.train_candidates,
-            self.max_train_users,
+            None if of_text else self.max_train_users,
             self.seed,
             shuffle=True,
             draws_seed=order_seed_of(self),
             rank=rank,
             world_size=world_size,
+            max_rows=self.text_samples,
         )
+
+    def held_out_dataloader(self, batch_size: int) -> DataLoader[RankBatch]:
+        """The held-out positions in a fixed order, whole to every process: to choose numbers by, not to train on."""
+        return self.source.rank_dataloader("train2", batch_size, self.train_candidates, self.max_train_users, self.seed)
 
     def val_dataloader(self) -> DataLoader[RankBatch]:
         """Validation targets of the seeded subset."""

@@ -50,6 +50,13 @@ class Splits:
         bounds = np.stack([self.train_start, self.train_end])
         return hashlib.sha256(np.ascontiguousarray(bounds, dtype="<i8").tobytes()).hexdigest()
 
+    def stage1_targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (T,) that train stage 1 as targets, those with a history, and the rows (T,) of their users."""
+        count = np.maximum(self.train_end - self.train_start - 1, 0)
+        users = np.repeat(np.arange(len(count)), count)
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        return self.train_start[users] + 1 + within, users
+
 
 def leave_one_out(
     offsets: np.ndarray,

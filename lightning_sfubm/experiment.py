@@ -78,6 +78,8 @@ class Experiment:
         align_epochs: title alignment of the projectors before tuning; 0 = none.
         calibration_users: validation users by whom the tuned head's addition to stage 1 is weighed; 0 = as tuned.
         max_train_users: users whose held-out positions tune the LLM; ``None`` = all.
+        text_samples: samples of text alone on which the LLM of ``text_lora`` and of the rows of SF-UBM is tuned before it is
+            tuned on held-out positions; they are positions that trained stage 1. 0 = none.
         max_test_users: users on whom *all* rows of the table are compared; ``None`` = all. Methods without an LLM are
             evaluated on all users besides, in a table of their own.
         sigmas: noise levels of the privacy figures; the one in use is added.
@@ -102,6 +104,7 @@ class Experiment:
         calibration_users: int = 200,
         max_train_users: int | None = None,
         max_test_users: int | None = None,
+        text_samples: int = 0,
         sigmas: list[float] | None = None,
     ) -> None:
         self.methods = list(METHODS) if methods is None else methods
@@ -126,6 +129,9 @@ class Experiment:
         self.train_candidates, self.align_epochs = train_candidates, align_epochs
         self.calibration_users = calibration_users
         self.max_train_users, self.max_test_users = max_train_users, max_test_users
+        if text_samples < 0:
+            raise ConfigError(f"experiment.text_samples must be 0 or more, got {text_samples}")
+        self.text_samples = text_samples
         self.sigmas = [0.01, 0.05, 0.1, 0.2] if sigmas is None else sigmas
 
     def run(

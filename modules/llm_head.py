@@ -1,6 +1,6 @@
 """The LLM stage: a causal LM ranks candidates, reading titles and, through soft tokens, what stage 1 has learned."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any, TypeVar
 
@@ -191,6 +191,23 @@ class LLMHead(InjectedLM):
             )
         with torch.no_grad():
             self.residual_weights.copy_(weights)
+
+    def start_from(self, text: Mapping[str, Tensor]) -> None:
+        """Take adapters and output of a head that was tuned on text alone; projectors and residual stay as they are.
+
+        Args:
+            text: trainable parameters of that head by name.
+
+        Raises:
+            ConfigError: naming the first parameter that this head has not, or in another shape.
+        """
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        for name, value in text.items():
+            if name not in own or own[name].shape != value.shape:
+                raise ConfigError(f"the text head's parameter '{name}' {tuple(value.shape)} has no place in this head")
+        with torch.no_grad():
+            for name, value in text.items():
+                own[name].copy_(value)
 
     def _residual(self, affinities: Tensor, weights: Tensor) -> Tensor:
         """(B, C) weighted sum of the affinities (B, C, F), or of them and their products."""

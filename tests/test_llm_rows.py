@@ -1,21 +1,29 @@
 """Settings of LLM rows: what a row was configured with is what it runs with."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS, llm
 from lightning_sfubm.methods.published_llm import _answering, _head
 from lightning_sfubm.modules.baselines.a_llmrec import ALLMRec
 from lightning_sfubm.modules.baselines.llara import LLaRA
 from lightning_sfubm.modules.baselines.tallrec import TALLRec
+from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.fkd import FKDDistiller
+from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm_head import LLMHead
+from tests.conftest import small_distiller
 
 
 def run_of(head: LLMHead, **experiment: Any) -> Any:
-    settings = {"baselines": {}, "templates": {}, "align_epochs": 0, **experiment}
+    settings = {"baselines": {}, "templates": {}, "align_epochs": 0, "text_samples": 0, **experiment}
     return SimpleNamespace(
         name="alpha",
         trainer=SimpleNamespace(seed=3),
@@ -86,3 +94,52 @@ def test_two_rows_of_a_method_share_one_tuned_head(order: tuple[str, ...]) -> No
         assert row._parameters is tuned[0]._parameters
     assert len(tuned) == 1
     assert not run.shared  # nothing of it stays in memory once both rows are there
+
+
+def test_a_head_starts_from_one_that_was_tuned_on_text(tmp_path: Path, federated_data: Any) -> None:
+    llm = str(write_tiny_llm(tmp_path / "llm"))
+    settings: dict[str, Any] = {"history_length": 3, "title_tokens": 4, "seed": 1}
+    text, head = (LLMHead(llm, **settings) for _ in range(2))
+    domain = federated_data().domains["alpha"]
+    domain.prepare_data()
+    domain.setup("fit")
+    text.attach_stage1(None, domain.catalogue)
+    stage1 = FKDDistiller(SASRec(hidden_dim=8, num_layers=1, num_heads=1), num_experts=1)
+    stage1.bind(domain.catalogue)
+    head.attach_stage1(stage1, domain.catalogue)
+    tuned = {name: p.detach() + 1.0 for name, p in text.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in tuned} == {"backbone", "head"}
+    others = {name: p.detach().clone() for name, p in head.named_parameters() if p.requires_grad and name not in tuned}
+    head.start_from(tuned)
+    now = dict(head.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in {**tuned, **others}.items())
+    assert {name.split(".")[0] for name in others} == {"projector", "residual_weights"}
+    with pytest.raises(ConfigError, match=r"'head\.weight' \(1, 3\) has no place in this head"):
+        head.start_from({"head.weight": torch.zeros(1, 3)})
+
+
+def test_text_samples_tune_the_llm_once_for_all_rows_that_have_one_to_tune(
+    tmp_path: Path, federated_data: Any, federated_trainer: Any
+) -> None:
+    llm = LLMHead(llm=str(write_tiny_llm(tmp_path / "llm")), history_length=3, title_tokens=4)
+    rows, trainer = ["text_lora", "sfubm", "sfubm_no_residual", "sfubm_frozen"], federated_trainer(rounds=1)
+    starts: list[str] = []
+    states = set[int]()
+    original = LLMHead.start_from
+
+    def start_from(self: LLMHead, text: Any) -> None:
+        starts.append("with stage 1" if self.residual_weights is not None else "alone")
+        states.add(id(text))
+        assert any(value.abs().sum() > 0 for name, value in text.items() if "lora_B" in name)  # it was tuned
+        original(self, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LLMHead, "start_from", start_from)
+        limits = {"max_test_users": 10, "max_train_users": 8, "train_candidates": 4}
+        Experiment(methods=rows, llm=llm, text_samples=24, **limits).run(trainer, small_distiller(), federated_data())
+    assert sorted(starts) == ["alone"] * 4 + ["with stage 1"] * 2  # of two domains; a frozen LLM has nothing to start
+    timings = json.loads((trainer.run_dir / "run.json").read_text())["timings"]
+    assert len(states) == 2  # one of each domain, for all of its rows
+    assert timings["train text_start"]["cpu_s"] > 0
+    with pytest.raises(ConfigError, match=r"text_samples must be 0 or more"):
+        Experiment(methods=rows, llm=llm, text_samples=-1)

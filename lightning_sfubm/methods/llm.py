@@ -6,10 +6,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from rich.console import Console
+from torch import Tensor
 
 from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.datamodules.item_datamodule import ItemDataModule
+from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
 from lightning_sfubm.methods.base import DomainRun, Method
 from lightning_sfubm.modules.baselines.late_fusion import LateFusion
 from lightning_sfubm.modules.llm_head import LLMHead
@@ -30,6 +33,18 @@ def _head(run: DomainRun, **changes: Any) -> LLMHead:
     return type(template)(**{**settings, **changes})
 
 
+def _trainer(run: DomainRun, key: str, epochs: int) -> Trainer:
+    return run.trainer.make_trainer(
+        label=f"{key}, {run.name}",
+        max_epochs=epochs,
+        folder=run.folder(key),
+        client=f"{run.name}-{key}",
+        precision="32-true",  # the head sets its own
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+    )
+
+
 def tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
     """Tune a head on the domain's stage-2 samples and store it.
 
@@ -41,15 +56,7 @@ def tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
         key: of the row.
     """
     torch.manual_seed(derive_seed(run.trainer.seed, "llm", key, run.name))
-    trainer = run.trainer.make_trainer(
-        label=f"{key}, {run.name}",
-        max_epochs=run.experiment.llm_epochs,
-        folder=run.folder(key),
-        client=f"{run.name}-{key}",
-        precision="32-true",  # the head sets its own
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-    )
+    trainer = _trainer(run, key, run.experiment.llm_epochs)
     trainer.fit(head, datamodule=run.list_data if head.settings.form == "list" else run.ranking_data)
     if head.residual_weights is not None and run.experiment.calibration_users:
         # Not the datamodule's loader, which deals the users out to the processes of a distributed run.
@@ -77,9 +84,42 @@ def _zero_shot(subtract_prior: bool) -> Callable[[DomainRun], Ranker]:
     return build
 
 
-def _text_lora(run: DomainRun) -> Ranker:
+def _text_head(run: DomainRun) -> LLMHead:
     head = _head(run, user_token=False, item_tokens=False, semantic_token=False, affinity_token=False, residual=False)
     head.attach_stage1(None, run.data.catalogue)
+    return head
+
+
+def _text_start(run: DomainRun, head: LLMHead) -> bool:
+    """Give a head the adapters and the output that come from tuning on text alone; whether there are any.
+
+    They are tuned on positions that stage 1 was trained on, of which there are many more than held-out ones: a prompt
+    without soft tokens and residual reads nothing of stage 1, so it does not matter that stage 1 knows the answers.
+    """
+    count = run.experiment.text_samples
+    if not count or head.settings.tuning != "lora" or head.head is None:
+        return False
+
+    def build() -> dict[str, Tensor]:
+        text = _text_head(run)
+        data = RankingDataModule(
+            run.data,
+            batch_size=run.experiment.llm_batch_size,
+            train_candidates=run.experiment.train_candidates,
+            seed=run.data.seed,
+            text_samples=count,
+        )
+        torch.manual_seed(derive_seed(run.trainer.seed, "llm", "text start", run.name))
+        _trainer(run, "text_start", epochs=1).fit(text, datamodule=data)
+        return {name: p.detach().cpu().clone() for name, p in text.named_parameters() if p.requires_grad}
+
+    head.start_from(run.once(f"text start {run.name}", "text_start", build))
+    return True
+
+
+def _text_lora(run: DomainRun) -> Ranker:
+    head = _text_head(run)
+    _text_start(run, head)
     return tune(run, head, "text_lora")
 
 
@@ -110,8 +150,11 @@ def _sfubm(
         aligned = _align(run)  # without, the head keeps the projectors it was configured with
         head = _head(run, **({} if aligned is None else {"projector_checkpoint": aligned}), **changes)
         head.attach_stage1(run.stage1, run.data.catalogue)
+        has_start = _text_start(run, head)
         if head.residual_weights is not None:
             head.init_residual(fusion(run).weights)
+            if has_start:  # a score that was to rank alone is to add to one that does: weighed where both are unseen
+                head.calibrate(run.ranking_data.held_out_dataloader(run.experiment.llm_eval_batch_size))
         return tune(run, head, key)
 
     return build

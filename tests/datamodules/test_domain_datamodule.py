@@ -95,6 +95,33 @@ def test_stage2_negatives_may_be_held_out_items() -> None:
     assert hits > 50
 
 
+def test_samples_of_text_are_positions_that_trained_stage_1_and_no_others() -> None:
+    data = ready(stage2_positions=1)
+    rows = data.rank_rows("train1", num_candidates=5)
+    counts = np.maximum(data.splits.train_end - data.splits.train_start - 1, 0)
+    assert len(rows) == counts.sum() > 0
+    assert len(np.unique(rows.positions)) == len(rows)
+    assert (rows.positions > data.splits.train_start[rows.users]).all()  # each has a history
+    assert (rows.positions < data.splits.train_end[rows.users]).all()  # none is held out
+    lists = rows.candidates.at(0).candidates
+    for user, position, candidates in zip(rows.users, rows.positions, lists, strict=True):
+        train = data.domain.items[data.splits.train_start[user] : data.splits.stage2_end[user]]
+        assert set(candidates.tolist()) & set(train.tolist()) == {data.domain.items[position]}
+    few, more = (data.rank_rows("train1", 5, max_rows=n).positions for n in (10, 30))
+    assert len(few) == 10
+    assert set(few) < set(more) < set(rows.positions)
+    ranking = RankingDataModule(data, batch_size=4, train_candidates=5, text_samples=10)
+    ranking.setup("fit")
+    assert sorted(t for b in ranking.train_dataloader() for t in b["target"].tolist()) == sorted(data.domain.items[few])
+
+
+def test_samples_of_text_need_nothing_held_out() -> None:
+    data = ready(stage2_positions=0)
+    RankingDataModule(data, text_samples=10).setup("fit")
+    with pytest.raises(ConfigError, match="holds no positions out for stage 2"):
+        RankingDataModule(data).setup("fit")
+
+
 def test_stage2_candidates_are_redrawn_by_epoch_whatever_the_workers() -> None:
     def epochs(workers: int) -> list[list[torch.Tensor]]:
         data = ready(stage2_positions=2, num_workers=workers)
