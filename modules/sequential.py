@@ -58,6 +58,8 @@ class SequentialRecommender(CatalogueModule):
         logits_precision: number format of products against the whole catalogue.
         item_init: start the learned item vectors from ``"random"`` ones, or from the ``"cooccurrence"`` of items in training
             sequences (:func:`~lightning_sfubm.modules.layers.cooccurrence.cooccurrence_vectors`).
+        input_scale: item vectors are multiplied by it on their way into the encoder, not on the way out, and learned ones start
+            shorter by as much. ``sqrt(H)`` is what the original SASRec does.
         seed: root of the named streams (initial table, negatives, gate noise).
 
     Raises:
@@ -91,6 +93,7 @@ class SequentialRecommender(CatalogueModule):
         item_updates: Literal["all", "rows"] = "all",
         logits_precision: Precision = "auto",
         item_init: Literal["random", "cooccurrence"] = "random",
+        input_scale: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(encoder_width(encoder), lr, weight_decay, warmup_steps)
@@ -115,6 +118,10 @@ class SequentialRecommender(CatalogueModule):
                 f"item_init={item_init!r} with features={features!r}: choose 'random', or 'cooccurrence' with features "
                 "'id' or 'id+text', which have learned item vectors."
             )
+        if input_scale <= 0 or (input_scale != 1 and "text" in features):
+            raise ConfigError(
+                f"input_scale={input_scale} with features={features!r}: it must be positive, and 1 where text is used."
+            )
         self.save_plain_hyperparameters()
         self.encoder = encoder
         self.features = features
@@ -130,6 +137,7 @@ class SequentialRecommender(CatalogueModule):
         self.text_dropout = text_dropout
         self.item_updates = item_updates
         self.item_init = item_init
+        self.input_scale = input_scale
         self._cumulative: Tensor | None = None
         self.logits_precision: Precision = logits_precision
         self.seed = seed
@@ -157,6 +165,8 @@ class SequentialRecommender(CatalogueModule):
             self.seed,
             self.logits_precision,
         )
+        if self.input_scale != 1 and self.items.ids is not None:
+            self.items.ids.weight.data.div_(self.input_scale)
         self.register_buffer("negative_proposal", proposal(torch.zeros(num_items + 1), 0.0))
         if self.item_init == "cooccurrence":
             self.register_buffer("items_started", torch.zeros((), dtype=torch.bool))
@@ -170,9 +180,10 @@ class SequentialRecommender(CatalogueModule):
 
     # ------------------------------------------------------------------ training
 
-    def _encode(self, history: Tensor, table: Tensor) -> Tensor:
-        """States (B, L, H) of histories (B, L)."""
-        return self.encoder(F.embedding(history, table, padding_idx=0), history != 0)
+    def encode(self, history: Tensor, table: Tensor) -> Tensor:
+        """States (B, L, H) of histories (B, L), items as rows of the table (N + 1, H)."""
+        vectors = F.embedding(history, table, padding_idx=0)
+        return self.encoder(vectors if self.input_scale == 1 else vectors * self.input_scale, history != 0)
 
     def _scaled(self, states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         return cosine_inputs(states, table, self.tau) if self.logits == "cosine" else (states, table)
@@ -208,7 +219,7 @@ class SequentialRecommender(CatalogueModule):
             table, (history, targets, negatives) = self.items.excerpt(history, targets, negatives)
         else:
             table = self.items()
-        states, items = self._scaled(self._encode(history, table)[predicting], table)
+        states, items = self._scaled(self.encode(history, table)[predicting], table)
         loss = self._loss(states, items, targets, negatives, log_q)
         self.log_losses(batch, loss=loss)
         return mean_over_ranks(loss, len(targets))
@@ -242,6 +253,7 @@ class SequentialRecommender(CatalogueModule):
     def _start_items(self) -> None:
         assert self.items.ids is not None
         vectors = cooccurrence_vectors(self.train_histories(), self.num_items, self.hidden_dim, self.seed)
+        vectors /= self.input_scale
         # Under cosine logits alone a zero row has gradients without bound: items without neighbours keep their random start.
         started = vectors.any(1, keepdim=True) | (self.logits != "cosine" or "text" in self.features)
         with torch.no_grad():
@@ -256,11 +268,11 @@ class SequentialRecommender(CatalogueModule):
     def logit_inputs(self, history: Tensor, branch: str = "") -> tuple[Tensor, Tensor]:
         """States (B, H) and item vectors (N + 1, H); there is one branch only."""
         table = self.items.frozen()
-        return self._scaled(self._encode(history, table)[:, -1], table)
+        return self._scaled(self.encode(history, table)[:, -1], table)
 
     def user_states(self, batch: RankBatch) -> Tensor:
         """(B, H) state after the newest item."""
-        return self._encode(batch["history"], self.items.frozen())[:, -1]
+        return self.encode(batch["history"], self.items.frozen())[:, -1]
 
     def item_tables(self) -> tuple[Tensor, Tensor]:
         """Item vectors (N + 1, H) and their part computed from text (N + 1, H), zero where text is not used."""

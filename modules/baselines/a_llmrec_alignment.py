@@ -179,7 +179,7 @@ class ALLMRecAlignment(CatalogueModule):
         history, targets = batch["history"], batch["targets"]
         predicting = targets != 0
         with torch.no_grad():
-            states = model.encoder(F.embedding(history, table), history != 0)[predicting]
+            states = model.encode(history, table)[predicting]
         taken = targets[predicting]
         generator = torch_generator(self.seed, "a_llmrec", "negatives", *own_step_of(self))
         items = torch.cat([taken, other_items(taken, self.num_items, generator)])
@@ -209,7 +209,7 @@ class ALLMRecAlignment(CatalogueModule):
     def logit_inputs(self, history: Tensor, branch: str = "") -> tuple[Tensor, Tensor]:
         """The recommender's states (B, item_dim) and the reconstructed items (N + 1, item_dim)."""
         table = self.recommender.items.frozen()
-        states = self.recommender.encoder(F.embedding(history, table), history != 0)[:, -1]
+        states = self.recommender.encode(history, table)[:, -1]
         return self._scaled(states, self.item_autoencoder.decode(self.item_autoencoder.encode(table)))
 
     def user_states(self, batch: RankBatch) -> Tensor:
