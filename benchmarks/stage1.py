@@ -50,7 +50,7 @@ class PlainLoss(SequentialRecommender):
         """Cross-entropy at the positions that predict something."""
         table = self.items()
         predicting = batch["targets"] != 0
-        logits = self._encode(batch["history"], table)[predicting] @ table.T
+        logits = self.encode(batch["history"], table)[predicting] @ table.T
         logits[:, 0] = -torch.inf
         return F.cross_entropy(logits, batch["targets"][predicting])
 

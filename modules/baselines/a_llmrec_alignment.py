@@ -191,6 +191,7 @@ class ALLMRecAlignment(CatalogueModule):
         item_loss = 2 * F.mse_loss(reconstructed, collaborative)
         text_loss = 2 * F.mse_loss(self.text_autoencoder.decode(text_latents), text)
         states, reconstructed = self._scaled(states, reconstructed)
+        states = states / states.shape[-1]  # as published: a mean of products, beside which alpha and beta were chosen
         places = torch.arange(len(taken), device=items.device)
         recommendation = binary_cross_entropy(states, reconstructed, places, places + len(taken))
         loss = matching + self.alpha * item_loss + self.beta * text_loss + recommendation

@@ -23,6 +23,7 @@ VARIANTS = [
     {"loss": "sampled", "num_negatives": 10, "logq": 0.0},
     {"loss": "bpr_max", "num_negatives": 10},
     {"loss": "bce"},
+    {"input_scale": 8.0},
 ]
 
 
@@ -54,6 +55,16 @@ def test_candidates_permuted_scores_permuted(catalogue: Catalogue, rank_batch: R
     everything = module.score_all(rank_batch)
     assert everything.shape == (5, 31)
     torch.testing.assert_close(module.rank(rank_batch), everything.gather(1, rank_batch["candidates"]))
+
+
+def test_input_scale_leaves_states_and_makes_logits_small(catalogue: Catalogue, rank_batch: RankBatch) -> None:
+    plain, scaled = build(catalogue), build(catalogue, input_scale=8.0)
+    torch.testing.assert_close(scaled.items.ids.weight, plain.items.ids.weight / 8)
+    torch.testing.assert_close(scaled.user_states(rank_batch), plain.user_states(rank_batch))
+    torch.testing.assert_close(scaled.score_all(rank_batch), plain.score_all(rank_batch) / 8)
+    for settings in ({"input_scale": 0.0}, {"input_scale": 8.0, "features": "id+text"}):
+        with pytest.raises(ConfigError, match="input_scale"):
+            build(catalogue, **settings)
 
 
 @pytest.mark.parametrize("encoder", [SASRec(8, num_heads=1), GRU4Rec(8)], ids=["sasrec", "gru4rec"])

@@ -110,7 +110,7 @@ def test_four_losses_and_their_weights(recommender, films, train_batch, monkeypa
                 sums["matching"] += F.mse_loss(latent, text_latent).item()
                 sums["item"] += F.mse_loss(a.decode(latent), ids[item]).item()
                 sums["text"] += F.mse_loss(b.decode(text_latent), text).item()
-                sums["recommendation"] -= F.logsigmoid(sign * (states[row, place] @ a.decode(latent))).item()
+                sums["recommendation"] -= F.logsigmoid(sign * (states[row, place] * a.decode(latent)).mean()).item()
             number += 1
     means = {name: value / number for name, value in sums.items()}
     expected = means["matching"] + alpha * means["item"] + beta * means["text"] + means["recommendation"]
