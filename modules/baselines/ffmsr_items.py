@@ -12,7 +12,7 @@ from lightning_sfubm.modules.layers.cache import VersionCache
 from lightning_sfubm.modules.layers.items import id_table
 from lightning_sfubm.modules.layers.whitening import WhiteningExperts
 from lightning_sfubm.modules.losses.precision import Precision
-from lightning_sfubm.seeds import derive_seed
+from lightning_sfubm.seeds import derive_seed, seeded
 
 
 class ItemVectors(NamedTuple):
@@ -87,10 +87,11 @@ class FFMSRItems(nn.Module):
         # Another stream: with the same one both adaptors would start as the same map and draw the same gate noise.
         other = derive_seed(seed, "global adaptor")
         self.global_adaptor = WhiteningExperts(width, hidden_dim, num_experts, dropout, other, precision)
-        # With one layer there is nothing to weigh.
-        self.attention = LayerAttention(hidden_dim) if attention and text_layers > 1 else None
-        self.id_gate = nn.Linear(hidden_dim, 1) if gate else None
-        self.prompt_gate = nn.Linear(hidden_dim, 1)
+        with seeded(seed, "ffmsr", "gates"):
+            # With one layer there is nothing to weigh.
+            self.attention = LayerAttention(hidden_dim) if attention and text_layers > 1 else None
+            self.id_gate = nn.Linear(hidden_dim, 1) if gate else None
+            self.prompt_gate = nn.Linear(hidden_dim, 1)
         self.register_buffer("text", torch.zeros(num_items + 1, text_dim))
         self.register_buffer("global_text", None)
         self._cache = VersionCache(self)

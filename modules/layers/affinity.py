@@ -12,8 +12,11 @@ def standardise(affinities: Tensor) -> Tensor:
     A column without spread becomes zero.
     """
     affinities = affinities.float()
-    centred = affinities - affinities.mean(dim=1, keepdim=True)
-    return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6)
+    mean = affinities.mean(dim=1, keepdim=True)
+    centred = affinities - mean
+    spread = centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6)
+    # Equal values differ from their mean by its rounding alone, which is no spread however small it is.
+    return torch.where(spread > 1e-6 * (1 + mean.abs()), centred / spread, torch.zeros_like(centred))
 
 
 def num_products(features: int) -> int:

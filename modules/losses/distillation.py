@@ -2,7 +2,8 @@
 
 The V x N logits of student and teacher never exist at once, and each is computed once: the gradient with respect to the
 student's logits has a closed form, so forward and backward share a chunk. Values and gradients equal those of the pure
-functions in :mod:`lightning_sfubm.modules.losses.fkd` (tested).
+functions in :mod:`lightning_sfubm.modules.losses.fkd` (tested), gradients but for positions whose target has all but 1e-7
+of the probability: there the pure functions' clamp leaves none.
 """
 
 import math

@@ -138,6 +138,18 @@ def test_the_two_adaptors_start_apart(catalogue: Catalogue) -> None:
 # ------------------------------------------------------------------ training
 
 
+def test_first_weights_follow_the_seed_alone(catalogue: Catalogue) -> None:
+    module = FFMSR(SASRec(8, num_heads=1), text_layers=2, seed=3, **SMALL)
+    drawn = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        bound = copy.deepcopy(module)
+        bound.bind(layered(catalogue, 2))
+        drawn.append(dict(bound.named_parameters()))
+    assert any(name.startswith("items.id_gate.") for name in drawn[0])
+    assert all(torch.equal(p, drawn[1][name]) for name, p in drawn[0].items())
+
+
 @pytest.mark.parametrize("flag", [None, *ABLATIONS])
 def test_an_ablation_removes_its_parameters_and_no_others(
     catalogue: Catalogue, train_batch: TrainBatch, flag: str | None

@@ -245,6 +245,15 @@ def test_soft_tokens_have_the_norm_of_tokens():
     assert TokenProjector(8, 32, 3.0, item=False, semantic=False).items(x, y).abs().max() == 0
 
 
+@pytest.mark.parametrize("value", [0.0, 6.4036865, -17.3, 1e4])
+def test_columns_of_equal_values_become_zero(value):
+    """Their mean is rounded, and that difference is no spread."""
+    column = torch.full((3, 20, 1), value)
+    z = standardise(torch.cat([column, torch.randn(3, 20, 1)], -1))
+    assert z[..., 0].abs().max() == 0
+    torch.testing.assert_close(z[..., 1].square().mean(1), torch.ones(3))
+
+
 def test_standardise():
     affinities = torch.tensor([[[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]]])
     z = standardise(affinities)
