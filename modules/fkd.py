@@ -44,7 +44,8 @@ class FKDDistiller(CatalogueModule):
         w_fact: weight of FACT.
         w_counter: weight of COUNTER.
         counter: which counterfactual terms: ``"non_target"``, ``"what_if"``, ``"both"`` (their sum) or ``"none"``
-            [choice: ``what_if`` doubles the cost of a step; beside ``non_target`` it was worth nothing where it was tried, docs/results.md].
+            [choice: ``what_if`` doubles the cost of a step, and beside ``non_target`` it was worth nothing where it was
+            tried, docs/results.md].
         w_align: weight of ALIGN.
         temperature: T of the FKD terms.
         swap_probability: chance that ``what_if`` swaps an item for a neighbour in z-space.
