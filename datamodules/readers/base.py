@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lightning_sfubm.access import unreadable
 from lightning_sfubm.errors import DataError
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -61,20 +62,31 @@ def existing(path: Path, what: str) -> Path:
     """Return ``path`` if it is a file.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file, or this account may not look for it.
     """
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except PermissionError as error:
+        raise unreadable(path, error) from error
+    if not is_there:
         raise DataError(f"{path}: there is no such {what}; check the data root and the reader's file settings")
     return path
 
 
 def fingerprint_files(paths: list[Path], settings: dict[str, Any]) -> str:
-    """sha256 over the bytes of ``paths`` and the JSON form of ``settings``."""
+    """sha256 over the bytes of ``paths`` and the JSON form of ``settings``.
+
+    Raises:
+        DataError: a file may not be read.
+    """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except PermissionError as error:
+            raise unreadable(path, error) from error
         digest.update(b"\x00")
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_sfubm.access import unreadable
 from lightning_sfubm.datamodules.readers.base import RawDomain, existing, fingerprint_files, resolve, row_out_of_range
 from lightning_sfubm.datamodules.readers.delimited import Dialect, read_delimited, read_header
 from lightning_sfubm.errors import DataError
@@ -118,6 +119,8 @@ def _columns(path: Path) -> list[str]:
 def _parquet_schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path)
+    except PermissionError as error:
+        raise unreadable(path, error) from error
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 

@@ -171,6 +171,58 @@ def test_broken_source_gives_one_clear_error_and_leaves_nothing(
     assert not list(cache.rglob("*.*"))
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a kilobyte, where the reader asks for eight megabytes."""
+    options = pacsv.ReadOptions
+    monkeypatch.setattr(
+        "lightning_sfubm.datamodules.readers.delimited.pacsv.ReadOptions",
+        lambda **given: options(**{**given, "block_size": 1000}),
+    )
+
+
+@pytest.mark.parametrize("times", ["{}", "2014-07-23T00:00:00.{:06}"])
+def test_line_breaks_in_a_column_that_is_not_read(write_tables, small_blocks, times: str) -> None:
+    """A block of the file may end within such a cell."""
+    rows = "".join(f'u{n % 7},a,{times.format(n)},"good,\n5,{n},"\n' for n in range(400))
+    folder = write_tables(f"user_id,item_id,timestamp,review\n{rows}".encode(), ITEMS)
+    read = TableReader(str(folder)).read(None).interactions
+    assert read.num_rows == 400
+    assert read.column("user").to_pylist()[:3] == ["u0", "u1", "u2"]
+    assert str(read.column("order")[399]).endswith("399")
+
+
+def test_what_arrow_says_of_the_lines_is_told(write_tables, small_blocks, monkeypatch) -> None:
+    """And not what it says of the last type that was tried for the order column."""
+    monkeypatch.setattr("lightning_sfubm.datamodules.readers.delimited._name_bad_line", lambda *_: None)
+    folder = write_tables(INTERACTIONS + b"u3,a,10\n" * 1000 + b"u3,a,10,9\n", ITEMS)
+    with pytest.raises(DataError, match=r"cannot be read as delimited text .*Expected 3 columns, got 4"):
+        TableReader(str(folder)).read(None)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+@pytest.mark.parametrize("name", ["interactions", "items"])
+def test_a_file_of_another_account_is_not_called_broken(tmp_path: Path, closed, name: str, suffix: str) -> None:
+    for stem, data in (("interactions", INTERACTIONS), ("items", ITEMS)):
+        if suffix == ".parquet":
+            pq.write_table(pacsv.read_csv(pa.BufferReader(data)), tmp_path / f"{stem}{suffix}")
+        else:
+            (tmp_path / f"{stem}{suffix}").write_bytes(gzip.compress(data) if suffix == ".csv.gz" else data)
+    closed(tmp_path / f"{name}{suffix}")
+    with pytest.raises(DataError, match=rf"{name}\{suffix}: belongs to account .*, and this account may not read it"):
+        DomainDataModule("x", TableReader(""), root=str(tmp_path), k_core=0).setup()
+
+
+def test_a_file_that_cannot_be_read_is_called_broken_gzip_only_where_it_is_gzipped(write_tables, monkeypatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("Input/output error")
+
+    reader = TableReader(str(write_tables(INTERACTIONS, ITEMS)))
+    monkeypatch.setattr("lightning_sfubm.datamodules.readers.delimited.pa.input_stream", fails)
+    with pytest.raises(DataError, match=r"interactions\.csv: cannot be read \(Input/output error\)"):
+        reader.read(None)
+
+
 def test_quotes_that_swallow_nothing_are_read_as_before(write_tables) -> None:
     items = ITEMS + b'c,"Two\nlines, ""quoted""",Acme,X3\n\nd,Pipe 5" long,,X4\ne,E,,"X5"'
     raw = TableReader(str(write_tables(INTERACTIONS, items))).read(None)
