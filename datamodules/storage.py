@@ -25,7 +25,7 @@ from lightning_sfubm.datamodules.readers.base import Reader
 from lightning_sfubm.errors import DataError
 
 #: Part of every entry's name; raised whenever a rule or the layout changes.
-FORMAT = 2
+FORMAT = 3
 
 
 def prepared_domain(reader: Reader, root: Path | None, name: str, settings: PreprocessSettings) -> Domain:

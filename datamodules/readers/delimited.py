@@ -246,14 +246,19 @@ def _name_bad_line(path: Path, dialect: Dialect, header: list[str], order: str |
             if any("\udc80" <= character <= "\udcff" for cell in row for character in cell):
                 raise DataError(f"{where}: text is not valid {dialect.encoding}")
             if row and order and (cell := row[header.index(order)]):
-                kinds = [kind for kind in kinds if _fits(cell, kind)]
+                kinds = [kind for kind in kinds if fits(cell, kind)]
                 if not kinds:
-                    alone = any(_fits(cell, kind) for kind in ORDER_TYPES)
-                    why = "not written like those before it" if alone else "no ISO time and no number within 64 bits"
-                    raise DataError(f"{where}: column '{order}' holds {cell[:60]!r}, which is {why}")
+                    raise DataError(f"{where}: column '{order}' holds {cell[:60]!r}, which is {misfit(cell)}")
 
 
-def _fits(cell: str, kind: pa.DataType) -> bool:
+def misfit(cell: str) -> str:
+    """Why a cell of an order column fits none of the types that those before it fit."""
+    alone = any(fits(cell, kind) for kind in ORDER_TYPES)
+    return "not written like those before it" if alone else "no ISO time and no number within 64 bits"
+
+
+def fits(cell: str, kind: pa.DataType) -> bool:
+    """Whether a cell can be read as a type of :data:`ORDER_TYPES`, within 64 bits."""
     try:
         return row_out_of_range(pa.chunked_array([[cell]]).cast(kind)) is None
     except pa.ArrowInvalid:
