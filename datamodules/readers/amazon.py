@@ -23,7 +23,8 @@ from lightning_sfubm.errors import ConfigError, DataError
 Version = Literal["2014", "2018", "2023"]
 #: Years 1 to 9999 in seconds since 1970: first, and first beyond.
 _TIMES = (-62_135_596_800, 253_402_300_800)
-_TAG = re.compile(r"<[^>]{0,200}>")
+#: A tag or comment; "<" before anything but a name is a sign ("I <3 you").
+_TAG = re.compile(r"</?[A-Za-z!][^>]{0,200}>")
 
 
 @dataclass(frozen=True)

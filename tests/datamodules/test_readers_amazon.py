@@ -136,6 +136,7 @@ def test_wrong_release_is_named(tmp_path: Path) -> None:
 
 def test_clean() -> None:
     assert clean("  A &lt;i&gt; B ") == "A B"
+    assert clean("<p class='x'>I <3 Jazz, 5 > 4</p><br/><!-- old --> a<b") == "I <3 Jazz, 5 > 4 a<b"
     assert clean([["a", "b"], ["a", ["c"]], None]) == "a, b, c"
     assert clean([]) is None
     assert clean(7) is None
