@@ -53,7 +53,7 @@ class PreferenceRows(Dataset[PreferenceBatch]):
         """The padded batch of some rows."""
         ranked = self.rows.batch(self.chosen[numbers])
         candidates, target = ranked["candidates"], ranked["target"].unsqueeze(1)
-        negatives = candidates[candidates != target].view(len(candidates), -1)
+        negatives = candidates[candidates != target].view(len(candidates), candidates.shape[1] - 1)
         pair, labels = torch.cat([target, negatives[:, -1:]], 1), torch.tensor([1, 0]).expand(len(candidates), 2)
         if self.labels is not None:
             labels = torch.from_numpy(self.labels[numbers]).unsqueeze(1)

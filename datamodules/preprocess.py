@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import re
-import unicodedata
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -12,15 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_sfubm.datamodules.card import LONG_TITLE, DataCard, Statistics, TitleStatistics
+from lightning_sfubm.datamodules.card import DataCard, Statistics
 from lightning_sfubm.datamodules.domain import Domain
+from lightning_sfubm.datamodules.item_texts import item_texts, title_statistics
 from lightning_sfubm.datamodules.readers.base import RawDomain, check_schema, dictionary_ids, order_values
 from lightning_sfubm.errors import ConfigError, DataError
-from lightning_sfubm.evaluation.parsing import normalise_title
 from lightning_sfubm.seeds import numpy_generator
-
-#: Control characters and lone surrogates; joiners, which some scripts need, stay.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
@@ -72,16 +66,20 @@ def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Dom
     Raises:
         DataError: a column is missing or has a wrong type, or no interaction is left.
     """
-    check_schema(raw)
     rules = dict(raw.notes)
-
-    item_table, item_keys = _items_by_key(raw.items, rules)
-    rows, user_keys = _encode(raw, item_keys, rules)
+    try:
+        check_schema(raw)
+        item_table, item_keys = _items_by_key(raw.items, rules)
+        rows, user_keys = _encode(raw, item_keys, rules)
+    except DataError as error:  # they know of no domain
+        raise DataError(f"domain '{name}': {error}") from error
     before = rows.statistics(raw.order_kind)
 
     if settings.user_range is not None:
-        inside = _in_range(user_keys, settings.user_range, name)
-        rules["users_out_of_range"] = int(len(inside) - inside.sum())
+        present = np.unique(rows.users)
+        inside = np.zeros(len(user_keys), dtype=bool)
+        inside[present] = _in_range(user_keys.take(pa.array(present)), settings.user_range, name)
+        rules["users_out_of_range"] = int(len(present) - inside.sum())
         rows = rows.where(inside[rows.users])
     if settings.user_fold is not None:
         inside = _in_fold(user_keys, settings.user_fold)
@@ -129,7 +127,7 @@ def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Dom
     seconds = rows.seconds() if raw.order_kind == "timestamp" else None
     times = (seconds // 1).astype(np.int64) if seconds is not None else None
     kept_users, kept_items = user_keys.take(pa.array(users)).to_pylist(), item_keys.take(pa.array(used)).to_pylist()
-    titles, texts, rules["titles_missing"] = _texts(item_table.take(pa.array(used)), kept_items)
+    titles, texts, rules["titles_missing"] = item_texts(item_table.take(pa.array(used)), kept_items)
     card = DataCard(
         name=name,
         order=raw.order_kind,
@@ -139,7 +137,7 @@ def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Dom
         after=rows.statistics(raw.order_kind),
         tied_share=_tied_share(user_codes, rows.order if times is not None else None),
         repeat_share=_repeat_share(rows, len(used)),
-        titles=_title_statistics(titles),
+        titles=title_statistics(titles),
     )
     content = (offsets, rows.items, times, ["", *titles], ["", *texts], kept_users, ["", *kept_items])
     return Domain(name, *content, fingerprint=_fingerprint(settings, content), card=card)
@@ -286,10 +284,17 @@ def _in_range(user_keys: pa.StringArray, bounds: tuple[int, int], name: str) -> 
     try:
         numbers = user_keys.cast(pa.int64()).to_numpy()
     except pa.ArrowInvalid:
-        raise DataError(
-            f"domain '{name}': user_range needs integer user ids, but found {user_keys[0].as_py()!r}"
-        ) from None
+        stranger = next(key for key in user_keys if not _is_integer(key)).as_py()
+        raise DataError(f"domain '{name}': user_range needs integer user ids, but found {stranger!r}") from None
     return (numbers >= bounds[0]) & (numbers < bounds[1])
+
+
+def _is_integer(key: pa.StringScalar) -> bool:
+    try:
+        key.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _hashed(keys: pa.StringArray, salt: str) -> np.ndarray:
@@ -310,24 +315,6 @@ def _drawn_users(users: np.ndarray, count: int, seed: int) -> np.ndarray:
     return drawn[users]
 
 
-def _texts(items: pa.Table, keys: list[str]) -> tuple[list[str], list[str], int]:
-    """Titles, texts and the number of items without a title. White space is collapsed, control characters removed."""
-    columns = {name: [_plain(cell) for cell in items.column(name).to_pylist()] for name in items.column_names}
-    titles = columns.pop("title")
-    missing = sum(not title for title in titles)
-    names = [title or f"untitled {key}" for title, key in zip(titles, keys, strict=True)]
-    others = zip(*columns.values(), strict=True) if columns else [()] * len(titles)
-    texts = [". ".join(part for part in (title, *other) if part) for title, other in zip(titles, others, strict=True)]
-    return names, [text or name for text, name in zip(texts, names, strict=True)], missing
-
-
-def _plain(cell: object) -> str:
-    if cell is None:
-        return ""
-    text = ", ".join(map(str, cell)) if isinstance(cell, (list, tuple)) else str(cell)
-    return " ".join(_CONTROL.sub(" ", text.replace("|", ", ")).split())
-
-
 def _tied_share(users: np.ndarray, times: np.ndarray | None) -> float:
     if times is None:
         return 0.0
@@ -337,23 +324,6 @@ def _tied_share(users: np.ndarray, times: np.ndarray | None) -> float:
 def _repeat_share(rows: _Rows, num_items: int) -> float:
     pairs = np.sort(rows.users.astype(np.int64) * (num_items + 1) + rows.items)
     return float(np.sum(pairs[1:] == pairs[:-1]) / len(pairs))
-
-
-def _title_statistics(titles: list[str]) -> TitleStatistics:
-    lengths = np.array([len(title) for title in titles])
-    shared = Counter(map(normalise_title, titles))
-    return TitleStatistics(
-        mean_length=float(lengths.mean()),
-        max_length=int(lengths.max()),
-        long_share=float((lengths > LONG_TITLE).mean()),
-        shared_share=sum(count for count in shared.values() if count > 1) / len(titles),
-        non_latin_share=sum(map(_has_non_latin, titles)) / len(titles),
-    )
-
-
-def _has_non_latin(title: str) -> bool:
-    """Whether a letter of the title belongs to a script other than Latin."""
-    return not title.isascii() and any(c.isalpha() and "LATIN" not in unicodedata.name(c, "LATIN") for c in title)
 
 
 def _fingerprint(settings: PreprocessSettings, content: tuple[np.ndarray | list[str] | None, ...]) -> str:

@@ -321,7 +321,7 @@ class PromptBuilder:
         lengths = np.where(segments >= 0, self._lengths[segments], 0)
         ends = np.cumsum(lengths, axis=1)
         totals = ends[:, -1]
-        width = int(totals.max())
+        width = int(totals.max(initial=0))  # B may be 0
         pad = (width - totals)[:, None]
         flat_lengths = lengths.ravel()
         which = np.repeat(np.arange(rows * columns), flat_lengths)  # the segment of each token

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from lightning_sfubm.access import own_cache
 from lightning_sfubm.assets import cache_dir
 from lightning_sfubm.datamodules.card import DataCard
 from lightning_sfubm.datamodules.domain import Domain
@@ -24,20 +25,25 @@ from lightning_sfubm.datamodules.readers.base import Reader
 from lightning_sfubm.errors import DataError
 
 #: Part of every entry's name; raised whenever a rule or the layout changes.
-FORMAT = 2
+FORMAT = 3
 
 
 def prepared_domain(reader: Reader, root: Path | None, name: str, settings: PreprocessSettings) -> Domain:
     """The domain a reader and settings lead to: from the cache, or read, prepared and stored.
 
     Raises:
-        DataError: the source cannot be used, or the cache entry is damaged.
+        DataError: the source cannot be used, or the cache entry is damaged or another account's.
     """
     key = json.dumps({"format": FORMAT, "source": reader.fingerprint(root), **settings.described()}, sort_keys=True)
     entry = cache_dir() / "domains" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if not entry.is_dir():
-        save_domain(build_domain(reader.read(root), name, settings), entry)
-    return load_domain(entry, name)
+    with own_cache(entry):
+        stored = entry.is_dir()
+    if not stored:
+        domain = build_domain(reader.read(root), name, settings)
+        with own_cache(entry):
+            save_domain(domain, entry)
+    with own_cache(entry):
+        return load_domain(entry, name)
 
 
 def save_domain(domain: Domain, entry: Path) -> None:
@@ -69,6 +75,7 @@ def load_domain(entry: Path, name: str) -> Domain:
 
     Raises:
         DataError: a file of the entry is missing or damaged.
+        PermissionError: the entry is another account's.
     """
     try:
         about = json.loads((entry / "domain.json").read_text())
@@ -87,6 +94,8 @@ def load_domain(entry: Path, name: str) -> Domain:
             fingerprint=about["fingerprint"],
             card=replace(DataCard.from_dict(about["card"]), name=name),
         )
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{entry}: damaged cache entry ({error}); delete the folder, it will be made again") from error
 

@@ -3,7 +3,9 @@
 import hashlib
 import math
 import os
+import secrets
 import zipfile
+from collections.abc import Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lightning_sfubm.access import own_cache
 from lightning_sfubm.assets import cache_dir, resolve_model, sha256_of
 from lightning_sfubm.contracts import TextEncoder
 from lightning_sfubm.errors import ConfigError, DataError
@@ -103,12 +106,12 @@ class HFTextEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the vectors would: model weights, length limit, precision, layers."""
+        """Changes whenever the vectors would: model weights, tokenizer, length limit, precision, layers."""
         folder = resolve_model(self.model)
         layers = f" layers {self.layers}" if self.layers > 1 else ""  # nothing for 1: older caches stay valid
         digest = hashlib.sha256(f"mean-pool-1 {self.max_tokens} {self.bf16}{layers}".encode())
         for path in sorted(folder.iterdir()):
-            if path.suffix in (".safetensors", ".json", ".txt", ".bin"):
+            if path.suffix in (".safetensors", ".json", ".txt", ".bin", ".model", ".spm", ".tiktoken"):
                 facts = path.stat()
                 digest.update(f"{path.name} {_content(path, facts.st_size, facts.st_mtime_ns)}".encode())
         return digest.hexdigest()[:24]
@@ -182,12 +185,13 @@ def encode_cached(
         (n, D) float32, unit rows; blank texts give zero rows.
 
     Raises:
-        DataError: if the encoder returns a wrong shape or non-finite values.
+        DataError: if the encoder returns a wrong shape or non-finite values, or the cache is closed to this account.
     """
     store = Path(folder) if folder is not None else cache_dir() / "text" / encoder.fingerprint
-    store.mkdir(parents=True, exist_ok=True)
-    known = _read_store(store)
     distinct = {_key(text): text for text in texts}
+    with own_cache(store):
+        store.mkdir(parents=True, exist_ok=True)
+        known = _read_store(store, distinct.keys())
     missing = [key for key in distinct if key not in known]
     for start in _bar(range(0, len(missing), chunk), progress and len(missing) > chunk):
         keys = missing[start : start + chunk]
@@ -197,7 +201,8 @@ def encode_cached(
                 f"the text encoder returned shape {tuple(vectors.shape)} or non-finite values for {len(keys)} texts; "
                 f"expected finite ({len(keys)}, {encoder.dim})"
             )
-        _write_piece(store, keys, vectors.float().numpy())
+        with own_cache(store):
+            _write_piece(store, keys, vectors.float().numpy())
         known.update(zip(keys, vectors.float().numpy(), strict=True))
     if not texts:
         return torch.zeros(0, encoder.dim)
@@ -208,24 +213,35 @@ def _key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _read_store(store: Path) -> dict[str, np.ndarray]:
-    """All cached vectors by key. A piece that cannot be read is deleted and computed again."""
+def _read_store(store: Path, wanted: Set[str]) -> dict[str, np.ndarray]:
+    """The cached vectors of the wanted keys: the store may hold many times as many. A damaged piece is deleted."""
     known: dict[str, np.ndarray] = {}
     for path in sorted(store.glob("*.npz")):
         try:
             with np.load(path, allow_pickle=False) as piece:
-                known.update(zip(piece["keys"].tolist(), piece["vectors"], strict=True))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+                keys = piece["keys"].tolist()
+                rows = [row for row, key in enumerate(keys) if key in wanted]
+                if rows:
+                    chosen = piece["vectors"][rows]  # a copy: a view would keep the whole piece
+                    known.update(zip([keys[row] for row in rows], chosen, strict=True))
+        except PermissionError:
+            raise
+        except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile):
             path.unlink(missing_ok=True)
     return known
 
 
 def _write_piece(store: Path, keys: list[str], vectors: np.ndarray) -> None:
     name = hashlib.sha256("".join(keys).encode()).hexdigest()[:32]
-    partial = store / f".{name}.{os.getpid()}.partial"
-    with open(partial, "wb") as file:
-        np.savez(file, keys=np.array(keys), vectors=vectors)
-    os.replace(partial, store / f"{name}.npz")
+    # A name by chance, as processes in two containers may have one number. Not a file of tempfile's, which no other
+    # account could read: what is said of items is no secret.
+    partial = store / f".{name}.{secrets.token_hex(8)}.partial"
+    try:
+        with open(partial, "xb") as file:
+            np.savez(file, keys=np.array(keys), vectors=vectors)
+        os.replace(partial, store / f"{name}.npz")
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _bar(steps: range, show: bool) -> Any:

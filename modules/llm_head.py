@@ -290,6 +290,15 @@ class LLMHead(InjectedLM):
 
     @_in_own_precision
     def _rank(self, batch: RankBatch) -> tuple[Tensor, Tensor, Tensor]:
+        rows = len(batch["candidates"])
+        if rows == 0 and not is_sharded(self):
+            none = batch["candidates"][:, 0]
+            return batch["candidates"].float(), none, none.bool()
+        if rows == 0:
+            # The other ranks gather the parameters: take part with a row of item 1, and leave its answer out.
+            stand_in: Any = {name: value.new_ones(1, *value.shape[1:]) for name, value in batch.items()}  # type: ignore[attr-defined]
+            scores, choice, valid = self._rank(stand_in)
+            return scores[:0], choice[:0], valid[:0]
         with evaluating(self), torch.no_grad():
             if self.rank_mode in ("generate", "constrained"):
                 choice, valid = self._answer(batch)

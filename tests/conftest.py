@@ -1,7 +1,11 @@
 """What all tests share: one thread, a cache of their own, and the small planted federation."""
 
+import builtins
+import errno
+import io
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Close files below a path to this process, which may be root's: to open one is a PermissionError from then on."""
+
+    def close(folder: Path) -> None:
+        def opening(file: Any, *given: Any, plain: Any = open, **named: Any) -> Any:
+            if isinstance(file, (str, Path)) and (Path(file) == folder or folder in Path(file).parents):
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return plain(file, *given, **named)
+
+        monkeypatch.setattr(builtins, "open", opening)
+        monkeypatch.setattr(io, "open", opening)
+
+    return close
 
 
 def small_federation(domains: int = 2, num_users: int = 60, num_items: int = 48, **settings: Any) -> Any:

@@ -16,13 +16,15 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from lightning_sfubm.access import unreadable
 from lightning_sfubm.datamodules.readers.base import RawDomain, existing, fingerprint_files, resolve
 from lightning_sfubm.errors import ConfigError, DataError
 
 Version = Literal["2014", "2018", "2023"]
 #: Years 1 to 9999 in seconds since 1970: first, and first beyond.
 _TIMES = (-62_135_596_800, 253_402_300_800)
-_TAG = re.compile(r"<[^>]{0,200}>")
+#: A tag or comment; "<" before anything but a name is a sign ("I <3 you").
+_TAG = re.compile(r"</?[A-Za-z!][^>]{0,200}>")
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class AmazonReader:
         """Stream both files.
 
         Raises:
-            DataError: a file is missing or no readable gzip; a line is no JSON object, lacks a field, or holds a time
-                outside the years 1 to 9999 or an id with half a surrogate pair.
+            DataError: a file is missing, closed to this account or no readable gzip; a line is no JSON object, lacks a
+                field, or holds a time outside the years 1 to 9999 or an id with half a surrogate pair.
         """
         fields = _FIELDS[self.version]
         users: dict[str, int] = {}
@@ -147,9 +149,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line := line.strip():
                     yield number, _parse(line, path, number)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}, after line {number}: broken or truncated gzip file ({error}); fetch it again"
-        ) from error
+        raise unreadable(path, error, f"{path}, after line {number}") from error
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lightning_sfubm.access import unreadable
 from lightning_sfubm.errors import DataError
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -57,26 +58,66 @@ def resolve(root: Path | None, *parts: str) -> Path:
     return Path(root or ".").expanduser().joinpath(*(Path(part).expanduser() for part in parts))
 
 
+def is_there(path: Path) -> bool:
+    """Whether ``path`` is a file.
+
+    Raises:
+        DataError: this account may not look for it.
+    """
+    try:
+        return path.is_file()
+    except PermissionError as error:
+        raise unreadable(path, error) from error
+
+
 def existing(path: Path, what: str) -> Path:
     """Return ``path`` if it is a file.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file, or this account may not look for it.
     """
-    if not path.is_file():
+    if not is_there(path):
         raise DataError(f"{path}: there is no such {what}; check the data root and the reader's file settings")
     return path
 
 
 def fingerprint_files(paths: list[Path], settings: dict[str, Any]) -> str:
-    """sha256 over the bytes of ``paths`` and the JSON form of ``settings``."""
+    """sha256 over the bytes of ``paths`` and the JSON form of ``settings``.
+
+    Raises:
+        DataError: a file may not be read.
+    """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except PermissionError as error:
+            raise unreadable(path, error) from error
         digest.update(b"\x00")
     return digest.hexdigest()
+
+
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, encoded by a dictionary or not."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def is_text_type(kind: pa.DataType) -> bool:
+    """Whether a type holds text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def is_id_type(kind: pa.DataType) -> bool:
+    """Whether :func:`dictionary_ids` takes a column of this type."""
+    return pa.types.is_integer(value_type(kind)) or is_text_type(value_type(kind))
+
+
+def is_order_type(kind: pa.DataType) -> bool:
+    """Whether :func:`order_values` takes a column of this type."""
+    is_time = pa.types.is_date(kind) or pa.types.is_timestamp(kind)
+    return is_time or pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def dictionary_ids(column: pa.ChunkedArray, name: str) -> pa.DictionaryArray:
@@ -92,9 +133,11 @@ def dictionary_ids(column: pa.ChunkedArray, name: str) -> pa.DictionaryArray:
     Raises:
         DataError: the column has another type.
     """
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    kind = value_type(column.type)
+    if not is_id_type(kind):
         raise DataError(f"column '{name}' holds {kind}, but ids must be integers or strings; convert the column")
+    if pa.types.is_string_view(column.type):
+        column = column.cast(pa.string())
     if column.num_chunks == 0:
         column = pa.chunked_array([pa.array([], type=kind)])
     if not pa.types.is_dictionary(column.type):
@@ -122,14 +165,14 @@ def order_values(column: pa.ChunkedArray) -> tuple[pa.Array, int]:
     Raises:
         DataError: the column has another type, or holds a number beyond 64-bit integers.
     """
+    if not is_order_type(column.type):
+        raise DataError(f"the order column holds {column.type}, but must be a number or a time; convert the column")
     if pa.types.is_date(column.type):
         column = column.cast(pa.timestamp("s"), safe=False)
     per_second = 1
     if pa.types.is_timestamp(column.type):
         per_second = _PER_SECOND[column.type.unit]
         column = column.cast(pa.int64())
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        raise DataError(f"the order column holds {column.type}, but must be a number or a time; convert the column")
     if (row := row_out_of_range(column)) is not None:
         raise DataError(f"the order column holds {column[row]} in row {row + 1}, which is beyond 64-bit integers")
     if pa.types.is_floating(column.type):

@@ -5,7 +5,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TextIO, TypeVar
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from lightning_sfubm.access import unreadable
 from lightning_sfubm.datamodules.readers.base import existing, row_out_of_range
 from lightning_sfubm.errors import DataError
 
@@ -37,7 +38,8 @@ class Dialect:
         names: column names of a file without a header line.
         encoding: text encoding.
         quoted: whether cells may be quoted with ``"``.
-        multiline: whether a quoted cell may hold line breaks.
+        multiline: whether quoted cells are expected to hold line breaks. Where they do unexpectedly, a file of several
+            blocks is read twice.
     """
 
     delimiter: str = ","
@@ -69,8 +71,8 @@ def read_delimited(
         Table with the named columns.
 
     Raises:
-        DataError: the file is missing, no readable gzip, lacks a column, or has a bad line or a quoted cell that does
-            not close (the line is named).
+        DataError: the file is missing, closed to this account or no readable gzip, lacks a column, or has a bad line or
+            a quoted cell that does not close (the line is named).
     """
     existing(path, "file")
     columns = [*ids, *texts, *([order] if order else [])]
@@ -87,12 +89,18 @@ def read_delimited(
             table, missing = _guard(path, partial(_read, path, dialect, tried, columns))
         except pa.ArrowInvalid as error:
             failure = error
-            continue
+            # A cell that is not of this type may be of the next one; a line of another shape fits none.
+            if str(error).startswith("In CSV column"):
+                continue
+            break
         if order and row_out_of_range(table.column(order)) is not None:
             break
         if missing:
             _guard(path, partial(_check_quotes, path, dialect, missing))
         return table
+    if failure is not None and dialect.quoted and not dialect.multiline:
+        # Where a quoted cell holds a line break, a block of the file may have ended within it.
+        return read_delimited(path, ids=ids, texts=texts, order=order, dialect=replace(dialect, multiline=True))
     _guard(path, lambda: _name_bad_line(path, dialect, header, order))
     raise DataError(f"{path}: cannot be read as delimited text ({str(failure).splitlines()[0]})") from failure
 
@@ -101,7 +109,7 @@ def read_header(path: Path, dialect: Dialect) -> list[str]:
     """Column names of a delimited file.
 
     Raises:
-        DataError: the file cannot be decompressed.
+        DataError: the file cannot be read or decompressed.
     """
     if dialect.names:
         return list(dialect.names)
@@ -114,11 +122,11 @@ def read_header(path: Path, dialect: Dialect) -> list[str]:
 
 
 def _guard(path: Path, action: Callable[[], T]) -> T:
-    """Run an action on a file and turn decompression failures into one sentence."""
+    """Run an action on a file and turn failures to read or decompress it into one sentence."""
     try:
         return action()
     except (EOFError, zlib.error, OSError) as error:
-        raise DataError(f"{path}: broken or truncated gzip file ({error}); fetch it again") from error
+        raise unreadable(path, error) from error
 
 
 def _open(path: Path, dialect: Dialect) -> TextIO:
@@ -238,14 +246,19 @@ def _name_bad_line(path: Path, dialect: Dialect, header: list[str], order: str |
             if any("\udc80" <= character <= "\udcff" for cell in row for character in cell):
                 raise DataError(f"{where}: text is not valid {dialect.encoding}")
             if row and order and (cell := row[header.index(order)]):
-                kinds = [kind for kind in kinds if _fits(cell, kind)]
+                kinds = [kind for kind in kinds if fits(cell, kind)]
                 if not kinds:
-                    alone = any(_fits(cell, kind) for kind in ORDER_TYPES)
-                    why = "not written like those before it" if alone else "no ISO time and no number within 64 bits"
-                    raise DataError(f"{where}: column '{order}' holds {cell[:60]!r}, which is {why}")
+                    raise DataError(f"{where}: column '{order}' holds {cell[:60]!r}, which is {misfit(cell)}")
 
 
-def _fits(cell: str, kind: pa.DataType) -> bool:
+def misfit(cell: str) -> str:
+    """Why a cell of an order column fits none of the types that those before it fit."""
+    alone = any(fits(cell, kind) for kind in ORDER_TYPES)
+    return "not written like those before it" if alone else "no ISO time and no number within 64 bits"
+
+
+def fits(cell: str, kind: pa.DataType) -> bool:
+    """Whether a cell can be read as a type of :data:`ORDER_TYPES`, within 64 bits."""
     try:
         return row_out_of_range(pa.chunked_array([[cell]]).cast(kind)) is None
     except pa.ArrowInvalid:

@@ -1,14 +1,15 @@
 """The generic reader: a folder with one interactions table and one items table, CSV or Parquet."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lightning_sfubm.datamodules.readers.base import RawDomain, existing, fingerprint_files, resolve, row_out_of_range
+from lightning_sfubm.datamodules.readers.base import RawDomain, existing, fingerprint_files, is_there, resolve
 from lightning_sfubm.datamodules.readers.delimited import Dialect, read_delimited, read_header
-from lightning_sfubm.errors import DataError
+from lightning_sfubm.datamodules.readers.parquet import read_names, read_parquet
+from lightning_sfubm.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".csv", ".csv.gz", ".parquet", ".tsv", ".tsv.gz")
@@ -29,9 +30,13 @@ class TableReader:
         item_column: name of the item column, in both tables.
         title_column: name of the title column.
         order_column: time or position; ``None`` takes ``timestamp``, ``pos`` or ``position``, whichever is there, and
-            else the row order.
+            else the row order. Numbers in a column of another name than ``pos`` and ``position`` are read as seconds
+            since 1970; of milliseconds the order is right, but the data card shows numbers for dates.
         text_columns: further columns that are language, in reading order; ``None`` takes those of
             :data:`USUAL_TEXT_COLUMNS` that are there, ``[]`` none.
+
+    Raises:
+        ConfigError: a column is named twice.
     """
 
     def __init__(
@@ -45,6 +50,9 @@ class TableReader:
         order_column: str | None = None,
         text_columns: list[str] | None = None,
     ) -> None:
+        if order_column is not None:
+            _distinct(("user_column", [user_column]), ("item_column", [item_column]), ("order_column", [order_column]))
+        _distinct(("title_column", [title_column]), ("text_columns", text_columns or []))
         self.folder = folder
         self.interactions = interactions
         self.items = items
@@ -62,7 +70,9 @@ class TableReader:
         """
         interactions_path, items_path = self._paths(root)
         present = _columns(interactions_path)
-        order = self.order_column or next((name for name in USUAL_ORDER_COLUMNS if name in present), None)
+        taken = (self.user_column, self.item_column)
+        usual = (name for name in USUAL_ORDER_COLUMNS if name in present and name not in taken)
+        order = self.order_column or next(usual, None)
         if order is None:
             log.warning(
                 "%s has no column %s: the order of its rows is taken for that of time. Its columns are %s; if one of them is "
@@ -79,7 +89,8 @@ class TableReader:
         if texts is None:
             texts = [name for name in USUAL_TEXT_COLUMNS if name in present and name != self.title_column]
         items = _read(items_path, [self.item_column], [self.title_column, *texts], None)
-        items = items.rename_columns(["item", "title", *texts])
+        kept = [f"{name} (text)" if name in ("item", "title") else name for name in texts]  # those two have a place
+        items = items.rename_columns(["item", "title", *kept])
         kind = USUAL_ORDER_COLUMNS.get(order, "timestamp") if order else "none"
         return RawDomain(interactions, items, kind)
 
@@ -100,7 +111,7 @@ def _find(folder: Path, stem: str, name: str | None) -> Path:
     if name is not None:
         return existing(folder / name, f"{stem} file")
     for suffix in SUFFIXES:
-        if (folder / f"{stem}{suffix}").is_file():
+        if is_there(folder / f"{stem}{suffix}"):
             return folder / f"{stem}{suffix}"
     raise DataError(
         f"{folder}: no {stem} file here (looked for {stem} with {', '.join(SUFFIXES)}); check the data root"
@@ -112,45 +123,31 @@ def _dialect(path: Path, multiline: bool) -> Dialect:
 
 
 def _columns(path: Path) -> list[str]:
-    return _parquet_schema(path).names if path.suffix == ".parquet" else read_header(path, _dialect(path, False))
-
-
-def _parquet_schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+    return read_names(path) if path.suffix == ".parquet" else read_header(path, _dialect(path, False))
 
 
 def _read(path: Path, ids: list[str], texts: list[str], order: str | None) -> pa.Table:
-    if path.suffix != ".parquet":
-        # Only item texts may hold line breaks; without them Arrow cuts the file into blocks and reads in parallel.
-        return read_delimited(path, ids=ids, texts=texts, order=order, dialect=_dialect(path, bool(texts)))
-    schema = _parquet_schema(path)
-    columns = [*ids, *texts, *([order] if order else [])]
-    for column in columns:
-        if column not in schema.names:
-            raise DataError(f"{path}: no column '{column}'; the file has {', '.join(schema.names)}")
-    try:
-        table = pq.read_table(path, columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged Parquet file ({error}); fetch it again") from error
-    if order and (row := row_out_of_range(table.column(order))) is not None:
-        value = table.column(order)[row]
-        raise DataError(f"{path}, row {row + 1}: column '{order}' holds {value}, which is no number within 64 bits")
-    try:
-        table.validate(full=True)
-    except pa.ArrowInvalid as error:
-        _name_bad_text(table, path)
-        raise DataError(f"{path}: damaged Parquet file ({error}); fetch it again") from error
-    return table
+    if path.suffix == ".parquet":
+        return read_parquet(path, ids=ids, texts=texts, order=order)
+    # Line breaks are expected in item texts alone; without them Arrow cuts the file into blocks and reads in parallel.
+    return read_delimited(path, ids=ids, texts=texts, order=order, dialect=_dialect(path, bool(texts)))
 
 
-def _name_bad_text(table: pa.Table, path: Path) -> None:
-    """Raise for the first cell of each column that is no UTF-8: Parquet does not check it."""
-    for name in table.column_names:
-        for row, cell in enumerate(table.column(name), start=1):
-            try:
-                cell.as_py()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}, row {row}: column '{name}' holds text that is not valid utf-8") from error
+def _distinct(*given: tuple[str, Sequence[str]]) -> None:
+    """Refuse a column that is named twice.
+
+    Args:
+        given: settings and the columns each of them names.
+
+    Raises:
+        ConfigError: naming the setting and the column.
+    """
+    taken: dict[str, str] = {}
+    for setting, columns in given:
+        for column in columns:
+            if column in taken:
+                again = "a second time" if taken[column] == setting else f"which {taken[column]} names already"
+                raise ConfigError(
+                    f"{setting} of the table reader names column '{column}', {again}; leave it out or give another one"
+                )
+            taken[column] = setting

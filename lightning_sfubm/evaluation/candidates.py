@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_sfubm.access import own_cache
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.parsing import normalise_title
 from lightning_sfubm.seeds import numpy_generator
@@ -72,13 +73,18 @@ class CandidateLists:
 
         Raises:
             DataError: the file is damaged or does not have the hash it was stored with.
+            PermissionError: the file is another account's.
         """
         from safetensors import SafetensorError, safe_open
 
         try:
+            with open(path, "rb"):  # safetensors would call a file that is closed to this account missing
+                pass
             with safe_open(str(path), framework="numpy") as file:
                 stored = cls(file.get_tensor("candidates"), file.get_tensor("target_index"))
                 expected = (file.metadata() or {}).get("sha256")
+        except PermissionError:
+            raise
         except (SafetensorError, OSError) as error:
             raise DataError(
                 f"{path}: damaged candidate lists ({error}); delete the file, it will be drawn again"
@@ -216,11 +222,12 @@ def stored_candidates(
         num_candidates: C.
 
     Raises:
-        DataError: stored lists are damaged or do not fit the domain.
+        DataError: stored lists are damaged, another account's, or do not fit the domain.
     """
     path = folder / f"{fingerprint[:32]}-{split}-c{num_candidates}-s{seed}.safetensors"
-    if path.is_file():
-        stored = CandidateLists.load(path)
+    with own_cache(path):
+        stored = CandidateLists.load(path) if path.is_file() else None
+    if stored is not None:
         if stored.candidates.shape == (rows, num_candidates):
             return stored
         raise DataError(
@@ -228,5 +235,6 @@ def stored_candidates(
             "delete the file to draw them again"
         )
     lists = sampler().draw(num_candidates, numpy_generator(seed, "candidates", fingerprint, split, num_candidates))
-    lists.save(path)
+    with own_cache(path):
+        lists.save(path)
     return lists

@@ -227,6 +227,29 @@ def test_damaged_cache_is_one_clear_error(cache: Path) -> None:
         ready()
 
 
+@pytest.mark.parametrize("part", ["domains", "candidates"])
+def test_a_cache_of_another_account_is_told_from_a_damaged_one(cache: Path, closed, part: str) -> None:
+    ready()
+    closed(cache / part)
+    with pytest.raises(
+        DataError, match=r"belongs to account .* and is closed to this account; set SFUBM_CACHE"
+    ) as caught:
+        ready()
+    assert "delete" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["domains", "candidates"])
+def test_a_cache_that_may_not_be_written(cache: Path, monkeypatch, folder: str) -> None:
+    def refuse(*_: object, dir: Path, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    where = {"domains": "storage.tempfile.mkdtemp", "candidates": "candidates.tempfile.NamedTemporaryFile"}[folder]
+    package = "datamodules" if folder == "domains" else "evaluation"
+    monkeypatch.setattr(f"lightning_sfubm.{package}.{where}", refuse)
+    with pytest.raises(DataError, match=rf"{folder}/.* set SFUBM_CACHE to a folder of your own"):
+        ready()
+
+
 @pytest.mark.parametrize(
     ("titles", "words"),
     [

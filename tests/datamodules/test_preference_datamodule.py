@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,15 @@ def test_evaluation_judges_the_target_and_one_drawn_item(domain, split):
             assert batch["candidates"][row, 0] == targets[user]
             said = torch.cat([batch["disliked"][row], batch["candidates"][row, 1:]])
             assert not np.isin(said.numpy(), own).any()
+
+
+def test_a_rank_without_a_user_has_an_empty_batch(domain):
+    data = PreferenceDataModule(domain, max_test_users=1)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)
+    (batch,) = data.test_dataloader()
+    assert {name: tuple(value.shape) for name, value in batch.items()} == {
+        "history": (0, 1), "disliked": (0, 3), "candidates": (0, 2), "labels": (0, 2), "user": (0,)
+    }  # fmt: skip
 
 
 def test_nothing_disliked_and_bad_sizes(domain):

@@ -125,6 +125,18 @@ def test_user_range_comes_before_the_core(raw_domain) -> None:
         build_domain(raw_domain([("u1", "a", 1)]), "x", PreprocessSettings(user_range=(0, 3)))
 
 
+def test_user_range_speaks_of_users_that_have_interactions(raw_domain) -> None:
+    """An id of rows that are left out (no item, say) is nobody's."""
+    rows = [(str(user), item, 1) for user in range(4) for item in "ab"]
+    raw = raw_domain([*rows, ("guest", None, 1), ("77", None, 1)], {"a": "A", "b": "B"})
+    domain = build_domain(raw, "x", PreprocessSettings(k_core=0, user_range=(1, 3)))
+    assert domain.user_keys == ["1", "2"]
+    assert domain.card.rules["users_out_of_range"] == 2
+    raw = raw_domain([*rows, ("guest", "a", 1)], {"a": "A", "b": "B"})
+    with pytest.raises(DataError, match="integer user ids, but found 'guest'"):
+        build_domain(raw, "x", PreprocessSettings(k_core=0, user_range=(1, 3)))
+
+
 @pytest.mark.parametrize("values", [{"k_core": -1}, {"max_users": 0}, {"user_range": (5, 5)}])
 def test_bad_settings(values: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
@@ -149,6 +161,11 @@ def test_texts_join_title_and_columns_and_skip_what_is_missing(raw_domain) -> No
     assert domain.texts == ["", "Alpha. Acme. Home, Garden", "Bolt", "untitled c"]
 
 
+def retyped(raw: RawDomain, column: str, kind: pa.DataType) -> pa.Table:
+    place = raw.interactions.column_names.index(column)
+    return raw.interactions.set_column(place, column, raw.interactions.column(column).cast(kind))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -158,12 +175,17 @@ def test_texts_join_title_and_columns_and_skip_what_is_missing(raw_domain) -> No
             "no column 'title'",
         ),
         (lambda raw: RawDomain(raw.interactions, raw.items, "none"), "order kind 'none'"),
+        (lambda raw: RawDomain(retyped(raw, "user", pa.float64()), raw.items, raw.order_kind), "'user' holds double"),
+        (
+            lambda raw: RawDomain(retyped(raw, "order", pa.string()), raw.items, raw.order_kind),
+            "order column holds string",
+        ),
         (lambda raw: RawDomain(raw.interactions[:0], raw.items, raw.order_kind), "interactions table holds no rows"),
     ],
 )
 def test_schema_is_checked(raw_domain, change, words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        build_domain(change(raw_domain([("u", "a", 1)])), "x", NO_CORE)
+    with pytest.raises(DataError, match=f"domain 'x': .*{words}"):
+        build_domain(change(raw_domain([("1", "a", 1)])), "x", NO_CORE)
 
 
 def test_card_prints_and_survives_json(raw_domain) -> None:

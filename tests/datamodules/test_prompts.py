@@ -67,6 +67,15 @@ def test_long_titles_are_cut_and_counted(tokenizer):
     assert (batch.branch[0] == 1).sum() == 7
 
 
+@pytest.mark.parametrize("form", ["branch", "list", "binary"])
+def test_no_rows_are_no_prompts(tokenizer, form):
+    nobody = torch.zeros(0, 4, dtype=torch.long)
+    batch = builder(tokenizer, form).build(nobody, nobody[:, :3], disliked=nobody[:, :2])
+    assert batch.tokens.shape == batch.branch.shape == (0, 0)
+    assert batch.branch_end.shape == (0, 3)
+    assert batch.prefix_end.shape == (0,)
+
+
 def test_newest_items_are_mentioned(tokenizer):
     text = spell(
         tokenizer, builder(tokenizer, history_length=1).build(torch.tensor([[2, 1]]), torch.tensor([[1]])).tokens[0]

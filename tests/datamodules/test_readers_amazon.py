@@ -118,6 +118,14 @@ def test_truncated_gzip(tmp_path: Path) -> None:
         reader.read(None)
 
 
+def test_a_file_of_another_account_is_not_called_broken(tmp_path: Path, closed) -> None:
+    reader = write(tmp_path, "2018")
+    closed(tmp_path / "meta.json")
+    for use in (reader.read, reader.fingerprint):
+        with pytest.raises(DataError, match=r"meta\.json: belongs to account .* may not read it"):
+            use(None)
+
+
 def test_wrong_release_is_named(tmp_path: Path) -> None:
     write(tmp_path, "2018")
     with pytest.raises(DataError, match=r"line 1: field .user_id. is missing.*right release"):
@@ -128,6 +136,7 @@ def test_wrong_release_is_named(tmp_path: Path) -> None:
 
 def test_clean() -> None:
     assert clean("  A &lt;i&gt; B ") == "A B"
+    assert clean("<p class='x'>I <3 Jazz, 5 > 4</p><br/><!-- old --> a<b") == "I <3 Jazz, 5 > 4 a<b"
     assert clean([["a", "b"], ["a", ["c"]], None]) == "a, b, c"
     assert clean([]) is None
     assert clean(7) is None

@@ -1,6 +1,7 @@
 """The generic reader: forms it takes, and one clear error for each broken source."""
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.preprocess import PreprocessSettings, build_domain
 from lightning_sfubm.datamodules.readers.base import Reader, dictionary_ids
 from lightning_sfubm.datamodules.readers.table import TableReader
-from lightning_sfubm.errors import DataError
+from lightning_sfubm.errors import ConfigError, DataError
 
 INTERACTIONS = b"user_id,item_id,timestamp\nu2,b,20\nu1,a,10\nu1,b,5\n"
 ITEMS = b'item_id,title,brand,asin\na,"Alpha, the ""first""",Acme,X1\nb,Beta,,X2\n'
@@ -171,6 +172,58 @@ def test_broken_source_gives_one_clear_error_and_leaves_nothing(
     assert not list(cache.rglob("*.*"))
 
 
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a kilobyte, where the reader asks for eight megabytes."""
+    options = pacsv.ReadOptions
+    monkeypatch.setattr(
+        "lightning_sfubm.datamodules.readers.delimited.pacsv.ReadOptions",
+        lambda **given: options(**{**given, "block_size": 1000}),
+    )
+
+
+@pytest.mark.parametrize("times", ["{}", "2014-07-23T00:00:00.{:06}"])
+def test_line_breaks_in_a_column_that_is_not_read(write_tables, small_blocks, times: str) -> None:
+    """A block of the file may end within such a cell."""
+    rows = "".join(f'u{n % 7},a,{times.format(n)},"good,\n5,{n},"\n' for n in range(400))
+    folder = write_tables(f"user_id,item_id,timestamp,review\n{rows}".encode(), ITEMS)
+    read = TableReader(str(folder)).read(None).interactions
+    assert read.num_rows == 400
+    assert read.column("user").to_pylist()[:3] == ["u0", "u1", "u2"]
+    assert str(read.column("order")[399]).endswith("399")
+
+
+def test_what_arrow_says_of_the_lines_is_told(write_tables, small_blocks, monkeypatch) -> None:
+    """And not what it says of the last type that was tried for the order column."""
+    monkeypatch.setattr("lightning_sfubm.datamodules.readers.delimited._name_bad_line", lambda *_: None)
+    folder = write_tables(INTERACTIONS + b"u3,a,10\n" * 1000 + b"u3,a,10,9\n", ITEMS)
+    with pytest.raises(DataError, match=r"cannot be read as delimited text .*Expected 3 columns, got 4"):
+        TableReader(str(folder)).read(None)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".parquet"])
+@pytest.mark.parametrize("name", ["interactions", "items"])
+def test_a_file_of_another_account_is_not_called_broken(tmp_path: Path, closed, name: str, suffix: str) -> None:
+    for stem, data in (("interactions", INTERACTIONS), ("items", ITEMS)):
+        if suffix == ".parquet":
+            pq.write_table(pacsv.read_csv(pa.BufferReader(data)), tmp_path / f"{stem}{suffix}")
+        else:
+            (tmp_path / f"{stem}{suffix}").write_bytes(gzip.compress(data) if suffix == ".csv.gz" else data)
+    closed(tmp_path / f"{name}{suffix}")
+    with pytest.raises(DataError, match=rf"{name}\{suffix}: belongs to account .*, and this account may not read it"):
+        DomainDataModule("x", TableReader(""), root=str(tmp_path), k_core=0).setup()
+
+
+def test_a_file_that_cannot_be_read_is_called_broken_gzip_only_where_it_is_gzipped(write_tables, monkeypatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("Input/output error")
+
+    reader = TableReader(str(write_tables(INTERACTIONS, ITEMS)))
+    monkeypatch.setattr("lightning_sfubm.datamodules.readers.delimited.pa.input_stream", fails)
+    with pytest.raises(DataError, match=r"interactions\.csv: cannot be read \(Input/output error\)"):
+        reader.read(None)
+
+
 def test_quotes_that_swallow_nothing_are_read_as_before(write_tables) -> None:
     items = ITEMS + b'c,"Two\nlines, ""quoted""",Acme,X3\n\nd,Pipe 5" long,,X4\ne,E,,"X5"'
     raw = TableReader(str(write_tables(INTERACTIONS, items))).read(None)
@@ -201,14 +254,115 @@ def test_surrogates_in_parquet(tmp_path: Path) -> None:
         TableReader("").read(tmp_path)
 
 
-def test_wrong_column_types_in_parquet(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"user_id": [1.5], "item_id": [1], "timestamp": [3]}), tmp_path / "interactions.parquet")
-    pq.write_table(pa.table({"item_id": [1], "title": ["A"]}), tmp_path / "items.parquet")
-    with pytest.raises(DataError, match="column 'user' holds double"):
-        build_domain(TableReader("").read(tmp_path), "x", PreprocessSettings(k_core=0))
-    pq.write_table(pa.table({"user_id": [1], "item_id": [1], "timestamp": ["3"]}), tmp_path / "interactions.parquet")
-    with pytest.raises(DataError, match="order column holds string"):
-        build_domain(TableReader("").read(tmp_path), "x", PreprocessSettings(k_core=0))
+@pytest.fixture
+def write_parquet(tmp_path: Path) -> Callable[..., TableReader]:
+    """A reader of two Parquet tables: three interactions of one user, and three items; columns may be given."""
+
+    def write(items: dict | None = None, **interactions: object) -> TableReader:
+        rows = {"user_id": ["u"] * 3, "item_id": [1, 2, 3], "timestamp": [3, 2, 1], **interactions}
+        pq.write_table(pa.table(rows), tmp_path / "interactions.parquet")
+        named = {"item_id": [1, 2, 3], "title": ["A", "B", "C"], **(items or {})}
+        pq.write_table(pa.table(named), tmp_path / "items.parquet")
+        return TableReader(str(tmp_path), text_columns=[name for name in named if name not in ("item_id", "title")])
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"user_id": [1.5, 2, 3]}, r"interactions\.parquet: column 'user_id' holds double, but ids must be"),
+        ({"timestamp": [True, False, True]}, r"interactions\.parquet: column 'timestamp' holds bool, but must be a number"),
+        ({"timestamp": ["3", "2", "soon"]}, r"interactions\.parquet, row 3: column 'timestamp' holds 'soon', .*no ISO time"),
+        ({"timestamp": ["3", "", "2014-07-23"]}, r"row 3: column 'timestamp' holds '2014-07-23', .*not written like"),
+        ({"items": {"item_id": [True, False, True]}}, r"items\.parquet: column 'item_id' holds bool"),
+        ({"items": {"title": [b"A", b"B", b"\xff"]}}, r"items\.parquet, row 3: column 'title' holds bytes .*not valid utf-8"),
+        ({"items": {"tags": [[b"a"], [None, b"\xff"], None]}}, r"items\.parquet, row 2: column 'tags' holds bytes"),
+    ],
+)  # fmt: skip
+def test_cells_in_parquet_that_cannot_be_used(write_parquet, columns: dict, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        write_parquet(**columns).read(None)
+
+
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        (pa.array(["Toy", None, "Äpfel"], pa.string_view()), ["Toy", "untitled 2", "Äpfel"]),
+        (pa.array([b"Toy", None, "Äpfel".encode()]), ["Toy", "untitled 2", "Äpfel"]),
+        (pa.array([b"Toy", None, b"Toy"], pa.large_binary()).dictionary_encode(), ["Toy", "untitled 2", "Toy"]),
+        (pa.array([1995.0, float("nan"), 1995.5]), ["1995", "untitled 2", "1995.5"]),
+        (pa.array([1995, None, 7]), ["1995", "untitled 2", "7"]),
+        (pa.array([["x", None], [], ["y", "z", ""]]), ["x", "untitled 2", "y, z,"]),
+        (pa.array([[b"x", None, b"y"], None, [b"z"]]), ["x, y", "untitled 2", "z"]),
+        (pa.array([[1995.0, float("nan")], None, [0.5, 2.0]]), ["1995", "untitled 2", "0.5, 2"]),
+        (pa.array([1e300, None, float("inf")]), ["1e+300", "untitled 2", "inf"]),
+    ],
+)
+def test_cells_of_other_types_in_parquet_are_written_as_a_person_would(
+    write_parquet, column: pa.Array, told: list[str]
+) -> None:
+    domain = build_domain(write_parquet({"title": column}).read(None), "x", PreprocessSettings(k_core=0))
+    assert domain.titles[1:] == told
+    domain = build_domain(write_parquet({"more": column}).read(None), "x", PreprocessSettings(k_core=0))
+    said = ["" if text.startswith("untitled") else f". {text}" for text in told]
+    assert domain.texts[1:] == [f"{title}{text}" for title, text in zip("ABC", said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        ["3", "", "1"],
+        ["3.5", None, "1.25"],
+        ["2014-07-24", None, "2014-07-23"],
+        ["2014-07-23T00:00:01.25", "", "2014-07-23T00:00:00"],
+        ["2014-07-23T02:00:01+02:00", "", "2014-07-23T00:00:00Z"],
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_times_written_as_text_in_parquet_are_those_of_a_csv(
+    write_parquet, write_tables, times: list, kind: pa.DataType
+) -> None:
+    written = write_parquet(timestamp=pa.array(times).cast(kind)).read(None).interactions.column("order")
+    rows = "".join(f"u,{n},{time or ''}\n" for n, time in enumerate(times))
+    plain = TableReader(str(write_tables(f"user_id,item_id,timestamp\n{rows}".encode(), ITEMS))).read(None)
+    assert written.type == plain.interactions.column("order").type
+    assert written.equals(plain.interactions.column("order"))
+
+
+def test_ids_in_a_string_view(write_parquet) -> None:
+    users = pa.array(["b", "a", "b"], pa.string_view())
+    domain = build_domain(write_parquet(user_id=users).read(None), "x", PreprocessSettings(k_core=0))
+    assert domain.user_keys == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"text_columns": ["title", "brand"]},
+            "text_columns .* names column 'title', which title_column names already",
+        ),
+        ({"text_columns": ["brand", "brand"]}, "text_columns .* names column 'brand', a second time"),
+        ({"order_column": "user_id"}, "order_column .* names column 'user_id', which user_column names already"),
+        ({"order_column": "item_id"}, "order_column .* names column 'item_id', which item_column names already"),
+    ],
+)
+def test_a_column_named_twice_is_refused(settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TableReader("shop", **settings)
+
+
+def test_columns_that_are_called_like_parts_of_a_table(write_tables) -> None:
+    folder = write_tables(
+        b"timestamp,item_id,pos\nu,a,1\nu,b,0\n", b"item_id,name,title,item\na,Alpha,Dr,one\nb,Beta,Ms,two\n"
+    )
+    reader = TableReader(str(folder), user_column="timestamp", title_column="name", text_columns=["title", "item"])
+    domain = build_domain(reader.read(None), "x", PreprocessSettings(k_core=0))
+    assert domain.texts[1:] == ["Alpha. Dr. one", "Beta. Ms. two"]
+    assert domain.items.tolist() == [2, 1]
 
 
 def test_missing_folder_names_it(tmp_path: Path) -> None:

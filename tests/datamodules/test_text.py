@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sfubm.datamodules.text import HFTextEncoder, encode_cached
+from lightning_sfubm.datamodules.text import HFTextEncoder, _key, _read_store, encode_cached
 from lightning_sfubm.errors import AssetError, ConfigError, DataError
 from lightning_sfubm.modules.llm.tiny import write_tiny_text_encoder
 
@@ -96,6 +97,16 @@ def test_a_model_of_which_one_layer_was_tuned_has_vectors_of_its_own(tmp_path: P
     assert HFTextEncoder(str(tmp_path / "copy"), precision="32").fingerprint in prints
 
 
+@pytest.mark.parametrize("name", ["spiece.model", "source.spm", "words.tiktoken"])
+def test_a_tokenizer_of_another_vocabulary_has_vectors_of_its_own(tmp_path: Path, name: str) -> None:
+    model, prints = write_tiny_text_encoder(tmp_path / "model"), []
+    for content in (None, b"one", b"two"):
+        if content is not None:
+            (model / name).write_bytes(content)
+        prints.append(HFTextEncoder(str(model), precision="32").fingerprint)
+    assert len(set(prints)) == 3
+
+
 @pytest.mark.parametrize("torn", ["model.safetensors", "config.json"])
 def test_a_torn_model_is_one_sentence(tmp_path: Path, torn: str) -> None:
     model = write_tiny_text_encoder(tmp_path / "model")
@@ -180,6 +191,39 @@ def test_interrupted_run_continues_and_torn_piece_is_replaced(tmp_path):
     vectors = encode_cached(repaired, ["a", "bb", "ccc"], tmp_path)
     assert len(repaired.seen) == 1
     np.testing.assert_allclose(vectors.numpy(), Counting().encode(["a", "bb", "ccc"]).numpy())
+
+
+def test_only_what_is_wanted_is_kept_of_a_store(tmp_path):
+    encode_cached(Counting(), [f"text {n}" for n in range(100)], tmp_path, chunk=10)
+    known = _read_store(tmp_path, {_key("text 3"), _key("text 77"), _key("new")})
+    assert known.keys() == {_key("text 3"), _key("text 77")}
+    assert all(vector.base is None or len(vector.base) == 1 for vector in known.values())  # no view of a whole piece
+
+
+def test_two_writers_with_one_process_number(tmp_path, monkeypatch):
+    """Both write the same piece: neither finds its file gone or torn, and others may read what they leave."""
+    saved = np.savez
+
+    def meanwhile(file, **arrays):
+        monkeypatch.setattr(np, "savez", saved)
+        encode_cached(Counting(), ["a", "bb"], tmp_path)
+        assert os.path.exists(file.name)
+        saved(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", meanwhile)
+    encode_cached(Counting(), ["a", "bb"], tmp_path)
+    (piece,) = tmp_path.iterdir()
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert piece.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_store_of_another_account_is_neither_deleted_nor_called_damaged(tmp_path, closed):
+    encode_cached(Counting(), ["a"], tmp_path)
+    closed(tmp_path)
+    with pytest.raises(DataError, match="is closed to this account; set SFUBM_CACHE"):
+        encode_cached(Counting(), ["a"], tmp_path)
+    assert list(tmp_path.glob("*.npz"))
 
 
 def test_broken_encoder_is_named(tmp_path):

@@ -51,6 +51,8 @@ def main(llm: str, out: Path, name: str, form: str) -> None:
     if form == "constrained":  # users of its own on each rank, whose answers take more or fewer steps
         for seed in range(6):
             head.rank(batch_of(rows=1, seed=20 + seed + 100 * rank))
+    one_user = {k: v[rank::processes] for k, v in batch_of(rows=1, seed=77).items()}
+    assert head.rank(one_user).shape == (1 - rank, 5)  # the second rank has nobody, and computes in step all the same
     scores = head.rank(batch_of(rows=4, seed=9))
     trainer.save_checkpoint(out / f"{name}-{form}.ckpt", weights_only=True)
     if rank == 0:

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import lightning as L
 import pytest
 import torch
 from torchmetrics.functional.classification import binary_auroc
@@ -206,6 +207,18 @@ def test_binary_loss_and_score_are_the_answer_tokens_own(tmp_path, films, settin
             losses.append(-logits.log_softmax(0)[yes if batch["labels"][row, title] else no])
     torch.testing.assert_close(head.rank(batch), expected_scores, atol=1e-4, rtol=0)
     torch.testing.assert_close(head.loss(batch).detach(), torch.stack(losses).mean(), atol=1e-4, rtol=0)
+
+
+def test_a_rank_without_a_user_adds_nothing_to_the_auc(tiny_llm, films):
+    head, batch = make(TALLRecBinary, tiny_llm, films), judged(0, rows=8, titles=2)
+    nobody = {name: value[:0] for name, value in batch.items()}
+    assert head.rank(nobody).shape == (0, 2)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    found = [
+        trainer.test(head, torch.utils.data.DataLoader(given, batch_size=None), verbose=False)
+        for given in ([batch], [batch, nobody], [nobody, batch])
+    ]
+    assert found[0] == found[1] == found[2]
 
 
 def test_scores_do_not_tie_in_bf16(tiny_llm, films):

@@ -136,6 +136,26 @@ def test_scores_are_exact_and_independent_of_batch(llm, stage1, catalogue, make_
         torch.testing.assert_close(head.rank(batch), scores, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("form", "mode"), [*FORMS, ("list", "generate")])
+def test_a_rank_without_a_user_has_no_scores(llm, stage1, catalogue, make_batch, monkeypatch, form, mode):
+    """Fewer users than ranks: nothing is computed, except where the others wait for the parameters."""
+    head = make(llm, stage1, catalogue, form=form, rank_mode=mode, subtract_prior=mode == "score")
+    nobody = {name: value[:0] for name, value in make_batch(rows=1).items()}
+    passes = []
+    monkeypatch.setattr(head.lm, "states", lambda *given, states=head.lm.states: passes.append(1) or states(*given))
+    for sharded in (False, True):
+        monkeypatch.setattr("lightning_sfubm.modules.llm_head.is_sharded", lambda _, sharded=sharded: sharded)
+        scores, choice, valid = head.rank_with_validity(nobody)
+        assert (scores.shape, choice.shape, valid.shape) == ((0, 5), (0,), (0,))
+        assert (scores.dtype, choice.dtype, valid.dtype) == (torch.float32, torch.long, torch.bool)
+        assert bool(passes) == (sharded and mode != "constrained")  # one title in all the places: nothing to decide
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    monkeypatch.setattr("lightning_sfubm.modules.llm_head.is_sharded", lambda _: False)
+    (logged,) = trainer.test(head, torch.utils.data.DataLoader([make_batch(), nobody], batch_size=None), verbose=False)
+    (alone,) = trainer.test(head, torch.utils.data.DataLoader([make_batch()], batch_size=None), verbose=False)
+    assert logged == alone
+
+
 @pytest.mark.parametrize(("form", "mode"), [("branch", "head"), ("branch", "score")])
 def test_candidate_order_is_irrelevant(llm, stage1, catalogue, make_batch, form, mode):
     """T13."""
