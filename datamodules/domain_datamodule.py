@@ -238,7 +238,9 @@ class DomainDataModule(L.LightningDataModule):
         """Complete sequences of all users, for what to recommend now: the test item is known by then."""
         rows = CompleteRows(self.domain.items, self.domain.offsets, self.max_length)
         rank, world_size = shard_of(self)
-        sampler = SortedBatchSampler(rows.lengths, self.eval_batch_size, rank=rank, world_size=world_size)
+        sampler = SortedBatchSampler(
+            rows.lengths, self.eval_batch_size, rank=rank, world_size=world_size, seen_lengths=rows.seen_lengths
+        )
         return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def rank_rows(
@@ -311,7 +313,9 @@ class DomainDataModule(L.LightningDataModule):
             bucketed = partial(BucketBatchSampler, seed=order, name=f"{self.name} {split}", bucket_batches=20)
             sampler = bucketed(rows.lengths, batch_size, rank=rank, world_size=world_size)
         else:
-            sampler = SortedBatchSampler(rows.lengths, batch_size, rank=rank, world_size=world_size)
+            sampler = SortedBatchSampler(
+                rows.lengths, batch_size, rank=rank, world_size=world_size, seen_lengths=rows.seen_lengths
+            )
         return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
