@@ -7,6 +7,7 @@ from lightning_sfubm.contracts import Catalogue, RankBatch
 from lightning_sfubm.datamodules.batching import order_seed_of, shard_of
 from lightning_sfubm.datamodules.domain import Domain
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.datamodules.splits import check_subsets
 from lightning_sfubm.errors import ConfigError
 
 
@@ -22,6 +23,9 @@ class RankingDataModule(L.LightningDataModule):
         max_val_users: seeded subset of users for validation.
         max_test_users: seeded subset of users for test; method comparisons must share it.
         seed: of the subsets; of order and training candidates where the trainer's run has no seed.
+
+    Raises:
+        ConfigError: a subset is of less than one user.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class RankingDataModule(L.LightningDataModule):
         seed: int = 1,
     ) -> None:
         super().__init__()
+        check_subsets(max_train_users=max_train_users, max_val_users=max_val_users, max_test_users=max_test_users)
         self.source = source
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
