@@ -10,6 +10,9 @@ from torch.utils.data import Sampler
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.seeds import numpy_generator
 
+#: Item ids that the complete histories of a batch may take with their padding: 64 MB.
+SEEN_IDS = 2**23
+
 
 class BatchIndex(NamedTuple):
     """What a sampler hands a dataset: which rows, and in which epoch (for draws that differ by epoch)."""
@@ -86,18 +89,44 @@ class SortedBatchSampler(Sampler[BatchIndex]):
     Batches are evenly sized (they differ by one row at most), so that no rank runs out of batches and no row is
     repeated: sums over ranks are exact. A batch is empty only where there are fewer rows than ranks.
 
+    A row may carry a complete history beside the one it is sorted by. Where one user's is so long that it would pad those
+    of a batch beyond ``seen_ids``, rows of equal length are sorted by it, so that such users share batches, and batches are
+    cut until they fit or hold one row a rank. Otherwise order and batches are as without it.
+
     Args:
         lengths: (n,) length of each row.
         batch_size: largest number of rows per rank and batch (with 1 and several ranks, a batch may hold 2).
         rank: of this process.
         world_size: number of processes.
+        seen_lengths: (n,) length of each row's complete history; ``None`` where batches carry none.
+        seen_ids: ids of complete histories a rank and batch, padding included.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seen_lengths: np.ndarray | None = None,
+        seen_ids: int = SEEN_IDS,
+    ) -> None:
         _check(batch_size, rank, world_size)
         order = np.argsort(lengths, kind="stable")
-        parts = min(-(-len(order) // (batch_size * world_size)), max(1, len(order) // world_size))
-        self.batches = [part[rank::world_size] for part in np.array_split(order, parts)] if parts else []
+        count = min(-(-len(order) // (batch_size * world_size)), max(1, len(order) // world_size))
+        parts = np.array_split(order, count) if count else []
+        if seen_lengths is not None:
+            seen = seen_lengths
+
+            def pieces(part: np.ndarray) -> int:
+                fitting = max(1, seen_ids // max(1, int(seen[part].max())))
+                return max(1, min(-(-len(part) // (fitting * world_size)), len(part) // world_size))
+
+            if any(pieces(part) > 1 for part in parts):
+                parts = np.array_split(np.lexsort((seen, lengths)), count)
+                parts = [piece for part in parts for piece in np.array_split(part, pieces(part))]
+        self.batches = [part[rank::world_size] for part in parts]
 
     def __len__(self) -> int:
         return len(self.batches)

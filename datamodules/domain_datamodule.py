@@ -20,7 +20,7 @@ from lightning_sfubm.datamodules.preprocess import PreprocessSettings
 from lightning_sfubm.datamodules.ranking import CompleteRows, FixedCandidates, RankRows, RedrawnCandidates
 from lightning_sfubm.datamodules.readers.base import Reader
 from lightning_sfubm.datamodules.sequences import TrainSequences, Windows
-from lightning_sfubm.datamodules.splits import Splits, leave_one_out, retrained, train_counts
+from lightning_sfubm.datamodules.splits import Splits, check_subsets, leave_one_out, retrained, train_counts
 from lightning_sfubm.datamodules.storage import prepared_domain
 from lightning_sfubm.errors import CheckpointError, ConfigError, DataError
 from lightning_sfubm.evaluation.candidates import CandidateLists, CandidateSampler, stored_candidates, title_groups
@@ -56,6 +56,9 @@ class DomainDataModule(L.LightningDataModule):
         max_eval_users: seeded subset of users for validation; test always takes all.
         num_workers: worker processes of each loader; batches do not depend on it.
         seed: of subset, split and candidates; and of the order of batches where the trainer's run has no seed.
+
+    Raises:
+        ConfigError: a size is out of range.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class DomainDataModule(L.LightningDataModule):
         seed: int = 1,
     ) -> None:
         super().__init__()
+        check_subsets(train_users=train_users, stage2_users=stage2_users, max_eval_users=max_eval_users)
         self.name: str = path_part(name, "a domain (init_args.name)")
         self.reader = reader
         self.root = root
@@ -137,9 +141,9 @@ class DomainDataModule(L.LightningDataModule):
             histories=_histories(domain, self._splits),
             origin=_origin(domain, self._splits),
         )
-        self._domain = domain
         for split in ("val", "test"):
-            self._stored(split, self.num_candidates)
+            self._stored(split, self.num_candidates, domain)
+        self._domain = domain  # last: after an error the next call begins anew
 
     def source_fingerprint(self) -> str:
         """Hash of the content this domain is read from, before any filtering."""
@@ -215,7 +219,7 @@ class DomainDataModule(L.LightningDataModule):
     @property
     def candidate_hash(self) -> dict[str, str]:
         """sha256 of the candidate lists of ``val`` and ``test``."""
-        return {split: self._stored(split, self.num_candidates).sha256 for split in ("val", "test")}
+        return {split: self._stored(split, self.num_candidates, self.domain).sha256 for split in ("val", "test")}
 
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Batches of training sequences, bucketed by length; their order follows the run's seed and the epoch."""
@@ -238,7 +242,9 @@ class DomainDataModule(L.LightningDataModule):
         """Complete sequences of all users, for what to recommend now: the test item is known by then."""
         rows = CompleteRows(self.domain.items, self.domain.offsets, self.max_length)
         rank, world_size = shard_of(self)
-        sampler = SortedBatchSampler(rows.lengths, self.eval_batch_size, rank=rank, world_size=world_size)
+        sampler = SortedBatchSampler(
+            rows.lengths, self.eval_batch_size, rank=rank, world_size=world_size, seen_lengths=rows.seen_lengths
+        )
         return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def rank_rows(
@@ -257,13 +263,17 @@ class DomainDataModule(L.LightningDataModule):
             split: ``train1`` (every position that trains stage 1 and has a history) or ``train2`` (held-out train positions),
                 both with negatives outside the train history, drawn anew each epoch; ``val`` or ``test`` (stored lists).
             num_candidates: C; ``None`` = the data module's.
-            max_users: seeded subset of users; a larger one contains a smaller one. The candidates of a user do not
-                depend on it.
+            max_users: seeded subset of users; a larger one contains a smaller one. Stored lists of a user do not depend
+                on it. Those of ``train1`` and ``train2`` do: the rows of a subset are drawn for together, from one stream.
             seed: of the subset; ``None`` = the data module's.
             with_seen: whether batches carry the complete known history.
             draws_seed: of what is drawn anew each epoch: the candidates of ``train1`` and ``train2``; ``None`` = ``seed``.
             max_rows: seeded subset of the rows; a larger one contains a smaller one.
+
+        Raises:
+            ConfigError: there is no such split, or ``max_users`` or ``max_rows`` is below 1.
         """
+        check_subsets(max_users=max_users, max_rows=max_rows)
         domain, splits = self.domain, self.splits
         count = self.num_candidates if num_candidates is None else num_candidates
         seed = self.seed if seed is None else seed
@@ -286,11 +296,11 @@ class DomainDataModule(L.LightningDataModule):
 
         candidates: FixedCandidates | RedrawnCandidates
         if split in ("train1", "train2"):
-            sampler = self._sampler(positions, domain.offsets[users], splits.stage2_end[users])
+            sampler = self._sampler(domain, positions, domain.offsets[users], splits.stage2_end[users])
             name = domain.fingerprint if split == "train2" else f"{domain.fingerprint} {split}"
             candidates = RedrawnCandidates(sampler, count, seed if draws_seed is None else draws_seed, name)
         else:
-            lists = self._stored(split, count)
+            lists = self._stored(split, count, domain)
             candidates = FixedCandidates(CandidateLists(lists.candidates[rows], lists.target_index[rows]))
         starts = domain.offsets[users]
         return RankRows(domain.items, starts, positions, users, candidates, self.max_length, with_seen)
@@ -317,7 +327,9 @@ class DomainDataModule(L.LightningDataModule):
             bucketed = partial(BucketBatchSampler, seed=order, name=f"{self.name} {split}", bucket_batches=20)
             sampler = bucketed(rows.lengths, batch_size, rank=rank, world_size=world_size)
         else:
-            sampler = SortedBatchSampler(rows.lengths, batch_size, rank=rank, world_size=world_size)
+            sampler = SortedBatchSampler(
+                rows.lengths, batch_size, rank=rank, world_size=world_size, seen_lengths=rows.seen_lengths
+            )
         return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -351,19 +363,18 @@ class DomainDataModule(L.LightningDataModule):
             split, self.eval_batch_size, max_users=max_users, with_seen=True, rank=rank, world_size=world_size
         )
 
-    def _sampler(self, positions: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> CandidateSampler:
-        items = self.domain.items
-        return CandidateSampler(self.name, items[positions], items, starts, ends, self._groups)
+    def _sampler(self, domain: Domain, positions: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> CandidateSampler:
+        return CandidateSampler(self.name, domain.items[positions], domain.items, starts, ends, self._groups)
 
-    def _stored(self, split: str, num_candidates: int) -> CandidateLists:
+    def _stored(self, split: str, num_candidates: int, domain: Domain) -> CandidateLists:
         """Lists of all users of a split; negatives lie outside the *complete* history, later items included."""
         if (split, num_candidates) not in self._candidates:
-            domain, splits = self.domain, self.splits
+            splits = self._splits
             users = splits.eval_users
             positions = splits.val if split == "val" else splits.test
             self._candidates[split, num_candidates] = stored_candidates(
                 cache_dir() / "candidates",
-                partial(self._sampler, positions, domain.offsets[users], domain.offsets[users + 1]),
+                partial(self._sampler, domain, positions, domain.offsets[users], domain.offsets[users + 1]),
                 rows=len(users),
                 fingerprint=domain.fingerprint,
                 split=split,

@@ -12,6 +12,7 @@ from lightning_sfubm.contracts import Catalogue
 from lightning_sfubm.datamodules.batching import BatchIndex, BucketBatchSampler, SortedBatchSampler
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule, Split, shard_of
 from lightning_sfubm.datamodules.ranking import RankRows
+from lightning_sfubm.datamodules.splits import check_subsets
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.seeds import numpy_generator
 
@@ -101,6 +102,7 @@ class PreferenceDataModule(L.LightningDataModule):
         super().__init__()
         if (shots is not None and shots < 2) or num_disliked < 0:
             raise ConfigError(f"shots={shots} must be at least 2 or none, num_disliked={num_disliked} not negative")
+        check_subsets(max_val_users=max_val_users, max_test_users=max_test_users)
         self.source = source
         self.shots = shots
         self.num_disliked = num_disliked

@@ -131,12 +131,13 @@ class PromptBuilder:
         self._answers = segments["branch"]
         self._spoken: tuple[list[str], list[bool]] | None = None
 
-    def fit_context(self, context: int, num_candidates: int) -> int:
+    def fit_context(self, context: int, num_candidates: int, num_disliked: int = 0) -> int:
         """Shorten titles, all to the same limit, until the longest possible prompt fits; candidates are never left out.
 
         Args:
             context: tokens the model takes.
             num_candidates: C.
+            num_disliked: M, the most items said to be disliked (``binary`` only); there is room for ``history_length``.
 
         Returns:
             Number of titles cut, as :attr:`cut_titles`.
@@ -144,20 +145,21 @@ class PromptBuilder:
         Raises:
             ConfigError: not even titles of one token fit.
         """
-        while (excess := self._longest(num_candidates) - context) > 0:
+        while (excess := self._longest(num_candidates, num_disliked) - context) > 0:
             mentioned = self.history_length + 1 + (num_candidates if self.template.form == "list" else 0)
             shorter = self.title_tokens - -(-excess // mentioned)
             if shorter < 1 and self.title_tokens == 1:
+                others = "num_disliked" if self.template.form == "binary" else "the number of candidates"
                 raise ConfigError(
                     f"the prompt needs {context + excess} tokens with titles of one token, but the model takes {context}; "
-                    f"lower history_length (now {self.history_length}) or the number of candidates"
+                    f"lower history_length (now {self.history_length}) or {others}"
                 )
             self.title_tokens = max(1, shorter)
             self._tokenised.clear()
             self._build_segments()
         return self.cut_titles
 
-    def _longest(self, num_candidates: int) -> int:
+    def _longest(self, num_candidates: int, num_disliked: int = 0) -> int:
         """Tokens of the longest prompt that these titles can make."""
         ends = [*self._first.values(), len(self._lengths)][1:]
         most = {
@@ -166,7 +168,7 @@ class PromptBuilder:
         }
         times = {"history": self.history_length, "choice": num_candidates, "no_history": 0}
         if self.template.form == "binary":
-            times["history"] *= 2  # liked and disliked
+            times["history"] += max(self.history_length, num_disliked)
         return sum(length * times.get(name, 1) for name, length in most.items())
 
     def _answer_tokens(self) -> tuple[list[int], tuple[int, int]]:

@@ -57,6 +57,10 @@ class RankRows(Dataset[RankBatch]):
         candidates: lists of the R rows.
         max_length: L, longest history.
         with_seen: whether batches carry the complete known history.
+
+    Attributes:
+        lengths: (R,) length of each row's history.
+        seen_lengths: (R,) length of the complete one; ``None`` where batches do not carry it.
     """
 
     def __init__(
@@ -76,7 +80,7 @@ class RankRows(Dataset[RankBatch]):
         self.candidates = candidates
         self.starts = np.maximum(starts, positions - max_length)
         self.lengths = positions - self.starts
-        self.with_seen = with_seen
+        self.seen_lengths = positions - starts if with_seen else None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -95,7 +99,7 @@ class RankRows(Dataset[RankBatch]):
             "target_index": torch.from_numpy(lists.target_index[rows].astype(np.int64)),
             "user": torch.from_numpy(self.users[rows]),
         }
-        if self.with_seen:
+        if self.seen_lengths is not None:
             batch["seen"] = torch.from_numpy(left_padded(self.items, self.first[rows], ends))
         return batch
 
@@ -107,6 +111,10 @@ class CompleteRows(Dataset[PredictBatch]):
         items: (M,) item ids of the domain.
         offsets: (U + 1,) bounds of the users' sequences; users without an item have no row.
         max_length: L, longest history.
+
+    Attributes:
+        lengths: (R,) length of each row's history.
+        seen_lengths: (R,) length of the complete one.
     """
 
     def __init__(self, items: np.ndarray, offsets: np.ndarray, max_length: int) -> None:
@@ -115,6 +123,7 @@ class CompleteRows(Dataset[PredictBatch]):
         self.first, self.ends = offsets[self.users], offsets[self.users + 1]
         self.starts = np.maximum(self.first, self.ends - max_length)
         self.lengths = self.ends - self.starts
+        self.seen_lengths = self.ends - self.first
 
     def __len__(self) -> int:
         return len(self.users)

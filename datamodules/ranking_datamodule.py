@@ -7,6 +7,7 @@ from lightning_sfubm.contracts import Catalogue, RankBatch
 from lightning_sfubm.datamodules.batching import order_seed_of, shard_of
 from lightning_sfubm.datamodules.domain import Domain
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
+from lightning_sfubm.datamodules.splits import check_subsets
 from lightning_sfubm.errors import ConfigError
 
 
@@ -24,6 +25,9 @@ class RankingDataModule(L.LightningDataModule):
         seed: of the subsets; of order and training candidates where the trainer's run has no seed.
         text_samples: train on so many of the positions that trained stage 1 instead of the held-out ones. For a model that
             reads nothing of stage 1: another would learn to trust it more than it may.
+
+    Raises:
+        ConfigError: a subset is of less than one user or sample.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class RankingDataModule(L.LightningDataModule):
         text_samples: int | None = None,
     ) -> None:
         super().__init__()
+        check_subsets(max_train_users=max_train_users, max_val_users=max_val_users, max_test_users=max_test_users)
+        check_subsets(text_samples=text_samples)
         self.source = source
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

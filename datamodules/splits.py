@@ -58,6 +58,20 @@ class Splits:
         return self.train_start[users] + 1 + within, users
 
 
+def check_subsets(**sizes: int | None) -> None:
+    """Refuse a subset of nobody: as an index, a size below 1 would pick other users or none in silence.
+
+    Args:
+        sizes: number of users by setting; ``None`` = all.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} must be at least 1, or none for all users, not {size}")
+
+
 def leave_one_out(
     offsets: np.ndarray,
     stage2_positions: int = 0,
@@ -80,12 +94,11 @@ def leave_one_out(
         train_users: size of a seeded subset of users that train; a larger one contains a smaller one. ``None`` = all.
 
     Raises:
-        ConfigError: ``stage2_positions`` or ``train_users`` is out of range.
+        ConfigError: ``stage2_positions``, ``stage2_users`` or ``train_users`` is out of range.
     """
     if not 0 <= stage2_positions <= MAX_STAGE2_POSITIONS:
         raise ConfigError(f"stage2_positions must lie in 0..{MAX_STAGE2_POSITIONS}, not {stage2_positions}")
-    if train_users is not None and train_users < 1:
-        raise ConfigError(f"train_users must be at least 1, not {train_users}")
+    check_subsets(stage2_users=stage2_users, train_users=train_users)
     starts, ends = offsets[:-1], offsets[1:]
     trained = np.ones(len(starts), dtype=bool)
     if train_users is not None:

@@ -133,7 +133,13 @@ class UnionDataModule(L.LightningDataModule):
         rank, world_size = shard_of(self)
         parts = [d.rank_rows("val", max_users=d.max_eval_users, with_seen=True) for d in self.domains.values()]
         samplers = [
-            SortedBatchSampler(part.lengths, domain.eval_batch_size, rank=rank, world_size=world_size)
+            SortedBatchSampler(
+                part.lengths,
+                domain.eval_batch_size,
+                rank=rank,
+                world_size=world_size,
+                seen_lengths=part.seen_lengths,
+            )
             for part, domain in zip(parts, self.domains.values(), strict=True)
         ]
         rows = _UnionRankRows(parts, self.item_offsets, self.user_offsets)

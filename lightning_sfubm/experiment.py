@@ -19,6 +19,7 @@ from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.callbacks.dashboard import log_privacy, log_results_table
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.datamodules.prompt_templates import load_template
+from lightning_sfubm.datamodules.splits import check_subsets
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.facts import result_rows
@@ -85,7 +86,8 @@ class Experiment:
         sigmas: noise levels of the privacy figures; the one in use is added.
 
     Raises:
-        ConfigError: an unknown method, an LLM row without ``llm``, or a baseline or patience that no row would read.
+        ConfigError: an unknown method, an LLM row without ``llm``, a number of users out of range, or a baseline or patience
+            that no row would read.
     """
 
     def __init__(
@@ -107,6 +109,9 @@ class Experiment:
         text_samples: int = 0,
         sigmas: list[float] | None = None,
     ) -> None:
+        check_subsets(
+            max_train_users=max_train_users, max_test_users=max_test_users, calibration_users=calibration_users or None
+        )
         self.methods = list(METHODS) if methods is None else methods
         unknown = [m for m in self.methods if m not in METHODS]
         if unknown:

@@ -365,10 +365,11 @@ class LLMHead(InjectedLM):
         self._prior = None  # of another catalogue
         super()._build_prompts()
 
-    def _fit_context(self, num_candidates: int) -> None:
-        if num_candidates > self._fitted_candidates:
+    def _fit_context(self, num_candidates: int, num_disliked: int = 0) -> None:
+        before = self._fitted
+        super()._fit_context(num_candidates, num_disliked)
+        if self._fitted != before:
             self._prior = None  # titles may be cut
-        super()._fit_context(num_candidates)
 
     def on_validation_start(self) -> None:
         """Forget the title priors: Lightning moves weights without a call of :meth:`train`."""

@@ -72,6 +72,14 @@ def test_a_patience_is_of_a_training_that_has_one() -> None:
             Experiment(methods=["popularity"], patience={name: 2})
 
 
+def test_a_number_of_users_below_one_is_refused() -> None:
+    for settings in ({"max_train_users": 0}, {"max_test_users": -1}, {"calibration_users": -5}):
+        (name,) = settings
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1"):
+            Experiment(methods=["popularity"], **settings)
+    Experiment(methods=["popularity"], calibration_users=0)  # no calibration
+
+
 def test_what_rows_have_in_common_is_no_cost_of_the_one_that_asks_first() -> None:
     def work(seconds: float) -> int:
         until = time.process_time() + seconds

@@ -153,7 +153,7 @@ class DomainRun:
             eval_batch_size=experiment.llm_eval_batch_size,
             train_candidates=train_candidates,
             max_train_users=experiment.max_train_users,
-            max_val_users=experiment.calibration_users,
+            max_val_users=experiment.calibration_users or None,
             max_test_users=experiment.max_test_users,
             seed=self.data.seed,
         )

@@ -182,8 +182,8 @@ class TALLRecBinary(_Instructed):
 
     def _answer_states(self, batch: PreferenceBatch | RankBatch) -> Tensor:
         """States (B, C, hidden_dim) at the answer's place behind each of the titles ``candidates`` (B, C)."""
-        self._fit_context(batch["candidates"].shape[1])
         disliked = cast(Any, batch).get("disliked")  # a RankBatch has none
+        self._fit_context(batch["candidates"].shape[1], 0 if disliked is None else disliked.shape[1])
         prompts = self.prompts.build(batch["history"], batch["candidates"], disliked=disliked).to(self.device)
         states = self._states(prompts, self.lm.embed(prompts.tokens))
         return states.gather(1, prompts.branch_end.unsqueeze(-1).expand(-1, -1, states.shape[-1]))

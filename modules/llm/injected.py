@@ -183,22 +183,23 @@ class InjectedLM(L.LightningModule):
             *shared, soft and hp.user_token, in_items, in_items or (soft and hp.affinity_token)
         )
         self.text_prompts = PromptBuilder(*shared, False, False, False) if soft else self.prompts
-        self._fitted_candidates = 0
+        self._fitted = (0, 0)
 
-    def _fit_context(self, num_candidates: int) -> None:
-        """Shorten titles where the longest prompt with this many candidates would not fit the model, and say so."""
-        if num_candidates <= self._fitted_candidates:
+    def _fit_context(self, num_candidates: int, num_disliked: int = 0) -> None:
+        """Shorten titles where the longest prompt with this many items would not fit the model, and say so."""
+        most = (max(num_candidates, self._fitted[0]), max(num_disliked, self._fitted[1]))
+        if most == self._fitted:
             return
-        self._fitted_candidates = num_candidates
+        self._fitted = most
         context = getattr(self.lm.config, "max_position_embeddings", None)
         if context is None:
             return
         before = self.prompts.title_tokens
         for prompts in {id(p): p for p in (self.prompts, self.text_prompts)}.values():
-            cut = prompts.fit_context(int(context), num_candidates)
+            cut = prompts.fit_context(int(context), *most)
         if self.prompts.title_tokens < before:
             warnings.warn(
-                f"prompts with {num_candidates} candidates do not fit the model's {context} tokens: titles are cut to "
+                f"prompts with {most[0]} candidates do not fit the model's {context} tokens: titles are cut to "
                 f"{self.prompts.title_tokens} tokens instead of {before} ({cut} of {self.prompts.num_items} are longer)",
                 stacklevel=2,
             )

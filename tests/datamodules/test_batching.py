@@ -70,6 +70,43 @@ def test_sorted_ranks_cover_every_row_once(total: int, size: int, world: int) ->
     assert flat == sorted(flat)
 
 
+@given(*SIZES, st.integers(1, 5))
+@settings(derandomize=True, deadline=None)
+def test_very_long_histories_share_batches_that_are_cut(total: int, size: int, world: int, long: int) -> None:
+    generator = np.random.default_rng(total)
+    seen = generator.integers(1, 50, total)
+    seen[generator.integers(0, total, long)] = 1000
+    lengths = np.minimum(seen, 20)
+
+    def batches(rank: int, limit: int) -> list[list[int]]:
+        return rows_of(
+            SortedBatchSampler(lengths, size, rank=rank, world_size=world, seen_lengths=seen, seen_ids=limit)
+        )
+
+    plain = [rows_of(SortedBatchSampler(lengths, size, rank=rank, world_size=world)) for rank in range(world)]
+    assert [batches(rank, size * 1000 + 2000) for rank in range(world)] == plain  # nothing to cut, nothing changed
+    ranks = [batches(rank, 1500) for rank in range(world)]
+    assert len({len(found) for found in ranks}) == 1
+    assert sorted(chain.from_iterable(batch for found in ranks for batch in found)) == list(range(total))
+    for found in ranks:
+        for rows in filter(None, found):
+            assert len(rows) * seen[rows].max() <= 1500 or len(rows) <= (2 if world > 1 else 1)
+        assert all(len(rows) <= max(size, 2 if world > 1 else 1) for rows in found)
+        flat = [lengths[rows].max() for rows in found if rows]
+        assert flat == sorted(flat)
+
+
+def test_one_very_long_history_pads_few_others() -> None:
+    seen = np.full(5000, 60)
+    seen[[7, 2500]] = 1_000_000
+    batches = SortedBatchSampler(np.full(5000, 50), 512, seen_lengths=seen).batches
+    padded = [len(rows) * int(seen[rows].max()) for rows in batches]
+    assert max(padded) <= 2**23
+    assert sorted(map(len, batches))[-9:] == [500] * 9  # those without are as large as ever
+    unsorted = SortedBatchSampler(np.full(5000, 50), 512).batches
+    assert max(len(rows) * int(seen[rows].max()) for rows in unsorted) == 500_000_000
+
+
 def test_bad_settings() -> None:
     with pytest.raises(ConfigError, match="batch_size"):
         SortedBatchSampler(np.ones(3), 0)

@@ -7,13 +7,17 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from lightning_sfubm.datamodules.batching import SortedBatchSampler
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.federated_datamodule import FederatedDataModule
+from lightning_sfubm.datamodules.preference_datamodule import PreferenceDataModule
 from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
 from lightning_sfubm.datamodules.readers.base import RawDomain
 from lightning_sfubm.datamodules.readers.table import TableReader
 from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
+from lightning_sfubm.datamodules.union_datamodule import UnionDataModule
 from lightning_sfubm.errors import CheckpointError, ConfigError, DataError
 
 
@@ -348,6 +352,61 @@ def test_use_before_setup_and_unknown_split() -> None:
         _ = data.catalogue
     with pytest.raises(ConfigError, match="split must be"):
         ready().rank_rows("train")
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_subsets_of_nobody_are_refused(size: int) -> None:
+    for name in ("stage2_users", "max_eval_users", "train_users"):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1.*not {size}"):
+            DomainDataModule("shop", SyntheticReader(), **{name: size})
+    data = ready()
+    with pytest.raises(ConfigError, match=f"max_users must be at least 1.*not {size}"):
+        data.rank_rows("val", max_users=size)
+    for name in ("max_train_users", "max_val_users", "max_test_users"):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1"):
+            RankingDataModule(data, **{name: size})
+    for name in ("max_val_users", "max_test_users"):
+        with pytest.raises(ConfigError, match=f"{name} must be at least 1"):
+            PreferenceDataModule(data, **{name: size})
+
+
+def test_a_setup_that_failed_fails_again() -> None:
+    data = DomainDataModule("shop", SyntheticReader(num_users=80, num_items=60), num_candidates=61)
+    for _ in range(2):
+        with pytest.raises(DataError, match="too few for lists of 61"):
+            data.setup()
+    with pytest.raises(ConfigError, match=r"call setup\(\) first"):
+        _ = data.domain
+
+
+def test_a_very_long_history_does_not_pad_all_batches(raw_domain, monkeypatch) -> None:
+    """Every user is evaluated and predicted once all the same, with the same row."""
+    rows = [(user, (user * 3 + step) % 40, step) for user in range(60) for step in range(6)]
+    rows += [(99, step % 20, step) for step in range(900)]
+    data = ready(Given(raw_domain(rows)), k_core=0, max_length=4, text_encoder=HashingTextEncoder(8))
+    union = UnionDataModule({"shop": data})
+    union.prepare_data()
+    union.setup()
+
+    def loaders() -> list[DataLoader]:
+        return [data.val_dataloader(), data.test_dataloader(), data.predict_dataloader(), union.val_dataloader()]
+
+    plain = [list(loader) for loader in loaders()]
+    monkeypatch.setitem(SortedBatchSampler.__init__.__kwdefaults__, "seen_ids", 2000)
+    cut = [list(loader) for loader in loaders()]
+    assert [max(b["seen"].numel() for b in loader) > 50_000 for loader in plain] == [True] * 4
+    assert [max(b["seen"].numel() for b in loader) <= 2000 for loader in cut] == [True] * 4
+
+    def by_user(batches: list) -> dict:
+        return {
+            int(user): {
+                k: v[row][v[row] > 0].tolist() if k in ("seen", "history") else v[row].tolist() for k, v in b.items()
+            }
+            for b in batches
+            for row, user in enumerate(b["user"])
+        }
+
+    assert [by_user(found) for found in cut] == [by_user(found) for found in plain]
 
 
 def test_federation_of_any_size(csv_tables, write_tables) -> None:

@@ -234,6 +234,19 @@ def test_titles_are_shortened_until_the_longest_prompt_fits(form, context, candi
     assert made.title_tokens == 30 or roomy._longest(candidates) > context  # not shortened without need
 
 
+@pytest.mark.parametrize("disliked", [0, 2, 5, 9])
+def test_titles_make_room_for_all_that_is_disliked(disliked):
+    titles = ["", *(f"word{i} " * 9 for i in range(24))]
+    made = PromptBuilder(_tokenizer(), load_template("movies", "binary"), titles, 5, 30)
+    made.fit_context(300, 1, disliked)
+    said = torch.arange(6, 6 + disliked).unsqueeze(0)
+    batch = made.build(torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[24]]), disliked=said)
+    assert int(batch.positions.max()) < 300
+    usual = PromptBuilder(_tokenizer(), load_template("movies", "binary"), titles, 5, 30)
+    usual.fit_context(300, 1)
+    assert (made.title_tokens < usual.title_tokens) == (disliked > 5)
+
+
 def test_titles_that_fit_stay_as_they_are(tokenizer):
     made = builder(tokenizer)
     before = made.build(torch.tensor([[1, 2]]), torch.tensor([[4, 1]])).tokens

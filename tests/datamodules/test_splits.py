@@ -16,7 +16,7 @@ def offsets_of(lengths: list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-@given(LENGTHS, st.integers(0, 3), st.one_of(st.none(), st.integers(0, 5)), st.integers(0, 5))
+@given(LENGTHS, st.integers(0, 3), st.one_of(st.none(), st.integers(1, 5)), st.integers(0, 5))
 @settings(derandomize=True, deadline=None)
 def test_parts_tile_every_sequence(lengths: list[int], held: int, users: int | None, seed: int) -> None:
     offsets = offsets_of(lengths)
@@ -120,6 +120,9 @@ def test_users_that_do_not_train_are_tested_all_the_same() -> None:
     assert set(np.flatnonzero(splits.trained)) < set(np.flatnonzero(more.trained))
     with pytest.raises(ConfigError, match="train_users"):
         leave_one_out(offsets, train_users=0)
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match=f"stage2_users must be at least 1, or none for all users, not {size}"):
+            leave_one_out(offsets, 1, stage2_users=size)
 
 
 @given(LENGTHS, st.integers(0, 3), st.integers(0, 5))

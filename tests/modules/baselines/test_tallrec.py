@@ -221,6 +221,16 @@ def test_a_rank_without_a_user_adds_nothing_to_the_auc(tiny_llm, films):
     assert found[0] == found[1] == found[2]
 
 
+def test_a_prompt_with_more_dislikes_than_history_fits_the_model(tiny_llm, films, monkeypatch):
+    head, batch = make(TALLRecBinary, tiny_llm, films), judged(0, rows=2)
+    monkeypatch.setattr(head.lm.config, "max_position_embeddings", 300)
+    head.rank(batch)
+    assert head.prompts.title_tokens == 8
+    with pytest.warns(UserWarning, match="titles are cut to"):
+        head.rank({**batch, "disliked": torch.arange(1, 21).expand(2, 20)})
+    assert head.prompts._longest(1, 20) <= 300
+
+
 def test_scores_do_not_tie_in_bf16(tiny_llm, films):
     head = make(TALLRecBinary, tiny_llm, films, precision="bf16")
     scores = head.rank(judged(0, rows=8, titles=20))
