@@ -1,5 +1,6 @@
 """Next-item recommendation in one domain: an encoder over item vectors, trained alone."""
 
+import math
 from typing import Literal
 
 import torch
@@ -118,9 +119,9 @@ class SequentialRecommender(CatalogueModule):
                 f"item_init={item_init!r} with features={features!r}: choose 'random', or 'cooccurrence' with features "
                 "'id' or 'id+text', which have learned item vectors."
             )
-        if input_scale <= 0 or (input_scale != 1 and "text" in features):
+        if not 0 < input_scale < math.inf or (input_scale != 1 and "text" in features):
             raise ConfigError(
-                f"input_scale={input_scale} with features={features!r}: it must be positive, and 1 where text is used."
+                f"input_scale={input_scale} with features={features!r}: it must be finite and above 0, and 1 with text."
             )
         self.save_plain_hyperparameters()
         self.encoder = encoder

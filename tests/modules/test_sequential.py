@@ -62,7 +62,8 @@ def test_input_scale_leaves_states_and_makes_logits_small(catalogue: Catalogue, 
     torch.testing.assert_close(scaled.items.ids.weight, plain.items.ids.weight / 8)
     torch.testing.assert_close(scaled.user_states(rank_batch), plain.user_states(rank_batch))
     torch.testing.assert_close(scaled.score_all(rank_batch), plain.score_all(rank_batch) / 8)
-    for settings in ({"input_scale": 0.0}, {"input_scale": 8.0, "features": "id+text"}):
+    refused = [{"input_scale": value} for value in (0.0, -1.0, float("nan"), float("inf"))]
+    for settings in (*refused, {"input_scale": 8.0, "features": "id+text"}):
         with pytest.raises(ConfigError, match="input_scale"):
             build(catalogue, **settings)
 
