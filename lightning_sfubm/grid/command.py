@@ -8,9 +8,10 @@ from pathlib import Path
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.grid.cells import Json, all_cells, cell_path, without_users
+from lightning_sfubm.grid.comparisons import FACT_KEYS, comparisons
 from lightning_sfubm.grid.runner import run_grid
 from lightning_sfubm.grid.spec import Grid, load_grid
-from lightning_sfubm.grid.tables import FACT_KEYS, comparisons, left_out, markdown, ordered
+from lightning_sfubm.grid.tables import left_out, markdown, ordered
 from lightning_sfubm.locks import locked
 from lightning_sfubm.methods import METHODS
 

@@ -5,22 +5,15 @@ from collections import defaultdict
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
 from lightning_sfubm.errors import DataError
-from lightning_sfubm.evaluation.facts import plain
-from lightning_sfubm.evaluation.results import PerUserResults
-from lightning_sfubm.evaluation.significance import bootstrap_ci, holm, mcnemar_exact, wilson_interval
-from lightning_sfubm.grid.cells import Json, results_of
+from lightning_sfubm.evaluation.significance import wilson_interval
+from lightning_sfubm.grid.cells import Json
+from lightning_sfubm.grid.comparisons import by_seed
 from lightning_sfubm.grid.notes import table_notes
 from lightning_sfubm.grid.spec import Grid
 
 COLUMNS = ("hit@1", "ndcg@10", "full_ndcg@10", "valid_ratio")
-FACT_KEYS = frozenset(
-    ("pair", "domain", "a", "b", "label_a", "label_b", "difference", "low", "high", "users", "seeds", "p_mcnemar")
-)
 SLICES = ("cold target", "short history", "long history")
-_Differences = dict[int, dict[int, float]]  # seed -> user -> difference
 
 
 def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, list[Json]]]:
@@ -109,102 +102,6 @@ def _mean(values: Any) -> float | None:
     return statistics.mean(known) if known else None
 
 
-def comparisons(
-    grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]], published: list[Json] | None = None
-) -> list[Json]:
-    """Paired differences in Hit@1, per domain and pooled over the domains of a pair.
-
-    A user's value is the mean over the seeds both methods have, in every domain that is pooled; the interval is a
-    bootstrap over users. The test is McNemar's on the first of these seeds, with Holm's correction over all tests of the
-    grid.
-
-    Args:
-        grid: names the comparisons.
-        tables: see :func:`ordered`. Published cells have no per-user results and cannot be compared.
-        published: facts of an earlier call, kept where the cells at hand do not give them from as many seeds, unless a
-            cell they were made from has been replaced since.
-    """
-    facts: list[Json] = []
-    for a, b in grid.comparisons:
-        pooled: dict[tuple[str, bool], list[_Differences]] = defaultdict(list)
-        for (pair, domain), methods in tables.items():
-            if a not in methods or b not in methods:
-                continue
-            differences = _differences(methods[a], methods[b])
-            facts += _facts(pair, domain, a, b, methods, [differences])
-            pooled[pair, domain.endswith(", all users")].append(differences)
-        for (pair, everyone), parts in pooled.items():
-            if len(parts) > 1:
-                name = "pooled, all users" if everyone else "pooled"
-                methods = next(m for (p, _), m in tables.items() if p == pair and a in m and b in m)
-                facts += _facts(pair, name, a, b, methods, parts)
-    wanted = {(pair, a, b) for a, b in grid.comparisons for pair in grid.pairs}
-    best = {_key(fact): fact for fact in facts}
-    for fact in published or []:
-        here = best.get(_key(fact))
-        more_seeds = here is None or here["seeds"] < fact["seeds"]
-        if (fact["pair"], fact["a"], fact["b"]) in wanted and more_seeds and _is_of(tables, fact):
-            best[_key(fact)] = fact
-    facts, labels = list(best.values()), grid.labels()
-    for fact in facts:  # a published one has the labels of its time
-        fact |= {f"label_{side}": labels[fact[side]] for side in "ab" if fact[side] in labels}
-    for fact, p in zip(facts, holm([fact["p_mcnemar"] for fact in facts]), strict=True):
-        fact["p_holm"] = p
-    return plain(facts)
-
-
-def _key(fact: Json) -> tuple[str, ...]:
-    return fact["pair"], fact["domain"], fact["a"], fact["b"]
-
-
-def _differences(cells_a: list[Json], cells_b: list[Json]) -> _Differences:
-    a, b = ({c["seed"]: results_of(c) for c in cells if "per_user" in c} for cells in (cells_a, cells_b))
-    return {seed: _difference(a[seed], b[seed]) for seed in a.keys() & b.keys()}
-
-
-def _difference(a: PerUserResults, b: PerUserResults) -> dict[int, float]:
-    _, in_a, in_b = np.intersect1d(a.user, b.user, assume_unique=True, return_indices=True)
-    if not np.array_equal(a.target[in_a], b.target[in_b]):
-        raise DataError(f"'{a.meta.method}' and '{b.meta.method}' disagree about targets in {a.meta.domain}")
-    values = a.hit1[in_a].astype(float) - b.hit1[in_b].astype(float)
-    return dict(zip(a.user[in_a].tolist(), values.tolist(), strict=True))
-
-
-def _facts(
-    pair: str, domain: str, a: str, b: str, methods: dict[str, list[Json]], parts: list[_Differences]
-) -> list[Json]:
-    """The fact of the users of all parts over the seeds that all share; none where they share no seed or have no users."""
-    seeds = sorted(set.intersection(*map(set, parts)))
-    if not seeds:
-        return []
-    table = np.concatenate([_by_user(part, seeds) for part in parts], axis=1)
-    if not table.size:
-        return []
-    first = table[0]
-    estimate = bootstrap_ci(table.mean(0)[:, None], resamples=2000)[0]
-    fact = {
-        "pair": pair,
-        "domain": domain,
-        "a": a,
-        "b": b,
-        "label_a": methods[a][0]["label"],
-        "label_b": methods[b][0]["label"],
-        "difference": estimate.value,
-        "low": estimate.low,
-        "high": estimate.high,
-        "users": table.shape[1],
-        "seeds": len(seeds),
-        "p_mcnemar": mcnemar_exact(int((first > 0).sum()), int((first < 0).sum())),
-    }
-    return [fact]
-
-
-def _by_user(differences: _Differences, seeds: list[int]) -> Any:
-    """Differences (S, U) of the users that have one with every seed."""
-    users = sorted(set.intersection(*(set(differences[seed]) for seed in seeds)))
-    return np.array([[differences[seed][user] for user in users] for seed in seeds])
-
-
 def markdown(
     grid: Grid, tables: dict[tuple[str, str], dict[str, list[Json]]], facts: list[Json], source: str | None = None
 ) -> str:
@@ -254,17 +151,29 @@ def markdown(
         )
         lines.append("")
     if facts:
-        lines += ["## Paired differences in Hit@1", ""]
+        lines += ["## Paired differences in Hit@1 and full-catalogue NDCG@10", ""]
         lines += _table(
-            ["pair: domain", "difference", "[95 %]", "by seed", "p (McNemar)", "p (Holm)", "users", "seeds"],
+            [
+                *(
+                    "pair: domain",
+                    "difference",
+                    "Hit@1 [95 %]",
+                    "by seed",
+                    "p (McNemar)",
+                    "p (Holm)",
+                    "full NDCG@10 [95 %]",
+                ),
+                *("users", "seeds"),
+            ],
             [
                 [
                     f"{fact['pair']}: {fact['domain']}",
                     f"{fact['label_a']} − {fact['label_b']}",
                     f"{fact['difference']:+.3f} [{fact['low']:+.3f}, {fact['high']:+.3f}]",
-                    ", ".join(f"{value:+.3f}" for value in _by_seed(tables, fact)) or "–",
+                    ", ".join(f"{value:+.3f}" for value in by_seed(tables, fact)) or "–",
                     f"{fact['p_mcnemar']:.2g}",
                     f"{fact['p_holm']:.2g}",
+                    _full(fact),
                     f"{fact['users']:,}",
                     str(fact["seeds"]),
                 ]
@@ -274,33 +183,11 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def _by_seed(tables: dict[tuple[str, str], dict[str, list[Json]]], fact: Json) -> list[float]:
-    """The difference with each seed that both methods have: how far it depends on the run, which the interval does not say.
-
-    Over all users of the fact's domain or, where it is pooled, of the pair's domains.
-    """
-    pooled, everyone = fact["domain"].startswith("pooled"), fact["domain"].endswith("all users")
-    parts: list[dict[int, tuple[int, float]]] = []
-    for (pair, domain), methods in tables.items():
-        meant = domain.endswith(", all users") == everyone if pooled else domain == fact["domain"]
-        if pair == fact["pair"] and meant and fact["a"] in methods and fact["b"] in methods:
-            a, b = ({cell["seed"]: cell for cell in methods[fact[side]]} for side in "ab")
-            parts.append({s: (a[s]["users"], _hit1(a[s]) - _hit1(b[s])) for s in a.keys() & b.keys()})
-    seeds = sorted(set.intersection(*(set(part) for part in parts))) if parts else []
-    return [
-        sum(users * difference for users, difference in of_seed) / sum(users for users, _ in of_seed)
-        for of_seed in ([part[seed] for part in parts] for seed in seeds)
-    ]
-
-
-def _is_of(tables: dict[tuple[str, str], dict[str, list[Json]]], fact: Json) -> bool:
-    """Whether the cells, whose users need not be at hand, still give a published difference."""
-    of_seeds = _by_seed(tables, fact)[: fact["seeds"]]
-    return len(of_seeds) == fact["seeds"] and abs(statistics.mean(of_seeds) - fact["difference"]) < 1e-4
-
-
-def _hit1(cell: Json) -> float:
-    return float(cell["metrics"]["hit@1"]["value"])
+def _full(fact: Json) -> str:
+    """The difference in full-catalogue NDCG@10, which earlier published facts do not have."""
+    if fact.get("full_difference") is None:
+        return "–"
+    return f"{fact['full_difference']:+.4f} [{fact['full_low']:+.4f}, {fact['full_high']:+.4f}]"
 
 
 def _hit(row: Json) -> str:

@@ -30,12 +30,16 @@ def grid_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def result(method: str, hits: list[int], domain: str = "a", seed: int = 1, lists: str = "x") -> PerUserResults:
+def result(
+    method: str, hits: list[int], domain: str = "a", seed: int = 1, lists: str = "x", catalogue: bool = True
+) -> PerUserResults:
     n = len(hits)
     rank = np.where(np.array(hits) > 0, 1.0, 3.0)
     meta = ResultMeta(method, domain, "test", seed, lists, label=method.title(), group="G", num_candidates=20)
     ones = np.ones(n, np.int64)
-    return PerUserResults(meta, np.arange(n), ones, np.array(hits) > 0, rank, ones > 0, rank, ones, ones)
+    return PerUserResults(
+        meta, np.arange(n), ones, np.array(hits) > 0, rank, ones > 0, rank if catalogue else rank * np.nan, ones, ones
+    )
 
 
 def stored(out: Path, method: str, hits: list[int], **where: Any) -> Path:

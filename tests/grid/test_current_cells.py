@@ -9,9 +9,10 @@ import pytest
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.grid.cells import all_cells, without_users
 from lightning_sfubm.grid.command import results
+from lightning_sfubm.grid.comparisons import comparisons
 from lightning_sfubm.grid.runner import run_grid
 from lightning_sfubm.grid.spec import load_grid
-from lightning_sfubm.grid.tables import comparisons, left_out, ordered
+from lightning_sfubm.grid.tables import left_out, ordered
 from lightning_sfubm.locks import locked
 from lightning_sfubm.methods import METHODS
 from tests.grid.stand_ins import FakeFit, grid_file, stored

@@ -13,8 +13,9 @@ from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.grid import runner
 from lightning_sfubm.grid.cells import all_cells, cell_path, read_cell, results_of, without_users
 from lightning_sfubm.grid.command import results
+from lightning_sfubm.grid.comparisons import comparisons
 from lightning_sfubm.grid.spec import Grid, cell_hash, load_grid
-from lightning_sfubm.grid.tables import comparisons, markdown, ordered, summary
+from lightning_sfubm.grid.tables import markdown, ordered, summary
 from lightning_sfubm.methods import METHODS
 from tests.grid.stand_ins import FakeFit, grid_file, stored
 
