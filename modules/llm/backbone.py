@@ -181,10 +181,37 @@ class Backbone(nn.Module):
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Vocabulary logits (..., V) in fp32 for chosen states (..., hidden_dim); call it on few positions only."""
+        """Vocabulary logits (..., V) for chosen states (..., hidden_dim), computed in the precision of the backbone.
+
+        Returned in fp32; call it on few positions only.
+        """
         with self.autocast():
             logits = self.causal_lm.get_output_embeddings()(states.to(self._head_dtype))
-        logits = logits.float()
+        return self._scaled(logits.float())
+
+    def refined(self, coarse: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
+        """Logits (rows, K) of some tokens as fp32 arithmetic gives them.
+
+        bf16 keeps eight bits: a logit between 16 and 32 is a multiple of 1/8, and the best two of a vocabulary are often equal.
+
+        Args:
+            coarse: (rows, K) their logits by :meth:`logits`; returned as they are where fp32 has no more to say, where they are
+                infinite (masked), and where the head's weights are not at hand whole (divided among processes, quantised).
+            states: (rows, hidden_dim) that they are of.
+            tokens: (rows, K) ids.
+        """
+        head = self.causal_lm.get_output_embeddings()
+        weight = head.weight
+        if not self.bf16 or type(head) is not nn.Linear or type(weight) is not nn.Parameter or weight.ndim != 2:
+            return coarse
+        with torch.autocast(states.device.type, enabled=False):
+            rows = nn.functional.embedding(tokens, weight).float()
+            exact = torch.einsum("vkh,vh->vk", rows, states.float())
+            if head.bias is not None:
+                exact = exact + head.bias[tokens].float()
+        return torch.where(coarse.isinf(), coarse, self._scaled(exact))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
         if (scale := getattr(self.config, "logit_scale", None)) is not None:  # Cohere
             logits = logits * scale
         if (scaling := getattr(self.config, "logits_scaling", None)) is not None:  # Granite

@@ -9,6 +9,9 @@ from torch import Tensor
 from lightning_sfubm.datamodules.prompts import PromptBatch
 from lightning_sfubm.modules.llm.backbone import Backbone
 
+#: tokens whose logits are compared in fp32 where the backbone computes in bf16
+_NEAREST = 16
+
 
 def branch_log_likelihood(
     backbone: Backbone, states: Tensor, prompts: PromptBatch, chunk: int = 512
@@ -90,13 +93,16 @@ def greedy(
     if tries is not None:
         _complete(answers, running, tries)
     for _ in range(max_tokens if anyone(any(running)) else 0):
-        logits = backbone.logits(backbone.states(embeddings, mask, positions, cache)[:, -1])
+        states = backbone.states(embeddings, mask, positions, cache)[:, -1]
+        logits = backbone.logits(states)
         if tries is not None:
             allowed = torch.zeros_like(logits, dtype=torch.bool)
             for row, trie in enumerate(tries):
                 allowed[row, trie.next_tokens(answers[row]) if running[row] else [eos_id]] = True
             logits = logits.masked_fill(~allowed, float("-inf"))
-        chosen = logits.argmax(-1)
+        coarse, nearest = logits.topk(min(_NEAREST, logits.shape[1]))
+        best = backbone.refined(coarse, states, nearest).argmax(1, keepdim=True)
+        chosen = nearest.gather(1, best).squeeze(1)
         for row, token in enumerate(chosen.tolist()):
             if running[row]:
                 running[row] = token != eos_id
