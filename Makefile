@@ -53,6 +53,7 @@ bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/catalogue.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/text.py --data-root $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/tuning.py --data-root $(DATA)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/activations.py --data-root $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/summary.py

@@ -60,7 +60,7 @@ def samples(root: str | None, candidates: int) -> RankingDataModule:
     return data
 
 
-def head_of(form: str, layers: int, data: RankingDataModule) -> LLMHead:
+def head_of(form: str, layers: int | None, data: RankingDataModule, checkpointing: bool = False) -> LLMHead:
     """SF-UBM's head (`branch`), or the head of a list prompt without soft tokens."""
     head = LLMHead(
         form=form,
@@ -73,6 +73,7 @@ def head_of(form: str, layers: int, data: RankingDataModule) -> LLMHead:
         adapter_targets=TARGETS,
         adapter_dropout=0.0,
         adapter_learning_rate=RATE,
+        activation_checkpointing=checkpointing,
     )
     stage1 = None
     if form == "branch":

@@ -89,6 +89,8 @@ class LLMHead(InjectedLM):
         projector_checkpoint: checkpoint of a :class:`~lightning_sfubm.modules.prompt_projector.PromptProjector`.
         precision: ``auto``, ``bf16``, ``32``, ``8bit`` or ``4bit`` (the last two: a quantised base, extra ``quantized``);
             holds for training and inference under any Trainer precision.
+        activation_checkpointing: compute each decoder layer a second time in training rather than keep what it computed: less
+            memory, about a third more time.
         seed: root seed of initial values and of the curriculum.
 
     Example:
@@ -128,6 +130,7 @@ class LLMHead(InjectedLM):
         stage1_checkpoint: str | None = None,
         projector_checkpoint: str | None = None,
         precision: str = "auto",
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         if form not in RANK_MODES:

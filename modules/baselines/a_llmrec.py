@@ -24,6 +24,7 @@ class ALLMRec(PublishedHead):
         weight_decay: see there.
         warmup: see there.
         precision: see there.
+        activation_checkpointing: see there.
         seed: see there.
 
     Raises:
@@ -49,6 +50,7 @@ class ALLMRec(PublishedHead):
         weight_decay: float = 0.01,
         warmup: float = 0.05,
         precision: str = "auto",
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         if latents not in ("items", "texts"):
@@ -69,5 +71,6 @@ class ALLMRec(PublishedHead):
             weight_decay=weight_decay,
             warmup=warmup,
             precision=precision,
+            activation_checkpointing=activation_checkpointing,
             seed=seed,
         )

@@ -29,6 +29,7 @@ class LLaRA(PublishedHead):
         warmup: published value .05.
         stage1_checkpoint: checkpoint of the recommender, where none is attached.
         precision: see there.
+        activation_checkpointing: see there.
         seed: see there.
 
     Example:
@@ -57,6 +58,7 @@ class LLaRA(PublishedHead):
         warmup: float = 0.05,
         stage1_checkpoint: str | None = None,
         precision: str = "auto",
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -81,5 +83,6 @@ class LLaRA(PublishedHead):
             warmup=warmup,
             stage1_checkpoint=stage1_checkpoint,
             precision=precision,
+            activation_checkpointing=activation_checkpointing,
             seed=seed,
         )

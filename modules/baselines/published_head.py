@@ -22,6 +22,7 @@ SHARED = (
     "weight_decay",
     "warmup",
     "precision",
+    "activation_checkpointing",
     "seed",
 )
 

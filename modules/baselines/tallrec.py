@@ -53,6 +53,7 @@ class TALLRec(_Instructed):
         weight_decay: see there.
         warmup: see there.
         precision: see there.
+        activation_checkpointing: see there.
         seed: see there.
 
     Example:
@@ -76,6 +77,7 @@ class TALLRec(_Instructed):
         weight_decay: float = 0.01,
         warmup: float = 0.05,
         precision: str = "auto",
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -98,6 +100,7 @@ class TALLRec(_Instructed):
             weight_decay=weight_decay,
             warmup=warmup,
             precision=precision,
+            activation_checkpointing=activation_checkpointing,
             seed=seed,
         )
 
@@ -128,6 +131,7 @@ class TALLRecBinary(_Instructed):
         weight_decay: see there.
         warmup: see there.
         precision: see there.
+        activation_checkpointing: see there.
         seed: see there.
 
     Example:
@@ -153,6 +157,7 @@ class TALLRecBinary(_Instructed):
         weight_decay: float = 0.01,
         warmup: float = 0.05,
         precision: str = "auto",
+        activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -175,6 +180,7 @@ class TALLRecBinary(_Instructed):
             weight_decay=weight_decay,
             warmup=warmup,
             precision=precision,
+            activation_checkpointing=activation_checkpointing,
             seed=seed,
         )
         self.template = load_template(template, "binary")

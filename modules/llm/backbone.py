@@ -45,6 +45,8 @@ class Backbone(nn.Module):
         adapter_alpha: LoRA scale is ``adapter_alpha / adapter_rank``.
         adapter_dropout: dropout in front of the adapters.
         adapter_targets: ``all-linear`` or a regular expression over module names.
+        activation_checkpointing: keep the input of each decoder layer alone in training and compute the rest again for the
+            gradient (Chen et al., arXiv 1604.06174).
 
     Attributes:
         tokenizer: the model's tokenizer.
@@ -63,6 +65,7 @@ class Backbone(nn.Module):
         adapter_alpha: int = 32,
         adapter_dropout: float = 0.1,
         adapter_targets: str = "all-linear",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if precision not in ("auto", "bf16", "32", *QUANTIZED):
@@ -74,6 +77,8 @@ class Backbone(nn.Module):
         model, self.tokenizer = _load(llm, num_layers, dtype, quantization)
         model.requires_grad_(False)
         keep_gradients(model)
+        if activation_checkpointing:
+            _checkpoint_activations(model, llm)
         self.config = model.config
         self.llm = llm
         self.quantized = quantization is not None
@@ -282,6 +287,17 @@ def _load(llm: str, num_layers: int | None, dtype: torch.dtype, quantization: An
     finally:
         logger.setLevel(level)
     return model.eval(), tokenizer
+
+
+def _checkpoint_activations(model: Any, llm: str) -> None:
+    # the name before transformers 5.20 is deprecated since
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"'{llm}' cannot compute its layers again ({' '.join(str(error).split())}); leave out activation_checkpointing"
+        ) from error
 
 
 def _with_adapters(model: Any, rank: int, alpha: int, dropout: float, targets: str) -> Any:

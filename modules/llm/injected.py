@@ -96,6 +96,7 @@ class InjectedLM(L.LightningModule):
                 hp.adapter_alpha,
                 hp.adapter_dropout,
                 hp.adapter_targets,
+                hp.activation_checkpointing,
             )
         self._tree = supports_tree(self.backbone)
 

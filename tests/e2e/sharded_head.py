@@ -33,6 +33,8 @@ def main(llm: str, out: Path, name: str, form: str) -> None:
     settings = {"adapter_dropout": 0.0, "adapter_learning_rate": 1e-2, "head_learning_rate": 1e-2, "warmup": 0.0}
     if form == "constrained":
         settings["rank_mode"] = form
+    if form == "list" and processes == 2:  # the same gradients by another way
+        settings["activation_checkpointing"] = True
     shape = "branch" if form == "branch" else "list"
     # Titles are not cut, so that answers differ in length, and with them the terms that the ranks hold.
     head = LLMHead(llm, template="movies", history_length=4, title_tokens=24, precision="32", form=shape, **settings)
