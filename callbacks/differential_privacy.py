@@ -38,7 +38,9 @@ class DifferentialPrivacy(Callback):
     - *Adversary*: everyone who receives the teacher's weights, after each round, however often: the server, the other clients,
       whoever they tell. Each upload is computed from the private gradients so far, so that one epsilon covers them all.
     - *Neighbours*: two data sets of a client, one of which has one user's whole training sequence more. Users of different
-      clients do not overlap: epsilon holds for each user at the figure of their own client.
+      clients do not overlap: epsilon holds for each user at the figure of their own client. Where the datamodule draws some
+      users out of all (``max_users``, ``train_users``, ``stage2_users``), the data sets are those of the users drawn: who else
+      is drawn depends on everybody, and no noise covers that. The mechanism's description says so.
     - *Public*: the catalogue with its text vectors, the number of users, all settings of the run.
     - *Not covered*: what else is made of behaviour and leaves the client. Validation metrics, logs (the share of clipped users
       among them), choosing an epoch or a setting by them, ``weighting: examples``, k-core filtering, which lets one user decide
@@ -105,6 +107,7 @@ class DifferentialPrivacy(Callback):
         self._active = False
         self._sigma = 0.0
         self._nonce = ""
+        self._drawn_by: tuple[str, ...] = ()
 
     # ------------------------------------------------------------------ before and after a fit
 
@@ -140,6 +143,7 @@ class DifferentialPrivacy(Callback):
                 f"set it below {1 / len(rows):.1g}"
             )
         self._client = str(getattr(datamodule, "name", "client"))
+        self._drawn_by = tuple(getattr(datamodule, "drawn_by", ()))
         self._expected = float(self.expected_batch_size or datamodule.batch_size)
         self._sampler = PoissonSampler(len(rows), self._expected, lambda: self.accountant.steps, name=self._client)
         workers = loader.num_workers
@@ -253,7 +257,7 @@ class DifferentialPrivacy(Callback):
         """The mechanism and what it has spent, in words and numbers, for ledgers and reports."""
         return {
             "mechanism": "DP-SGD over users",
-            "neighbours": "one user's whole sequence added or removed",
+            "neighbours": "one user's whole sequence added or removed" + self._among(),
             "epsilon": self.accountant.epsilon(),
             "delta": self.delta,
             "accounting": self.accountant.mechanism,
@@ -263,6 +267,12 @@ class DifferentialPrivacy(Callback):
             "sample_rate": self._sampler.sample_rate,
             "secret": "kept by the client" if self.secret_dir else "derived from the run's seed (simulation only)",
         }
+
+    def _among(self) -> str:
+        """What the neighbours are data sets of, where that is not everybody's data."""
+        if not self._drawn_by:
+            return ""
+        return f", among the users that {' and '.join(self._drawn_by)} drew (whom they draw depends on all users)"
 
     def _noise_multiplier(self) -> float:
         if self.noise_multiplier is not None:

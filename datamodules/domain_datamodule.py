@@ -108,6 +108,16 @@ class DomainDataModule(L.LightningDataModule):
         self._candidates: dict[tuple[str, int], CandidateLists] = {}
         self._goes_on_elsewhere = False  # whether weights were loaded that other or unknown positions have trained
 
+    @property
+    def drawn_by(self) -> tuple[str, ...]:
+        """Settings that draw some users out of all of them: with one user more, quite other ones may be drawn."""
+        drawn = {
+            "max_users": self.settings.max_users,
+            "train_users": self.train_users,
+            "stage2_users": self.stage2_users if self.stage2_positions else None,
+        }
+        return tuple(name for name, count in drawn.items() if count is not None)
+
     def prepare_data(self) -> None:
         """Fill the caches (prepared domain, text vectors) in one process, before the others start."""
         domain = prepared_domain(self.reader, self._root(), self.name, self.settings)

@@ -5,13 +5,14 @@ import json
 import logging
 import re
 import secrets
+from typing import Any, cast
 
 from torch import Tensor
 
-from lightning_sfubm.errors import CheckpointError, ConfigError, PrivacyError
+from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError, PrivacyError, SFUBMError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.hooks import ClientDropped
-from lightning_sfubm.federated.ledger import TEXTS_ALONE, UNTRAINED, content_hash
+from lightning_sfubm.federated.ledger import PRIVATE, TEXTS_ALONE, UNTRAINED, content_hash
 from lightning_sfubm.federated.messages import Message, MessageSchema, pack, unpack
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.server import SERVER
@@ -205,6 +206,14 @@ class Exchange(RunState):
                 updates[name] = pack(schema, name, number, tensors).tensors  # checked as if it were sent
             except ClientDropped as error:
                 self._drop(name, number, error)
+        for name in sorted(updates):
+            try:
+                secure.check(updates[name])
+            except (
+                MessageError
+            ) as error:  # found out within the protocol it would end the run, and again when that went on
+                del updates[name]
+                self._drop(name, number, error)
         self._check_updates(len(updates))
         weights = None
         if self.federation.weighting == "examples":
@@ -233,7 +242,7 @@ class Exchange(RunState):
         self.clients[name].receive_teacher(received)
         versions[name] = server.version
 
-    def _drop(self, name: str, number: int, error: ClientDropped) -> None:
+    def _drop(self, name: str, number: int, error: SFUBMError) -> None:
         log.warning("round %d: client '%s' dropped out (%s)", number, name, error)
         self.counters.trained.pop(name, None)
         self.counters.dropped.append(name)
@@ -241,8 +250,30 @@ class Exchange(RunState):
     def _send(self, name: str, schema: MessageSchema, round: int, tensors: dict[str, Tensor]) -> bytes:
         tensors, mechanism = self._protect(name, schema.kind, tensors)
         message = pack(schema, name, round, tensors)
+        if PRIVATE in mechanism:
+            self._check_released_once(name, message)
         self.ledger.record(name, "up", message, mechanism)
         return message.payload
+
+    def _check_released_once(self, name: str, message: Message) -> None:
+        """Refuse what would be a second private release of one round: its noise is another, and epsilon counts one.
+
+        A run that goes on from its newest state sends the same again. From an earlier one, whose later state was lost, it may
+        train from another global teacher, or draw its noise anew.
+        """
+        for line in self.ledger.since:
+            place = line["client"], line["round"], line["kind"], line["direction"]
+            private = PRIVATE in cast("dict[str, Any]", line["mechanism"])
+            if (
+                private
+                and place == (name, message.round, message.kind, "up")
+                and line["content_sha256"] != content_hash(message.tensors)
+            ):
+                raise CheckpointError(
+                    f"{self.ledger.path}: in round {message.round} '{name}' sent other weights with differential privacy than "
+                    "it has now, and both would count once: put the later states back, or start anew in another "
+                    "trainer.default_root_dir; nothing is sent"
+                )
 
     def _protect(self, name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, object]]:
         """What the callbacks make of a client's tensors before they leave, and the mechanisms applied."""
@@ -252,7 +283,7 @@ class Exchange(RunState):
         elif kind == "semantics" and self._untrained(name):
             mechanism["content"] = UNTRAINED
         if kind == "teacher" and name in self.counters.privacy:
-            mechanism["differential privacy"] = self.counters.privacy[name]
+            mechanism[PRIVATE] = self.counters.privacy[name]
         for callback in self.callbacks:
             tensors = callback.on_upload(self, name, kind, tensors)  # type: ignore[arg-type]  # this is the loop
             mechanism |= callback.describe_upload(kind)

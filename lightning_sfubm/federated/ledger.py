@@ -23,6 +23,8 @@ GENESIS = "0" * 64
 #: what a line's mechanism may say of a message's ``content``, where nothing trained on users is in it
 INITIAL_WEIGHTS, TEXTS_ALONE = "initial weights, from the seed", "item texts alone"
 UNTRAINED = "item texts and initial weights"
+#: entry of a line's mechanism: the guarantee of differential privacy under which weights left
+PRIVATE = "differential privacy"
 #: entries in which a message that is sent again agrees with the one before
 SAME = ("round", "client", "direction", "kind", "content_sha256")
 _FORM: dict[str, type] = {
@@ -109,7 +111,7 @@ class Ledger:
         steps: dict[int, int] = {}
         for line in self.since:
             mechanism: Any = line["mechanism"]
-            privacy = mechanism.get("differential privacy")
+            privacy = mechanism.get(PRIVATE)
             if line["client"] == client and isinstance(privacy, dict) and isinstance(privacy.get("steps"), int):
                 steps[int(str(line["round"]))] = privacy["steps"]
         return {round: taken for round, taken in sorted(steps.items()) if (client, round) not in self._again}

@@ -96,6 +96,19 @@ class SecureAggregation:
         """
         return self._total(round, vectors, None, clip, 1.0, record, prefix).tensors
 
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse an update that could not be encoded, before the protocol has begun with it.
+
+        Raises:
+            MessageError: a tensor holds a value beyond ``clip``.
+        """
+        for name, value in tensors.items():
+            if value.numel() and float(value.abs().max()) > self.clip:
+                raise MessageError(
+                    f"tensor '{name}' holds a value beyond the clip range +-{self.clip:g} of secure aggregation: raise "
+                    "secure_aggregation.clip"
+                )
+
     def survivors(self, clients: int) -> int:
         """How many of the clients must stay to the end."""
         return max(math.ceil(self.threshold * clients), clients // 2 + 1)

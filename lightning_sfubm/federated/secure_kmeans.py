@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.errors import ConfigError, MessageError, PrivacyError
 from lightning_sfubm.federated.ledger import content_hash
 from lightning_sfubm.federated.messages import Message, MessageSchema, TensorSchema, pack, unpack
 from lightning_sfubm.federated.secure import Record, SecureAggregation
@@ -165,7 +165,7 @@ class SecureKMeans:
             vectors, or the mean of all vectors where there is none.
 
         Raises:
-            PrivacyError: fewer than two clients.
+            PrivacyError: fewer than two clients, or one with fewer vectors than ``min_members`` where no noise is added.
             MessageError: a client has more vectors than ``max_items``, or a message is not the server's of this round.
         """
         names = sorted(vectors)
@@ -174,6 +174,11 @@ class SecureKMeans:
             if len(rows[name]) > self.max_items:
                 raise MessageError(
                     f"client '{name}' has {len(rows[name])} items, SecureKMeans.max_items = {self.max_items} admits no more"
+                )
+            if self.epsilon is None and len(rows[name]) < self.min_members:
+                raise PrivacyError(
+                    f"client '{name}' has {len(rows[name])} items, and SecureKMeans.min_members = {self.min_members}: a sum "
+                    "over so few gives them away to whoever takes part; leave the client out, lower min_members, or set epsilon"
                 )
         # All that changes what is released is in the names, and a client's own sums (content_hash): the same noise on two
         # different sums would give one away, and so would that of the others where one client changes or is not there.

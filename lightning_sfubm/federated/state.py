@@ -1,6 +1,7 @@
 """What a federated run is at any moment, where it is written, and how it goes on after a stop."""
 
 import copy
+import hashlib
 import json
 import logging
 import shutil
@@ -23,6 +24,7 @@ from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.settings import difference
 from lightning_sfubm.federated.workers import WorkerPool
+from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
@@ -99,6 +101,8 @@ class RunState:
         callbacks = list(callbacks)
         self.callbacks = [c for c in callbacks if isinstance(c, FederatedCallback)]
         self._private = any(getattr(c, "makes_private", False) for c in callbacks)
+        keyed = (getattr(c, "secret_dir", None) for c in (*callbacks, federation.aggregator))
+        self._secret_dirs = list(dict.fromkeys(str(folder) for folder in keyed if folder))
         if self._private and federation.weighting == "examples":
             raise PrivacyError(
                 "weighting 'examples' discloses numbers of interactions that differential privacy does not cover: set it to "
@@ -176,6 +180,7 @@ class RunState:
             if callback.state_key in stored["callbacks"]:
                 callback.load_state_dict(stored["callbacks"][callback.state_key])
         self.ledger.resume(stored["ledger"])  # may refuse; nothing has been written before
+        self._check_secrets(stored.get("secrets", {}))
         wait_for_all()  # all have read the state before the first writes a newer one
         if not is_first():
             return
@@ -188,6 +193,28 @@ class RunState:
         if is_first():
             self._clear()
         wait_for_all()
+
+    def _check_secrets(self, stored: Mapping[str, str]) -> None:
+        """Refuse to go on without the secrets that keyed what has left: building the clients has made new ones in their place.
+
+        With those the same message would come with other noise, of which two have a mean with less, and the server's answer
+        would be put in an order of items that is not the one it was sent in.
+
+        Args:
+            stored: hashes of the secrets that a state was written with, by client.
+        """
+        changed = [name for name in sorted(stored) if stored[name] != self._secrets_hash(name)]
+        if changed:
+            raise PrivacyError(
+                f"the secrets of {changed} in {', '.join(self._secret_dirs) or 'no secret_dir'} are not those that this run "
+                "was begun with: put the files back, run in the folder that it was begun in, or start anew in another "
+                "trainer.default_root_dir"
+            )
+
+    def _secrets_hash(self, client: str) -> str:
+        """Of a client's secrets, made where there are none yet; it discloses nothing of 32 random bytes."""
+        secrets = b"".join(client_secret(folder, client) for folder in self._secret_dirs)
+        return hashlib.sha256(b"state of a run" + secrets).hexdigest()
 
     def warn_of_ledger(self) -> None:
         """Say that the record of an earlier run in the same folder is about to go, where it tells of messages."""
@@ -242,6 +269,7 @@ class RunState:
             "history": lines,
             "ledger": self.ledger.entries,
             "settings": self.settings,
+            "secrets": {name: self._secrets_hash(name) for name in self.clients},
         }
         self.ledger.flush()
         save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)

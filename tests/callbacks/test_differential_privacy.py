@@ -282,6 +282,24 @@ def test_a_secret_takes_the_seed_s_place(domain: Any, tmp_path: Path) -> None:
     assert callback.state_dict()["nonce"] != other.state_dict()["nonce"]
 
 
+def test_neighbours_are_told_to_be_among_the_users_drawn(domain: Any) -> None:
+    """A subset is drawn from everybody, so that one user more changes the others' places too: no noise covers that."""
+    spoken = {}
+    for settings in (
+        {},
+        {"max_users": 40, "stage2_positions": 1, "stage2_users": 10},
+        {"stage2_users": 10},
+        {"train_users": 30},
+    ):
+        callback = private(expected_batch_size=8)
+        fit(callback, domain(**settings), limit_val_batches=0)
+        spoken[str(settings)] = str(callback.describe()["neighbours"])
+    plain, several, none_held_out, one = spoken.values()
+    assert plain == none_held_out == "one user's whole sequence added or removed"
+    assert several.startswith(plain + ", among the users that max_users and stage2_users drew")
+    assert one.startswith(plain + ", among the users that train_users drew")
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 

@@ -194,6 +194,30 @@ def test_a_secure_round_with_one_client_left_leaves_the_teacher_as_it_was(
     assert [json.loads(line) for line in (trainer.run_dir / "ledger.jsonl").read_text().splitlines()] == []
 
 
+def test_a_client_beyond_the_clip_range_is_left_out_of_a_secure_round(
+    federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Found out within the protocol it would end the run, and again whenever the run went on."""
+    pytest.importorskip("cryptography")
+
+    class Grown(FederatedCallback):
+        def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+            grown = client == "beta" and kind == "teacher"
+            return {name: value + 100.0 * grown for name, value in tensors.items()}
+
+    trainer = federated_trainer(
+        exchange="teacher", secure_aggregation=SecureAggregation(), rounds=1, callbacks=[Grown()]
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(small_distiller(), datamodule=federated_data(domains=3))
+    assert "client 'beta' dropped out (tensor" in caplog.text
+    assert "beyond the clip range +-16 of secure aggregation: raise secure_aggregation.clip" in caplog.text
+    senders = {e["client"] for e in read_ledger(trainer.run_dir / "ledger.jsonl") if e["direction"] == "up"}
+    assert trainer.loop.server.version == 1
+    assert len(senders) == 2
+    assert "beta" not in senders
+
+
 def test_robust_means_need_single_updates(federated_trainer: Any) -> None:
     with pytest.raises(ConfigError, match="CoordinateMedian"):
         federated_trainer(weights=CoordinateMedian(), secure_aggregation=SecureAggregation())

@@ -147,6 +147,17 @@ def test_more_items_than_agreed_are_refused_before_anything_wraps() -> None:
         SecureKMeans(num_clusters=1, max_items=5).aggregate({"a": units(40, 1), "b": units(40, 2)})
 
 
+def test_a_client_with_too_few_items_is_refused_before_its_moments_leave() -> None:
+    """The sum over one vector is that vector: of two clients the other one would have it. Noise covers it."""
+    uploads = {"a": units(1, 1), "b": units(20, 2)}
+    sent: list[object] = []
+    settings = SecureKMeans(num_clusters=2, min_members=5)
+    with pytest.raises(PrivacyError, match=r"client 'a' has 1 items, and SecureKMeans\.min_members = 5"):
+        settings.views(1, uploads, 0, 1, lambda *message: sent.append(message), silent)
+    assert not sent
+    assert SecureKMeans(num_clusters=2, min_members=5, epsilon=1.0, delta=1e-3).aggregate(uploads)["a"].shape == (1, 8)
+
+
 def test_across_machines_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="SecureKMeans takes many messages"):
         check_across_machines(Federation(aggregator=SecureKMeans()))
