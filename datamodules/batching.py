@@ -143,9 +143,21 @@ def _check(batch_size: int, rank: int, world_size: int) -> None:
 
 
 def shard_of(datamodule: L.LightningDataModule) -> tuple[int, int]:
-    """(rank, world size) of the trainer a data module is attached to; (0, 1) without one."""
+    """(rank, world size) of the trainer a data module is attached to; (0, 1) without one.
+
+    Raises:
+        ConfigError: Lightning would shard what is sharded already, and leave out all but one row of as many as there are ranks.
+    """
     trainer = datamodule.trainer
-    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+    if trainer is None:
+        return 0, 1
+    again = getattr(getattr(trainer, "_accelerator_connector", None), "use_distributed_sampler", False)
+    if trainer.world_size > 1 and again:
+        raise ConfigError(
+            f"{type(datamodule).__name__} deals its rows out to the {trainer.world_size} processes itself: set "
+            "trainer.use_distributed_sampler to false"
+        )
+    return trainer.global_rank, trainer.world_size
 
 
 def order_seed_of(datamodule: Any) -> int:

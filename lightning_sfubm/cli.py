@@ -102,7 +102,8 @@ class SFUBMCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=FederatedTrainer,
-            trainer_defaults={"callbacks": [PredictionWriter()]},
+            # The data modules deal rows out to the processes themselves.
+            trainer_defaults={"callbacks": [PredictionWriter()], "use_distributed_sampler": False},
             parser_class=_Parser,
             seed_everything_default=1,
             save_config_kwargs={"overwrite": True},

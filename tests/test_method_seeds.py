@@ -6,11 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
 from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
 from lightning_sfubm.methods.base import DomainRun, _trained
@@ -22,7 +24,7 @@ from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.seeds import step_of
-from tests.conftest import small_distiller
+from tests.conftest import quiet_trainer, small_distiller, small_federation
 
 
 @pytest.mark.parametrize("key", ["gru4rec", "encoder", "id_text", "unisrec_scratch"])
@@ -155,6 +157,20 @@ def test_pre_training_trains_an_encoder_that_is_to_stand_still_afterwards() -> N
     module = UniSRecPretraining(frozen)
     assert all(parameter.requires_grad for parameter in module.encoder.parameters())
     assert all(part.training for part in module.encoder.modules())
+
+
+def test_a_pre_trained_row_does_not_depend_on_the_rows_before_it(tmp_path: Path) -> None:
+    """Pre-training is done within the first row that needs it: what it draws must not move that row's own draws."""
+    ranks = []
+    for name, methods in (("alone", ["transductive"]), ("after", ["inductive", "transductive"])):
+        rows = [f"unisrec_{mode}" for mode in methods]
+        trainer = quiet_trainer(tmp_path / name, rounds=1)
+        Experiment(methods=rows).run(trainer, small_distiller(), small_federation(num_users=40), config_hash="h")
+        results = sorted((tmp_path / name / "results").glob("*/unisrec_transductive.parquet"))
+        assert len(results) == 2
+        ranks.append([PerUserResults.load(path).full_rank for path in results])
+    for alone, after in zip(*ranks, strict=True):
+        assert np.array_equal(alone, after)
 
 
 def test_parameters_that_are_counted_as_trained_were(federated_data: Any) -> None:

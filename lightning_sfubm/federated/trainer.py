@@ -91,6 +91,7 @@ class FederatedTrainer(L.Trainer):
                 )
             # Lightning's default logger would open a folder that nothing is written to.
             kwargs["logger"] = kwargs.get("logger") or False
+        kwargs.setdefault("use_distributed_sampler", False)  # the batch samplers shard by rank themselves
         kwargs["callbacks"] = [*self._user_callbacks, CloseAtExit(), RankSeed(self.seed)]
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:

@@ -24,12 +24,14 @@ def _unisrec(key: str, mode: str, pretrain: bool = True) -> Callable[[DomainRun]
             template = UniSRec(run.own_encoder(key), mode=mode, freeze_encoder=pretrain)  # type: ignore[arg-type]
         if not isinstance(template, UniSRec):
             raise ConfigError(f"experiment.baselines.{key} must be a UniSRec, not {type(template).__name__}")
+        # First: what it draws, where no row before has done it, would move the draws of this row.
+        weights = _pretrained(run, template) if pretrain else None
         torch.manual_seed(derive_seed(run.trainer.seed, "baseline", key, run.name))
         module = copy.deepcopy(template)
         follow_seed(module, run.trainer.seed)
         module.bind(run.full_data.catalogue)
-        if pretrain:
-            module.load_pretrained(_pretrained(run, template))
+        if weights is not None:
+            module.load_pretrained(weights)
         run.fit(module, key)
         return module
 

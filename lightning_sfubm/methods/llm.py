@@ -154,6 +154,7 @@ def _sfubm(
         if head.residual_weights is not None:
             head.init_residual(fusion(run).weights)
             if has_start:  # a score that was to rank alone is to add to one that does: weighed where both are unseen
+                head.to(run.trainer.strategy.root_device)
                 head.calibrate(run.ranking_data.held_out_dataloader(run.experiment.llm_eval_batch_size))
         return tune(run, head, key)
 

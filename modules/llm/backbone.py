@@ -77,6 +77,9 @@ class Backbone(nn.Module):
         model, self.tokenizer = _load(llm, num_layers, dtype, quantization)
         model.requires_grad_(False)
         keep_gradients(model)
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.float()  # under autocast its input is fp32, and a CPU takes no weights of another precision
         if activation_checkpointing:
             _checkpoint_activations(model, llm)
         self.config = model.config

@@ -1,14 +1,16 @@
 """Batch samplers: coverage, buckets, ranks, epochs."""
 
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler
+from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler, shard_of
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.federated.trainer import FederatedTrainer
 
 SIZES = st.integers(1, 70), st.integers(1, 9), st.integers(1, 4)
 
@@ -112,3 +114,21 @@ def test_bad_settings() -> None:
         SortedBatchSampler(np.ones(3), 0)
     with pytest.raises(ConfigError, match="rank 2"):
         BucketBatchSampler(np.ones(3), 2, seed=1, rank=2, world_size=2)
+
+
+def test_rows_are_not_dealt_out_twice() -> None:
+    """Lightning would shard the sampler's share again: half of the rows of two processes were left out in silence."""
+    for again, world, refused in ((True, 2, True), (False, 2, False), (True, 1, False)):
+        connector = SimpleNamespace(use_distributed_sampler=again)
+        trainer = SimpleNamespace(global_rank=0, world_size=world, _accelerator_connector=connector)
+        if refused:
+            with pytest.raises(ConfigError, match=r"2 processes itself: set trainer\.use_distributed_sampler to false"):
+                shard_of(SimpleNamespace(trainer=trainer))
+        else:
+            assert shard_of(SimpleNamespace(trainer=trainer)) == (0, world)
+
+
+def test_trainers_of_the_product_leave_sharding_to_the_samplers(tmp_path) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "default_root_dir": tmp_path}
+    assert not FederatedTrainer(**quiet)._accelerator_connector.use_distributed_sampler
+    assert FederatedTrainer(**quiet, use_distributed_sampler=True)._accelerator_connector.use_distributed_sampler
