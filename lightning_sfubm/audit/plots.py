@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.evaluation.report_plots import COLOURS, GREY, STYLE, cosine_plot, linkage_plot
 from lightning_sfubm.evaluation.run_folder import Json
+from lightning_sfubm.privacy.rounding import round_up
 
 SCORES = {"loss": "by loss", "calibrated": "against shadow models"}
 
@@ -98,7 +99,7 @@ def epsilon_plot(points: list[Json]) -> Figure | None:
         utility.set_title(f"{domain}: utility on test users")
         utility.set_ylim(bottom=0)
         for panel in (area, rate, utility):
-            panel.set_xticks(x, ["∞ (none)" if p["epsilon"] is None else f"{p['epsilon']:.3g}" for p in line])
+            panel.set_xticks(x, ["∞ (none)" if p["epsilon"] is None else round_up(p["epsilon"], 3) for p in line])
             panel.set_xlabel("ε")
     named = [pair for panel in (area, utility) for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
     figure.legend(*zip(*named, strict=True), loc="outside lower center", ncols=4)

@@ -20,8 +20,8 @@ TEMPLATE = """
 {%- macro result(holds) -%}
 {{ "not checked" if holds is none else "holds" if holds else "FAILS" }}
 {%- endmacro -%}
-{%- macro short(value) -%}{{ "%.3g"|format(value) if value is number else "–" }}{%- endmacro -%}
-{%- macro eps(value) -%}{{ "%.3g"|format(value) if value is number else "∞ (none)" }}{%- endmacro -%}
+{%- macro short(value) -%}{{ value|up(3) if value is number else "–" }}{%- endmacro -%}
+{%- macro eps(value) -%}{{ value|up(3) if value is number else "∞ (none)" }}{%- endmacro -%}
 {%- macro rounds(numbers) -%}
 {{ numbers|join(", ") if numbers|length <= 6 else numbers|first ~ " to " ~ numbers|last }}
 {%- endmacro -%}
@@ -93,8 +93,8 @@ have left than is told here.</p>{% endif %}
 <tbody>{% for m in mechanisms %}
 <tr><td>{{ m.client }}</td><td class="text">{{ m.kind }}</td><td class="text clear">{{ standing(m.standing) }}</td>
 <td class="text wrap">{{ m.mechanism }}</td>
-<td>{% if m.standing == "guarantee" %}{{ "%.3g"|format(m.epsilon) }}{% else %}–{% endif %}</td>
-<td>{% if m.standing == "guarantee" %}{{ "%.1g"|format(m.delta) }}{% else %}–{% endif %}</td>
+<td>{% if m.standing == "guarantee" %}{{ m.epsilon|up(3) }}{% else %}–{% endif %}</td>
+<td>{% if m.standing == "guarantee" %}{{ m.delta|up(2) }}{% else %}–{% endif %}</td>
 <td class="text wrap">{{ m.neighbours or "–" }}</td>
 <td class="text wrap">{{ m.parameters|words }}</td></tr>
 {% endfor %}</tbody>
@@ -114,8 +114,8 @@ are not known to cover every message of the client.</caption></table></div>
 <th>members<br>+ others</th></tr></thead>
 <tbody>{% for row in members %}
 <tr><td>{{ row.domain }}</td><td class="text">{{ whose(row) }}</td><td class="text">{{ scores[row.score] }}</td>
-<td>{{ row.round }}</td>{{ cell(row.auc) }}<td>{{ row.chance.auc|num }}</td><td>{{ (row.limit or {}).auc|num }}</td>
-{{ cell(row.tpr) }}<td>{{ row.chance.tpr|num }}</td><td>{{ (row.limit or {}).tpr|num }}</td>
+<td>{{ row.round }}</td>{{ cell(row.auc) }}<td>{{ row.chance.auc|num }}</td><td>{{ short((row.limit or {}).auc) }}</td>
+{{ cell(row.tpr) }}<td>{{ row.chance.tpr|num }}</td><td>{{ short((row.limit or {}).tpr) }}</td>
 <td>{{ short(row.epsilon) }}</td><td>{{ row.members|count }} + {{ row.others|count }}</td></tr>
 {% endfor %}</tbody>
 <caption>The last message of each kind. The attacker holds the weights, the catalogue and the training sequences of

@@ -6,6 +6,9 @@ from lightning_sfubm.audit.facts import last_membership
 from lightning_sfubm.audit.guarantee import simulated
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.evaluation.run_folder import Json
+from lightning_sfubm.privacy.attacks import rate_limit
+from lightning_sfubm.privacy.attacks.membership import FALSE_POSITIVES
+from lightning_sfubm.privacy.rounding import round_up
 
 _KINDS = {
     "semantics": "item vectors (numbers computed from product texts)",
@@ -31,7 +34,7 @@ def answers(facts: Json) -> list[tuple[str, list[str]]]:
     ]
 
 
-_LARGE_EPSILON = 10.0  #: beyond it the odds may rise more than twenty-thousandfold
+_LARGE_EPSILON = 10.0  #: beyond it the bound on the odds of two neighbours is above twenty thousand
 
 _NEVER = (
     "User numbers, histories, ratings, product titles and product numbers: a message has no field for any of them, and "
@@ -250,17 +253,22 @@ def _unprotected(entry: Json) -> str:
 def epsilon_words(row: Json) -> str:
     """What an (epsilon, delta) means, with the neighbouring relation; ``row`` is a guarantee among the mechanisms."""
     epsilon, delta, neighbours = row["epsilon"], row["delta"], row["neighbours"]
-    what = "a certain product is there" if row["protects"] == "item" else "a certain person took part"
     if not isinstance(epsilon, int | float) or not math.isfinite(epsilon):
         return "Differential privacy was configured without noise: epsilon is infinite, and nothing is promised."
-    odds = math.exp(min(epsilon, 50.0))
+    wrongly, most = f"{100 * FALSE_POSITIVES:g} %", _at_most(rate_limit(epsilon, delta, FALSE_POSITIVES))
+    if row["protects"] == "item":
+        found = f"names {wrongly} of the products that are not there finds on average at most {most} of those that are"
+    else:
+        found = f"wrongly accuses {wrongly} of those who took no part finds on average at most {most} of those who did"
+    odds = math.exp(min(epsilon, 50.0))  # of telling two neighbours apart, where delta is 0
+    right = (odds + delta) / (1 + odds)  # Kairouz et al. 2015: the best of all tests, both neighbours being as likely
     hollow = " So large an epsilon promises next to nothing." if epsilon > _LARGE_EPSILON else ""
     return (
-        f"Differential privacy with epsilon {epsilon:.3g} at delta {delta:.1g}, where two data sets are neighbours if they "
-        f"differ by {neighbours}: whatever the attacker knows, the messages of all rounds together raise the odds "
-        f"that {what} by a factor of at most {odds:,.3g} (from 50 % to at most "
-        f"{100 * odds / (1 + odds):.1f} %), except with a probability of {delta:.1g}. It does not cover what else is "
-        f"published: metrics, logs, settings chosen by them.{hollow}"
+        f"Differential privacy with epsilon {round_up(epsilon, 3)} at delta {round_up(delta, 2)}, where two data sets are "
+        f"neighbours if they differ by {neighbours}: whatever the attacker knows, a test on the messages of all rounds "
+        f"together that {found}, and of two neighbours that are as likely no test names the right one in more than "
+        f"{_at_most(right)} of cases. It does not cover what else is published: metrics, logs, settings chosen by "
+        f"them.{hollow}"
     )
 
 
@@ -282,6 +290,11 @@ def _trust(facts: Json) -> list[str]:
 
 def _s(number: int) -> str:
     return "" if number == 1 else "s"
+
+
+def _at_most(share: float) -> str:
+    """A share that is not exceeded. Less what twelve digits do not hold: exp(log(3)) is not 3 to the last bit."""
+    return f"{round_up(float(f'{100 * share:.12g}'), 3)} %"
 
 
 def _percent(value: float) -> str:

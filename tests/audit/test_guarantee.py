@@ -98,7 +98,7 @@ def test_one_unprotected_message_takes_it_away(tmp_path: Path, order: tuple[int,
     assert "this run as a whole has no guarantee. Of 3 messages made from user behaviour, 1 left without" in words
     assert "a, 1 of 3 with weights of the shared model" in words
     assert {row["standing"] for row in facts["mechanisms"]} == {"unproven", "none"}
-    for promise in ("a bound for its own", "raise the odds", "epsilon 2 ", ": yes", "persons, yes"):
+    for promise in ("a bound for its own", "on average at most", "epsilon 2 ", ": yes", "persons, yes"):
         assert promise not in page
 
 

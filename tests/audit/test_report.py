@@ -118,14 +118,18 @@ def test_epsilon_in_words() -> None:
         return epsilon_words({"epsilon": epsilon, "delta": 1e-5, "neighbours": neighbours, "protects": protects})
 
     user = words(math.log(3), "one user's whole sequence added or removed")
-    assert "a certain person took part by a factor of at most 3 (from 50 % to at most 75.0 %)" in user
+    assert "wrongly accuses 1 % of those who took no part finds on average at most 3.01 % of those who did" in user
+    assert "no test names the right one in more than 75.1 % of cases" in user  # (3 + 1e-5) / 4
+    assert "except with a probability" not in user  # delta bounds no such chance
     assert "differ by one user's whole sequence added or removed" in user
     assert "1e-05" in user
     assert "next to nothing" not in user
     assert "next to nothing" in words(32.0)
     item = words(1.0, "one item of one organisation added or removed", "item")
-    assert "that a certain product is there" in item
+    assert "names 1 % of the products that are not there finds on average at most 2.72 % of those that are" in item
     assert "person" not in item
+    assert "epsilon 1.01 at delta" in words(1.001)
+    assert "one in more than 100 % of cases" in words(300.0)
     for nothing in (None, math.inf):
         assert "nothing is promised" in words(nothing)
 
@@ -174,7 +178,7 @@ def test_an_end_that_cannot_be_checked_is_not_said_to_hold(
     assert "found contradictions" not in page
     assert facts["guarantee"]["standing"] == "unknown"  # a message without protection may be among those missing
     assert why in in_words(facts, "guarantee")
-    assert "factor of at most" not in page
+    assert "on average at most" not in page
 
 
 def test_a_changed_ledger_is_announced_at_the_top(run_dir: Path) -> None:
@@ -184,7 +188,7 @@ def test_a_changed_ledger_is_announced_at_the_top(run_dir: Path) -> None:
     facts = facts_of(report)
     assert facts["self_check"]["holds"] is False
     assert facts["guarantee"]["standing"] == "unknown"
-    assert "factor of at most" not in report.read_text()
+    assert "on average at most" not in report.read_text()
     assert "does not follow" in facts["self_check"]["problems"][0]
     assert report.read_text().index("Do not rely on this") < report.read_text().index("In plain words</h2>")
 
