@@ -15,7 +15,7 @@ from lightning_sfubm.evaluation.run_folder import Json, RunFolder
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 
 CURVE = "privacy_curve.json"
-_GUARANTEE = ("mechanism", "epsilon", "delta", "neighbours", "protects")
+_GUARANTEE = ("mechanism", "epsilon", "delta", "neighbours", "adversary", "protects")
 _ATTACKS = ("linkage", "attribute", "membership", "items", "answers")
 
 
@@ -51,9 +51,9 @@ def privacy_facts(folder: RunFolder) -> Json:
 def mechanisms(ledger: list[Json], established: bool = True) -> list[Json]:
     """What protected each kind of message that went up, by client, with its parameters at the last message.
 
-    ``standing`` is ``"guarantee"`` where a bound holds whatever the attacker knows, ``"unproven"`` where some messages state
-    one that does not cover all of the client's or is not known to, ``"hidden"`` where the server sees sums alone,
-    ``"heuristic"`` where noise hides without a bound, and ``"none"``.
+    ``standing`` is ``"guarantee"`` where a bound holds against its ``adversary`` (words; ``None`` where the ledger names none),
+    ``"unproven"`` where some messages state one that does not cover all of the client's or is not known to, ``"hidden"`` where
+    the server sees sums alone, ``"heuristic"`` where noise hides without a bound, and ``"none"``.
 
     Args:
         ledger: its lines.
@@ -77,6 +77,7 @@ def mechanisms(ledger: list[Json], established: bool = True) -> list[Json]:
                 "epsilon": privacy.get("epsilon"),
                 "delta": privacy.get("delta"),
                 "neighbours": privacy.get("neighbours"),
+                "adversary": privacy.get("adversary"),
                 "protects": privacy.get("protects", "user"),
                 "parameters": {k: v for k, v in privacy.items() if k not in _GUARANTEE},
             }

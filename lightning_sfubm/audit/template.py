@@ -89,16 +89,18 @@ have left than is told here.</p>{% endif %}
 {% if mechanisms %}
 <div class="scroll"><table>
 <thead><tr><th>Client</th><th class="text">content</th><th class="text">standing</th><th class="text">mechanism</th>
-<th>ε</th><th>δ</th><th class="text">neighbours differ by</th><th class="text">parameters</th></tr></thead>
+<th>ε</th><th>δ</th><th class="text">neighbours differ by</th><th class="text">holds</th>
+<th class="text">parameters</th></tr></thead>
 <tbody>{% for m in mechanisms %}
 <tr><td>{{ m.client }}</td><td class="text">{{ m.kind }}</td><td class="text clear">{{ standing(m.standing) }}</td>
 <td class="text wrap">{{ m.mechanism }}</td>
 <td>{% if m.standing == "guarantee" %}{{ m.epsilon|up(3) }}{% else %}–{% endif %}</td>
 <td>{% if m.standing == "guarantee" %}{{ m.delta|up(2) }}{% else %}–{% endif %}</td>
 <td class="text wrap">{{ m.neighbours or "–" }}</td>
+<td class="text wrap">{% if m.standing == "guarantee" %}{{ against(m) }}{% else %}–{% endif %}</td>
 <td class="text wrap">{{ m.parameters|words }}</td></tr>
 {% endfor %}</tbody>
-<caption>A guarantee bounds what any attacker can learn of the client's own users or products. A heuristic hides
+<caption>A guarantee bounds what the attackers under “holds” can learn of the client's own users or products. A heuristic hides
 something from the attackers that were tried and
 promises nothing about others. ε and δ are those of the last message and cover all before it; none are shown where they
 are not known to cover every message of the client.</caption></table></div>

@@ -265,11 +265,21 @@ def epsilon_words(row: Json) -> str:
     hollow = " So large an epsilon promises next to nothing." if epsilon > _LARGE_EPSILON else ""
     return (
         f"Differential privacy with epsilon {round_up(epsilon, 3)} at delta {round_up(delta, 2)}, where two data sets are "
-        f"neighbours if they differ by {neighbours}: whatever the attacker knows, a test on the messages of all rounds "
+        f"neighbours if they differ by {neighbours}: {against(row)}, a test on the messages of all rounds "
         f"together that {found}, and of two neighbours that are as likely no test names the right one in more than "
         f"{_at_most(right)} of cases. It does not cover what else is published: metrics, logs, settings chosen by "
         f"them.{hollow}"
     )
+
+
+def against(row: Json) -> str:
+    """Whom a guarantee among the mechanisms holds against.
+
+    Noise that all clients add in shares is not known to hold against more than its line says; that of a client's own is.
+    """
+    if adversary := row.get("adversary"):
+        return f"against {adversary}"
+    return "against whom is not stated" if row["protects"] == "item" else "whatever the attacker knows"
 
 
 def _trust(facts: Json) -> list[str]:

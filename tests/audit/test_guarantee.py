@@ -154,6 +154,7 @@ def test_numbers_of_examples_beside_the_weights_are_not_covered() -> None:
         [up("a", 1, private(2.0)), up("a", 2, private(1.0))],
         [up("a", 1, private()), up("a", 2, private(delta=1e-6))],
         [up("a", 1, private()), up("a", 2, private(neighbours="one interaction"))],
+        [up("a", 1, private(adversary="the server")), up("a", 2, private())],
         [up("a", 1, private()), up("a", 1, private(), "something else")],
     ],
 )

@@ -15,6 +15,7 @@ from lightning_sfubm.audit.plots import epsilon_plot, rounds_plot, sigma_plot
 from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.audit.words import epsilon_words
 from lightning_sfubm.federated.ledger import TEXTS_ALONE, Ledger
+from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 
 NOISE = {
     "mechanism": "Gaussian perturbation (heuristic ...)",
@@ -128,10 +129,29 @@ def test_epsilon_in_words() -> None:
     item = words(1.0, "one item of one organisation added or removed", "item")
     assert "names 1 % of the products that are not there finds on average at most 2.72 % of those that are" in item
     assert "person" not in item
+    assert "whatever the attacker knows" in user
+    assert "whatever the attacker knows" not in item  # an older ledger, which does not say
+    assert "against whom is not stated, a test" in item
     assert "epsilon 1.01 at delta" in words(1.001)
     assert "one in more than 100 % of cases" in words(300.0)
     for nothing in (None, math.inf):
         assert "nothing is promised" in words(nothing)
+
+
+def test_shares_of_noise_are_not_said_to_hold_against_everybody(tmp_path: Path) -> None:
+    stated = SecureKMeans(epsilon=1.0, secret_dir=str(tmp_path / "keys")).describe(1) | {"content": TEXTS_ALONE}
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.start()
+    ledger.record_bytes("a", "up", "semantics secagg masked input", 0, b"1", stated)
+    checkpoint(tmp_path)
+    report = build_privacy_report(tmp_path)
+    facts, page = facts_of(report), report.read_text()
+    (row,) = (row for row in facts["mechanisms"] if row["standing"] == "guarantee")
+    assert row["adversary"].endswith("any one other organisation, but not several together")
+    assert "adversary" not in row["parameters"]
+    assert f"against {row['adversary']}, a test on the messages" in in_words(facts, "guarantee")
+    assert page.count(f"against {row['adversary']}") == 2  # in the table too
+    assert "whatever the attacker knows" not in page
 
 
 def test_noise_that_the_seed_gives_away_is_called_a_simulation(tmp_path: Path) -> None:

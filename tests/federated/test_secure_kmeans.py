@@ -73,6 +73,9 @@ def test_noise_blurs_and_its_size_follows_from_epsilon_steps_and_exchanges() -> 
     one = SecureKMeans(iterations=4, epsilon=1.0, delta=1e-6).describe(1)["differential privacy"]
     assert stated["noise_multiplier"] == pytest.approx(one["noise_multiplier"] * 2**0.5)
     assert "simulation only" in stated["secret"]
+    assert stated["adversary"].startswith(
+        "the server, if it follows the secure aggregation, and any one other organisation"
+    )
     assert "differential privacy" not in SecureKMeans().describe(1)
 
 
