@@ -10,7 +10,7 @@ from lightning_sfubm.evaluation.run_folder import Json
 from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS, SAME, TEXTS_ALONE, UNTRAINED
 
 _KEYS_AND_SHARES = ("secagg keys", "secagg shares", "secagg unmask")  # they hold nothing of the data
-_TERMS = ("mechanism", "neighbours", "adversary", "delta")  #: in which all bounds of a client must agree
+_TERMS = ("mechanism", "neighbours", "adversary", "secret", "delta")  #: in which all bounds of a client must agree
 _OF_ITEMS = ("semantics", "semantics secagg masked input")
 
 

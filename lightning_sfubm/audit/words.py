@@ -190,6 +190,9 @@ def _guarantee(facts: Json) -> list[str]:
         if row["standing"] == "guarantee":
             whose = "products" if row["protects"] == "item" else "users"
             sentences.append(f"{what}: a bound for its own {whose}. {epsilon_words(row)}")
+        elif row["standing"] == "simulated":
+            whose = "products" if row["protects"] == "item" else "users"
+            sentences.append(f"{what}: no, but in this simulation a bound for its own {whose}. {epsilon_words(row)}")
         elif row["standing"] == "unproven" and row["epsilon"] is None:
             sentences.append(f"{what}: no. {epsilon_words(row)}")
         elif row["standing"] == "unproven":
@@ -277,9 +280,14 @@ def against(row: Json) -> str:
 
     Noise that all clients add in shares is not known to hold against more than its line says; that of a client's own is.
     """
+    seeded = row.get("standing") == "simulated"
     if adversary := row.get("adversary"):
-        return f"against {adversary}"
-    return "against whom is not stated" if row["protects"] == "item" else "whatever the attacker knows"
+        holds = f"against {adversary}"
+    elif row["protects"] == "item":
+        holds = "against whom is not stated"
+    else:
+        holds = f"whatever {'else ' if seeded else ''}the attacker knows"
+    return f"if nobody knows the run's seed, {holds}" if seeded else holds
 
 
 def _trust(facts: Json) -> list[str]:

@@ -263,6 +263,7 @@ def point(epsilon: float | None, sigma: float | None = 0.05) -> dict[str, Any]:
     return {
         "domain": "a",
         "epsilon": epsilon,
+        "simulated": epsilon == 0.5,
         "sigma": sigma,
         "membership": {"loss": score},
         "linkage": linkage,
@@ -274,7 +275,8 @@ def test_curves_run_from_small_epsilon_to_none() -> None:
     figure = epsilon_plot([point(None), point(8.0), point(0.5)])
     assert figure is not None
     area, rate, utility = figure.axes
-    assert [label.get_text() for label in area.get_xticklabels()] == ["0.5", "8", "∞ (none)"]
+    assert [label.get_text() for label in area.get_xticklabels()] == ["0.5*", "8", "∞ (none)"]
+    assert "most that (ε, δ) allows (* in a simulation)" in {line.get_label() for line in area.lines}
     assert len(rate.containers) == 1
     assert {line.get_label() for line in utility.lines} == {"teacher, Hit@1", "teacher, NDCG@10"}
 

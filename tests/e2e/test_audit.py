@@ -107,7 +107,12 @@ def test_differential_privacy_is_reported_with_its_limit(recorded: Any) -> None:
         assert 0.5 < row["limit"]["auc"] <= 1
         assert row["auc"]["low"] <= row["limit"]["auc"]
     stated = json.loads(report.with_suffix(".json").read_text())
-    guarantees = [m for m in stated["mechanisms"] if m["standing"] == "guarantee"]
+    assert all(row["simulated"] for row in stated["attacks"]["membership"])  # there is no secret_dir
+    limit = f"<td>{round_up(last[0]['limit']['auc'], 3)}*</td>"
+    assert limit in report.read_text()
+    assert "“*”: in a simulation alone." in report.read_text()
+    assert "guarantee" not in {m["standing"] for m in stated["mechanisms"]}
+    guarantees = [m for m in stated["mechanisms"] if m["standing"] == "simulated"]
     assert {(m["client"], m["kind"]) for m in guarantees} == {("alpha", "teacher"), ("beta", "teacher")}
     assert guarantees[0]["neighbours"] == "one user's whole sequence added or removed"
     for row in guarantees:
@@ -135,6 +140,7 @@ def test_runs_side_by_side_make_a_curve(recorded: Any) -> None:
         ("beta", False),
     ]
     assert all(p["membership"]["loss"]["client"] == "" for p in points)
+    assert [p["simulated"] for p in points] == [False, True, False, True]
     assert "Membership inference and utility against epsilon" in report.read_text()
 
 
