@@ -132,7 +132,8 @@ are not known to cover every message of the client.</caption></table></div>
 <caption>The last message of each kind. The attacker holds the weights, the catalogue and the training sequences of
 users, half
 of whom trained. “Limit”: the most that the stated ε and δ allow any attacker on average; “–” where they do not cover
-every message until then.{{ starred(members) }} Brackets: 95 % intervals. Non-members
+every message until then.{{ starred(members) }} Brackets: 95 % intervals, each attack for
+itself; in plain words the best of several has a wider one. Non-members
 are users held out of training; none of the sequences contains a validation or test item.</caption></table></div>
 {{ figure("rounds", "Area under the ROC curve of membership inference by round", "Membership inference by loss after each round,
 with 95 % intervals.") }}

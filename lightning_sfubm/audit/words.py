@@ -1,12 +1,13 @@
 """The privacy report in plain words: questions a privacy officer asks, answered from the facts of the run alone."""
 
 import math
+from statistics import NormalDist
 
 from lightning_sfubm.audit.facts import last_membership
 from lightning_sfubm.audit.guarantee import simulated
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.evaluation.run_folder import Json
-from lightning_sfubm.privacy.attacks import rate_limit
+from lightning_sfubm.privacy.attacks import area_interval, rate_limit
 from lightning_sfubm.privacy.attacks.membership import FALSE_POSITIVES
 from lightning_sfubm.privacy.rounding import round_up
 
@@ -89,6 +90,15 @@ def _from_guessing(auc: float) -> float:
     return abs(auc - 0.5)
 
 
+def _held_against_guessing(row: Json, groups: tuple[str, str], tried: int) -> tuple[float, float]:
+    """Interval of the strongest attack's area, at a level of which all that were tried hold together with 95 % (Bonferroni).
+
+    The best of several harmless attacks lies outside its own 95 % interval around guessing more often than one in twenty times.
+    """
+    z = NormalDist().inv_cdf(1 - 0.05 / (2 * tried))
+    return area_interval(row["auc"]["value"], *(row[group] for group in groups), z=z)
+
+
 def _trained_products(rows: list[Json]) -> list[str]:
     """The strongest of the attacks on updates, by domain."""
     sentences = []
@@ -99,7 +109,8 @@ def _trained_products(rows: list[Json]) -> list[str]:
         if row["random_updates"]:
             furthest = max(row["random_updates"], key=_from_guessing)
             by_chance = f", {'up' if furthest >= 0.5 else 'down'} to {_percent(furthest)} by chance alone"
-        reversed_ = " Taken the other way round it is right in the rest." if row["auc"]["high"] < 0.5 else ""
+        _, high = _held_against_guessing(row, ("trained", "untrained"), len(tried))
+        reversed_ = " Taken the other way round it is right in the rest." if high < 0.5 else ""
         sentences.append(
             f"{domain}: from what its training changed in the shared model, the strongest of {len(tried)} attacks tells a "
             f"product that its users took from one that they did not in {_percent(row['auc']['value'])} of cases "
@@ -147,21 +158,35 @@ def _persons(facts: Json) -> list[str]:
     for domain in dict.fromkeys(row["domain"] for row in rows):
         tried = [row for row in rows if row["domain"] == domain]
         row = max(tried, key=lambda row: _from_guessing(row["auc"]["value"]))
-        whom = "the shared model that every organisation gets" if row["client"] == GLOBAL else "its own update"
-        auc, tpr = row["auc"], row["tpr"]
-        if auc["low"] > 0.5:
+        low, high = _held_against_guessing(row, ("members", "others"), len(tried))
+        if low > 0.5:
             better = "better than guessing"
-        elif auc["high"] < 0.5:
+        elif high < 0.5:
             better = "worse than guessing: taken the other way round, it is right in the rest"
         else:
             better = "not told from guessing by a test of this size"
+        level = (
+            "at 95 %, as in the table"
+            if len(tried) == 1
+            else f"at 95 % for the best of {len(tried)}, each alone in the table"
+        )
+        most = max(tried, key=lambda row: row["tpr"]["value"])
+        other = ""
+        if most["tpr"]["value"] > row["tpr"]["value"]:
+            other = f"; the attack that finds most of them ({_whom(most)}), {_percent(most['tpr']['value'])}"
         sentences.append(
-            f"{domain}: in the strongest of {len(tried)} attacks tried (on {whom}, {_SCORES[row['score']]}) the attacker, "
-            f"shown one person inside and one outside, names the right one in {_percent(auc['value'])} of cases (between "
-            f"{_percent(auc['low'])} and {_percent(auc['high'])}; guessing: 50 %), which is {better}. Accusing one "
-            f"outsider in a hundred wrongly, they find {_percent(tpr['value'])} of the insiders (guessing: 1 %)."
+            f"{domain}: in the strongest of {len(tried)} attacks tried ({_whom(row)}) the attacker, shown one person inside "
+            f"and one outside, names the right one in {_percent(row['auc']['value'])} of cases (between {_percent(low)} and "
+            f"{_percent(high)}, {level}; guessing: 50 %), which is {better}. Accusing one outsider in a hundred wrongly, they "
+            f"find {_percent(row['tpr']['value'])} of the insiders{other} (guessing: 1 %)."
         )
     return sentences + _unmeasured(facts, {row["domain"] for row in rows})
+
+
+def _whom(row: Json) -> str:
+    """What an attack on persons attacks, and by what."""
+    whom = "the shared model that every organisation gets" if row["client"] == GLOBAL else "its own update"
+    return f"on {whom}, {_SCORES[row['score']]}"
 
 
 def _unmeasured(facts: Json, attacked: set[str]) -> list[str]:

@@ -16,6 +16,7 @@ from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.audit.words import epsilon_words
 from lightning_sfubm.federated.ledger import TEXTS_ALONE, Ledger
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
+from lightning_sfubm.privacy.attacks import area_interval
 
 NOISE = {
     "mechanism": "Gaussian perturbation (heuristic ...)",
@@ -293,6 +294,7 @@ def test_there_is_no_curve_of_one_epsilon_and_no_figure_of_nothing() -> None:
 def test_who_was_not_attacked_is_named_beside_who_was() -> None:
     interval = {"value": 0.5, "low": 0.4, "high": 0.6}
     attack = {"domain": "a", "client": "a", "round": 1, "score": "loss", "auc": interval, "tpr": interval}
+    attack |= {"members": 250, "others": 250}
     sent = [
         {"client": name, "direction": "up", "kind": kind}
         for name, kind in (("a", "teacher"), ("b", "teacher"), ("c", "semantics"))
@@ -318,7 +320,8 @@ def test_an_attack_that_is_wrong_too_often_tells_as_much_as_one_that_is_right(
     def attack(score: str, figures: tuple[float, float, float]) -> dict[str, Any]:
         area = dict(zip(("value", "low", "high"), figures, strict=True))
         tried = {"domain": "a", "client": "a", "round": 1, "score": score, "auc": area, "tpr": area}
-        return {**tried, "random_updates": [0.1, 0.55]}
+        sizes = dict.fromkeys(("members", "others", "trained", "untrained"), 250)  # of which these intervals are
+        return {**tried, **sizes, "random_updates": [0.1, 0.55]}
 
     rows = [attack("loss", weaker), attack("calibrated", stronger)]
     facts = {"attacks": {"membership": rows, "not_run": []}, "communication": {"rows": []}}
@@ -329,3 +332,48 @@ def test_an_attack_that_is_wrong_too_often_tells_as_much_as_one_that_is_right(
     assert f"did not in {words._percent(stronger[0])} of cases" in products
     assert f"down to {words._percent(0.1)} by chance" in products  # further from a coin than .55
     assert ("Taken the other way round" in products) == (stronger[2] < 0.5)
+
+
+def attacks(*figures: tuple[str, str, float, float], people: int = 250) -> dict[str, Any]:
+    """Facts of attacks on persons: client, score, area, rate."""
+    rows = [
+        {"domain": "a", "client": client, "round": 1, "score": score, "auc": estimate(area), "tpr": estimate(rate)}
+        | {"members": people, "others": people}
+        for client, score, area, rate in figures
+    ]
+    return {"attacks": {"membership": rows, "not_run": []}, "communication": {"rows": []}}
+
+
+def test_an_attack_that_finds_more_insiders_is_not_hidden_by_one_of_a_larger_area() -> None:
+    (both,) = words._persons(attacks(("", "loss", 0.6, 0.25), ("a", "calibrated", 0.61, 0.01)))
+    assert "strongest of 2 attacks tried (on its own update, by comparison with models" in both
+    assert (
+        "they find 1.0 % of the insiders; the attack that finds most of them (on the shared model that every organisation "
+        "gets, by how well the model fits the person), 25.0 % (guessing: 1 %)."
+    ) in both
+    (one,) = words._persons(attacks(("", "loss", 0.6, 0.01), ("a", "calibrated", 0.61, 0.25)))
+    assert "they find 25.0 % of the insiders (guessing: 1 %)." in one
+
+
+def test_the_best_of_several_attacks_is_held_against_a_wider_interval() -> None:
+    """The area .552 of 250 and 250 is above .5 at 95 %, and not at the 98.75 % that four attacks need."""
+    low, _ = area_interval(0.552, 250, 250)
+    assert low > 0.5
+    best = ("a", "loss", 0.552, 0.01)
+    (alone,) = words._persons(attacks(best))
+    assert f"(between {words._percent(low)} and" in alone
+    assert "at 95 %, as in the table" in alone
+    assert "which is better than guessing" in alone
+    rest = (("a", "calibrated", 0.5, 0.01), ("", "loss", 0.5, 0.01), ("", "calibrated", 0.5, 0.01))
+    (of_four,) = words._persons(attacks(best, *rest))
+    assert f"(between {words._percent(area_interval(0.552, 250, 250, z=2.4977)[0])} and" in of_four
+    assert "at 95 % for the best of 4" in of_four
+    assert "not told from guessing" in of_four
+    weak = [
+        {**row, "trained": 250, "untrained": 250, "random_updates": []}
+        for row in attacks(best, *rest)["attacks"]["membership"]
+    ]
+    for row in weak:
+        row["auc"] = estimate(1 - row["auc"]["value"])
+    assert "other way round" in str(words._trained_products(weak[:1]))
+    assert "other way round" not in str(words._trained_products(weak))
