@@ -167,7 +167,7 @@ class DifferentialPrivacy(Callback):
             )
         if not self._active:
             return
-        self._sigma = self._noise_multiplier()
+        self._sigma = self._noise_multiplier(self._sampler)
         self._root = self._sampler.seed = self._root_seed()
         loss = TeacherLoss(pl_module.teacher, pl_module.logits_precision)
         per_user = PerUserGradients(loss, self.gradients)
@@ -274,13 +274,30 @@ class DifferentialPrivacy(Callback):
             return ""
         return f", among the users that {' and '.join(self._drawn_by)} drew (whom they draw depends on all users)"
 
-    def _noise_multiplier(self) -> float:
+    def without_budget(self, datamodule: Any) -> None:
+        """From now on, train with the noise that this data asks for, and spend what it takes: for shadow models of an audit.
+
+        Those train as the audited model did, but on other users, and the same budget would set another noise for them or refuse
+        them. Nothing of theirs is sent.
+
+        Args:
+            datamodule: of the audited client, set up.
+
+        Raises:
+            ConfigError: the expected batch is larger than the data.
+            PrivacyError: no noise keeps the budget on this data.
+        """
+        users, expected = len(datamodule.train_dataloader().dataset), self.expected_batch_size or datamodule.batch_size
+        self.noise_multiplier = self._noise_multiplier(PoissonSampler(users, float(expected), lambda: 0))
+        self.target_epsilon = self.accountant.target_epsilon = None
+
+    def _noise_multiplier(self, sampler: PoissonSampler) -> float:
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.target_epsilon is not None
         assert self.total_epochs is not None
-        steps = self.total_epochs * len(self._sampler)
-        rate, mechanism = self._sampler.sample_rate, self.accountant.mechanism
+        steps = self.total_epochs * len(sampler)
+        rate, mechanism = sampler.sample_rate, self.accountant.mechanism
         return noise_multiplier_for(self.target_epsilon, self.delta, rate, steps, mechanism)
 
     def _sum_of(self, module: FKDDistiller, batch: TrainBatch) -> str:

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
+
+from lightning_sfubm.privacy.rounding import round_up
 
 
 class LabelledProgressBar(ProgressBar):
@@ -83,4 +86,6 @@ def spent_words(metrics: Mapping[str, Any]) -> str:
     """The privacy that training has spent so far, in words; empty where ``metrics`` holds none."""
     if "privacy/epsilon" not in metrics:
         return ""
-    return f"epsilon {float(metrics['privacy/epsilon']):.3g} at delta {float(metrics['privacy/delta']):.1g}"
+    # Lightning keeps metrics in single precision. As a double .001 would be .0010000000475, and .0011 rounded up.
+    epsilon, delta = (float(str(np.float32(metrics[f"privacy/{name}"]))) for name in ("epsilon", "delta"))
+    return f"epsilon {round_up(epsilon, 3)} at delta {round_up(delta, 2)}"

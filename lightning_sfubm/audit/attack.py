@@ -13,7 +13,7 @@ from lightning_sfubm.audit.replay import GLOBAL, Update, Upload, replay
 from lightning_sfubm.audit.shadows import shadow_losses
 from lightning_sfubm.audit.subjects import Subjects, sequence_losses, subjects, trained_items
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
-from lightning_sfubm.errors import DataError
+from lightning_sfubm.errors import ConfigError, DataError, PrivacyError
 from lightning_sfubm.evaluation.facts import plain
 from lightning_sfubm.evaluation.significance import Estimate, wilson_interval
 from lightning_sfubm.federated.client import Client
@@ -112,7 +112,9 @@ def attack(
         except DataError as error:
             facts["not_run"].append(f"Membership inference, {name}: {error}.")
             continue
-        facts["membership"].extend(_membership(trainer, loop, client, initial, updates, who, settings))
+        facts["membership"].extend(
+            _membership(trainer, loop, client, initial, updates, who, settings, facts["not_run"])
+        )
     return plain(facts)  # type: ignore[no-any-return]
 
 
@@ -193,6 +195,7 @@ def _membership(
     updates: list[Update],
     who: Subjects,
     settings: AuditSettings,
+    not_run: list[str],
 ) -> list[Facts]:
     """Each update by its loss, the last of the client and the last aggregated one also against shadow models."""
     mine = [update for update in updates if update.client in (client.name, GLOBAL)]
@@ -208,15 +211,19 @@ def _membership(
         return figures
     _load(client, mine[-1], mine[-1].after)  # the shadows have the global view of the attacked model
     rounds = sum(update.client == client.name for update in mine) or len(mine)
-    shadows, inside = shadow_losses(
-        trainer,
-        client,
-        initial,
-        who,
-        count=settings.shadows,
-        epochs=rounds * loop.federation.epochs(client.name),
-        seed=settings.seed,
-    )
+    try:
+        shadows, inside = shadow_losses(
+            trainer,
+            client,
+            initial,
+            who,
+            count=settings.shadows,
+            epochs=rounds * loop.federation.epochs(client.name),
+            seed=settings.seed,
+        )
+    except (ConfigError, PrivacyError) as error:  # what holds for the run's users need not hold for half of them
+        not_run.append(f"Membership inference against shadow models, {client.name}: {error}.")
+        return figures
     newest = {update.client: index for index, update in enumerate(mine)}
     for index in newest.values():
         scores = calibrated_scores(losses[index], shadows, inside)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning_sfubm.audit.facts import rests_on_seed
 from lightning_sfubm.audit.forms import AUDIT, read_formed
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.errors import DataError
@@ -21,7 +22,8 @@ def curve_points(run_dirs: Iterable[Path]) -> list[Json]:
         run_dirs: folders with an ``audit.json``.
 
     Returns:
-        A point has ``domain``, ``epsilon`` (``None`` = no guarantee), ``delta``, ``sigma``, ``membership`` (of the last
+        A point has ``domain``, ``epsilon`` (``None`` = no guarantee), ``delta``, ``simulated`` (whether the noise behind them
+        follows from the run's seed), ``sigma``, ``membership`` (of the last
         aggregated teacher, or of the client's own update where none was aggregated: figures by score), ``linkage``, and
         ``utility`` (Hit@1 and NDCG@10 by branch, with intervals, where the run holds results).
 
@@ -46,6 +48,7 @@ def curve_points(run_dirs: Iterable[Path]) -> list[Json]:
                     "domain": domain,
                     "epsilon": one.get("epsilon"),
                     "delta": one.get("delta"),
+                    "simulated": bool(one) and rests_on_seed(folder.ledger, one["client"]),
                     "sigma": linkage.get(domain, {}).get("sigma"),
                     "membership": last,
                     "linkage": linkage.get(domain),

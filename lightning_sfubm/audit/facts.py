@@ -6,7 +6,7 @@ from typing import Any
 from lightning_sfubm.audit.check import Check, check_run
 from lightning_sfubm.audit.forms import AUDIT, read_formed
 from lightning_sfubm.audit.forms import CURVE as CURVE_FORM
-from lightning_sfubm.audit.guarantee import content_of, coverage, guarantee, mechanism_of
+from lightning_sfubm.audit.guarantee import content_of, coverage, guarantee, mechanism_of, simulated
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.facts import ledger_facts, plain
@@ -15,7 +15,7 @@ from lightning_sfubm.evaluation.run_folder import Json, RunFolder
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 
 CURVE = "privacy_curve.json"
-_GUARANTEE = ("mechanism", "epsilon", "delta", "neighbours", "protects")
+_GUARANTEE = ("mechanism", "epsilon", "delta", "neighbours", "adversary", "protects")
 _ATTACKS = ("linkage", "attribute", "membership", "items", "answers")
 
 
@@ -29,6 +29,8 @@ def privacy_facts(folder: RunFolder) -> Json:
     audit = _read(folder.path / "audit.json", AUDIT, folder.problems) or {}
     communication = ledger_facts(folder.ledger, folder.unread)
     attacks = {name: audit.get(name) or [] for name in _ATTACKS}
+    for name in ("membership", "items"):
+        attacks[name] = [{**row, "simulated": rests_on_seed(folder.ledger, row["client"])} for row in attacks[name]]
     doubts = check.problems or check.unchecked
     if folder.unread and not check.problems:  # a line can have the form and yet be none that is ever written
         doubts = [f"lines of the ledger that cannot be read: {folder.unread}", *doubts]
@@ -51,7 +53,8 @@ def privacy_facts(folder: RunFolder) -> Json:
 def mechanisms(ledger: list[Json], established: bool = True) -> list[Json]:
     """What protected each kind of message that went up, by client, with its parameters at the last message.
 
-    ``standing`` is ``"guarantee"`` where a bound holds whatever the attacker knows, ``"unproven"`` where some messages state
+    ``standing`` is ``"guarantee"`` where a bound holds against its ``adversary`` (words; ``None`` where the ledger names none),
+    ``"simulated"`` where one would if its noise did not follow from the run's seed, ``"unproven"`` where some messages state
     one that does not cover all of the client's or is not known to, ``"hidden"`` where the server sees sums alone,
     ``"heuristic"`` where noise hides without a bound, and ``"none"``.
 
@@ -71,12 +74,14 @@ def mechanisms(ledger: list[Json], established: bool = True) -> list[Json]:
         privacy, secure = stated.get("differential privacy"), stated.get("secure aggregation")
         privacy = privacy if isinstance(privacy, dict) else None
         if privacy:
-            private = common | {"standing": "guarantee" if (line["client"], whose) in bound else "unproven"}
+            covered = "simulated" if simulated(privacy) else "guarantee"
+            private = common | {"standing": covered if (line["client"], whose) in bound else "unproven"}
             private["mechanism"] = privacy.get("mechanism", "differential privacy")
             rows[line["client"], f"{kind} dp"] = private | {
                 "epsilon": privacy.get("epsilon"),
                 "delta": privacy.get("delta"),
                 "neighbours": privacy.get("neighbours"),
+                "adversary": privacy.get("adversary"),
                 "protects": privacy.get("protects", "user"),
                 "parameters": {k: v for k, v in privacy.items() if k not in _GUARANTEE},
             }
@@ -96,6 +101,18 @@ def mechanisms(ledger: list[Json], established: bool = True) -> list[Json]:
                 "parameters": stated,
             }
     return [rows[key] for key in sorted(rows)]
+
+
+def rests_on_seed(ledger: list[Json], client: str) -> bool:
+    """Whether a bound for users, beside an attack on a client's messages, has noise that follows from the run's seed.
+
+    Args:
+        ledger: its lines.
+        client: whose messages are attacked; :data:`~lightning_sfubm.audit.replay.GLOBAL` = those of all.
+    """
+    lines = [line for line in ledger if client in (line["client"], GLOBAL) and content_of(line) == "user"]
+    stated = [mechanism_of(line).get("differential privacy") for line in lines]
+    return any(isinstance(privacy, dict) and simulated(privacy) for privacy in stated)
 
 
 def last_membership(facts: Json) -> list[Json]:

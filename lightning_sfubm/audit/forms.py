@@ -19,7 +19,18 @@ from lightning_sfubm.evaluation.forms import (
     text,
 )
 
-_ESTIMATE = record({"value": number, "low": number, "high": number})
+
+def _within(form: Form, low: int, high: int) -> Form:
+    """A number of that form which lies in a range."""
+
+    def check(value: Any, where: str) -> str | None:
+        return form(value, where) or (None if low <= value <= high else f"{where} is not between {low} and {high}")
+
+    return check
+
+
+_GROUP = _within(integer, 1, 10**9)  # an interval follows from it
+_ESTIMATE = record({"value": _within(number, 0, 1), "low": number, "high": number})
 _CHANCES = record({"auc": number, "tpr": number})
 _BOUNDS = record({"auc": nullable(number), "tpr": nullable(number)})
 _LINKAGE = dict.fromkeys(("with_replacement", "without_replacement", "after_averaging"), _ESTIMATE)
@@ -36,11 +47,29 @@ AUDIT = record(
         "attribute": each(record({"client": text, "attribute": text, "accuracy": _ESTIMATE})),
         "membership": each(
             record(
-                {**_SCORED, "score": one_of("loss", "calibrated"), "tpr": _ESTIMATE, "chance": _CHANCES},
+                {
+                    **_SCORED,
+                    "score": one_of("loss", "calibrated"),
+                    "tpr": _ESTIMATE,
+                    "chance": _CHANCES,
+                    "members": _GROUP,
+                    "others": _GROUP,
+                },
                 {"limit": _BOUNDS, "epsilon": number},
             )
         ),
-        "items": each(record({**_SCORED, "score": text, "random_updates": each(number)}, {"epsilon": number})),
+        "items": each(
+            record(
+                {
+                    **_SCORED,
+                    "score": text,
+                    "random_updates": each(number),
+                    "trained": _GROUP,
+                    "untrained": _GROUP,
+                },
+                {"epsilon": number},
+            )
+        ),
         "answers": each(
             record({"client": text, "foreign": integer, "attacked": integer, "chance": number, **_ANSWERS})
         ),

@@ -10,6 +10,7 @@ from lightning_sfubm.evaluation.run_folder import Json
 from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS, SAME, TEXTS_ALONE, UNTRAINED
 
 _KEYS_AND_SHARES = ("secagg keys", "secagg shares", "secagg unmask")  # they hold nothing of the data
+_TERMS = ("mechanism", "neighbours", "adversary", "secret", "delta")  #: in which all bounds of a client must agree
 _OF_ITEMS = ("semantics", "semantics secagg masked input")
 
 
@@ -104,7 +105,7 @@ def _covered(client: str, whose: str, lines: list[Mapping[str, Any]]) -> Json:
 
 def _doubt(bounds: list[Mapping[str, Any]], kinds: list[str]) -> str | None:
     """Why the last of several bounds may not cover the messages before it."""
-    terms = {json.dumps([bound.get("mechanism"), bound["neighbours"], bound["delta"]]) for bound in bounds}
+    terms = {json.dumps([bound.get(term) for term in _TERMS]) for bound in bounds}
     epsilons = [bound["epsilon"] for bound in bounds]
     if len(kinds) > 1 or len(terms) > 1:
         return "its messages state bounds of different kinds, and how they add up is not known"

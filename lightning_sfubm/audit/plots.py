@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.evaluation.report_plots import COLOURS, GREY, STYLE, cosine_plot, linkage_plot
 from lightning_sfubm.evaluation.run_folder import Json
+from lightning_sfubm.privacy.rounding import round_up
 
 SCORES = {"loss": "by loss", "calibrated": "against shadow models"}
 
@@ -59,6 +60,7 @@ def epsilon_plot(points: list[Json]) -> Figure | None:
         return None
     figure = Figure(figsize=(10.5, 0.5 + 2.9 * len(domains)), layout="constrained")
     grid = figure.subplots(len(domains), 3, squeeze=False)
+    allowed = "most that (ε, δ) allows" + (" (* in a simulation)" if any(p.get("simulated") for p in measured) else "")
     for (area, rate, utility), domain in zip(grid, domains, strict=True):
         line = sorted(
             (point for point in measured if point["domain"] == domain), key=lambda point: point["epsilon"] or np.inf
@@ -75,7 +77,7 @@ def epsilon_plot(points: list[Json]) -> Figure | None:
                 if found:
                     _intervals(panel, [i for i, _ in found], [value for _, value in found], colour, label)
             limits = [_limit(point, key) for point in line]
-            panel.plot(x, limits, ":", color="black", linewidth=1, label="most that (ε, δ) allows")
+            panel.plot(x, limits, ":", color="black", linewidth=1, label=allowed)
             _chance(panel, chance)
             panel.set_title(f"{domain}: membership, {title}")
         area.set_ylim(0.4, 1.02)
@@ -98,7 +100,7 @@ def epsilon_plot(points: list[Json]) -> Figure | None:
         utility.set_title(f"{domain}: utility on test users")
         utility.set_ylim(bottom=0)
         for panel in (area, rate, utility):
-            panel.set_xticks(x, ["∞ (none)" if p["epsilon"] is None else f"{p['epsilon']:.3g}" for p in line])
+            panel.set_xticks(x, [_epsilon(p) for p in line])
             panel.set_xlabel("ε")
     named = [pair for panel in (area, utility) for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
     figure.legend(*zip(*named, strict=True), loc="outside lower center", ncols=4)
@@ -129,6 +131,13 @@ def sigma_plot(points: list[Json]) -> Figure | None:
             panel.set_ylim(0, 1.05)
         figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return figure
+
+
+def _epsilon(point: Json) -> str:
+    """As a tick; a star where the noise follows from the run's seed."""
+    if point["epsilon"] is None:
+        return "∞ (none)"
+    return round_up(point["epsilon"], 3) + ("*" if point.get("simulated") else "")
 
 
 def _limit(point: Json, key: str) -> float:

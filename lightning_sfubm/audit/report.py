@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning_sfubm.audit.facts import last_membership, privacy_facts
 from lightning_sfubm.audit.template import TEMPLATE
-from lightning_sfubm.audit.words import answers
+from lightning_sfubm.audit.words import against, answers
 from lightning_sfubm.evaluation.report import template_environment
 from lightning_sfubm.evaluation.report_template import CSS
 from lightning_sfubm.evaluation.results import write_atomically
@@ -52,6 +52,7 @@ def render(facts: Json, figures: dict[str, str], scores: dict[str, str]) -> str:
             css=CSS,
             figures=figures,
             scores=scores,
+            against=against,
             run=facts["run"],
             ledger=facts["ledger"],
             check=facts["self_check"],

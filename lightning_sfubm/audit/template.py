@@ -14,14 +14,21 @@ TEMPLATE = """
 {%- endif -%}
 {%- endmacro -%}
 {%- macro standing(word) -%}
-{{ {"guarantee": "guarantee", "hidden": "hidden from the server", "heuristic": "heuristic", "none": "no protection",
+{{ {"guarantee": "guarantee", "simulated": "simulated", "hidden": "hidden from the server",
+"heuristic": "heuristic", "none": "no protection",
 "unproven": "stated, no guarantee"}[word] }}
 {%- endmacro -%}
 {%- macro result(holds) -%}
 {{ "not checked" if holds is none else "holds" if holds else "FAILS" }}
 {%- endmacro -%}
-{%- macro short(value) -%}{{ "%.3g"|format(value) if value is number else "–" }}{%- endmacro -%}
-{%- macro eps(value) -%}{{ "%.3g"|format(value) if value is number else "∞ (none)" }}{%- endmacro -%}
+{%- macro short(value) -%}{{ value|up(3) if value is number else "–" }}{%- endmacro -%}
+{%- macro eps(value) -%}{{ value|up(3) if value is number else "∞ (none)" }}{%- endmacro -%}
+{%- macro star(row, value) -%}{{ "*" if row.simulated and value is number }}{%- endmacro -%}
+{%- macro bound(row, value) -%}{{ short(value) }}{{ star(row, value) }}{%- endmacro -%}
+{%- macro starred(rows) -%}
+{%- if rows|selectattr("simulated")|selectattr("epsilon", "number")|list %} “*”: in a simulation alone. The noise follows
+from the run's seed, and nothing bounds what somebody who knows the seed can find.{% endif -%}
+{%- endmacro -%}
 {%- macro rounds(numbers) -%}
 {{ numbers|join(", ") if numbers|length <= 6 else numbers|first ~ " to " ~ numbers|last }}
 {%- endmacro -%}
@@ -89,18 +96,22 @@ have left than is told here.</p>{% endif %}
 {% if mechanisms %}
 <div class="scroll"><table>
 <thead><tr><th>Client</th><th class="text">content</th><th class="text">standing</th><th class="text">mechanism</th>
-<th>ε</th><th>δ</th><th class="text">neighbours differ by</th><th class="text">parameters</th></tr></thead>
+<th>ε</th><th>δ</th><th class="text">neighbours differ by</th><th class="text">holds</th>
+<th class="text">parameters</th></tr></thead>
 <tbody>{% for m in mechanisms %}
 <tr><td>{{ m.client }}</td><td class="text">{{ m.kind }}</td><td class="text clear">{{ standing(m.standing) }}</td>
 <td class="text wrap">{{ m.mechanism }}</td>
-<td>{% if m.standing == "guarantee" %}{{ "%.3g"|format(m.epsilon) }}{% else %}–{% endif %}</td>
-<td>{% if m.standing == "guarantee" %}{{ "%.1g"|format(m.delta) }}{% else %}–{% endif %}</td>
+<td>{% if m.standing in ("guarantee", "simulated") %}{{ m.epsilon|up(3) }}{% else %}–{% endif %}</td>
+<td>{% if m.standing in ("guarantee", "simulated") %}{{ m.delta|up(2) }}{% else %}–{% endif %}</td>
 <td class="text wrap">{{ m.neighbours or "–" }}</td>
+<td class="text wrap">{% if m.standing in ("guarantee", "simulated") %}{{ against(m) }}{% else %}–{% endif %}</td>
 <td class="text wrap">{{ m.parameters|words }}</td></tr>
 {% endfor %}</tbody>
-<caption>A guarantee bounds what any attacker can learn of the client's own users or products. A heuristic hides
+<caption>A guarantee bounds what the attackers under “holds” can learn of the client's own users or products. A heuristic hides
 something from the attackers that were tried and
-promises nothing about others. ε and δ are those of the last message and cover all before it; none are shown where they
+promises nothing about others. Simulated: the noise follows from the run's seed, so that whoever knows the seed can take
+it off; ε and δ say what the same run would promise with secrets of the clients' own. ε and δ are those of
+the last message and cover all before it; none are shown where they
 are not known to cover every message of the client.</caption></table></div>
 {% elif communication.unread %}<p class="note">Not known: the ledger cannot be read.</p>
 {% else %}<p class="note">No client sent anything.</p>{% endif %}
@@ -114,14 +125,15 @@ are not known to cover every message of the client.</caption></table></div>
 <th>members<br>+ others</th></tr></thead>
 <tbody>{% for row in members %}
 <tr><td>{{ row.domain }}</td><td class="text">{{ whose(row) }}</td><td class="text">{{ scores[row.score] }}</td>
-<td>{{ row.round }}</td>{{ cell(row.auc) }}<td>{{ row.chance.auc|num }}</td><td>{{ (row.limit or {}).auc|num }}</td>
-{{ cell(row.tpr) }}<td>{{ row.chance.tpr|num }}</td><td>{{ (row.limit or {}).tpr|num }}</td>
-<td>{{ short(row.epsilon) }}</td><td>{{ row.members|count }} + {{ row.others|count }}</td></tr>
+<td>{{ row.round }}</td>{{ cell(row.auc) }}<td>{{ row.chance.auc|num }}</td><td>{{ bound(row, (row.limit or {}).auc) }}</td>
+{{ cell(row.tpr) }}<td>{{ row.chance.tpr|num }}</td><td>{{ bound(row, (row.limit or {}).tpr) }}</td>
+<td>{{ bound(row, row.epsilon) }}</td><td>{{ row.members|count }} + {{ row.others|count }}</td></tr>
 {% endfor %}</tbody>
 <caption>The last message of each kind. The attacker holds the weights, the catalogue and the training sequences of
 users, half
 of whom trained. “Limit”: the most that the stated ε and δ allow any attacker on average; “–” where they do not cover
-every message until then. Brackets: 95 % intervals. Non-members
+every message until then.{{ starred(members) }} Brackets: 95 % intervals, each attack for
+itself; in plain words the best of several has a wider one. Non-members
 are users held out of training; none of the sequences contains a validation or test item.</caption></table></div>
 {{ figure("rounds", "Area under the ROC curve of membership inference by round", "Membership inference by loss after each round,
 with 95 % intervals.") }}
@@ -183,13 +195,14 @@ interactions, so that it says something about behaviour.</caption></table></div>
 <td class="text">{{ row.score }}</td>{{ cell(row.auc) }}<td>{{ row.chance|num }}</td>
 <td>{% if row.random_updates %}{{ row.random_updates|first|num }} to
 {{ row.random_updates|last|num }}{% else %}–{% endif %}</td>
-<td>{{ short(row.epsilon) }}</td>
+<td>{{ bound(row, row.epsilon) }}</td>
 <td>{{ row.trained|count }} + {{ row.untrained|count }}</td></tr>
 {% endfor %}</tbody><caption>From the difference of two messages: does an item's score tell whether it stood in a
 training
 sequence? “Random updates”: areas that the same score reaches on updates of the same size and of random direction.
 Similar
-products move together, so those can lie further from .5 than the interval over items.</caption></table></div>
+products move together, so those can lie further from .5 than the interval over items.
+{{ starred(attacks["items"]) }}</caption></table></div>
 {% endif %}
 {% if not (attacks.linkage or attacks.answers or attacks.attribute or attacks["items"]) %}
 <p class="note">Not measured on recorded messages.</p>{% endif %}
@@ -207,13 +220,13 @@ ranking quality on test users, of runs that differ in ε. With 95 % intervals.")
 <thead><tr><th>Domain</th><th>ε</th><th>σ</th><th>area, by loss</th><th>area, shadow models</th>
 <th>TPR at 1 % FPR,<br>by loss</th>
 <th>teacher Hit@1</th><th>teacher NDCG@10</th><th>student Hit@1</th><th>student NDCG@10</th></tr></thead>
-<tbody>{% for p in curve %}<tr><td>{{ p.domain }}</td><td>{{ eps(p.epsilon) }}</td>
+<tbody>{% for p in curve %}<tr><td>{{ p.domain }}</td><td>{{ eps(p.epsilon) }}{{ star(p, p.epsilon) }}</td>
 <td>{{ p.sigma if p.sigma is number else "–" }}</td>
 {{ cell((p.membership.loss or {}).auc or none) }}{{ cell((p.membership.calibrated or {}).auc or none) }}
 {{ cell((p.membership.loss or {}).tpr or none) }}
 {{ metric(p.utility.teacher, "hit@1") }}{{ metric(p.utility.teacher, "ndcg@10") }}
 {{ metric(p.utility.student, "hit@1") }}{{ metric(p.utility.student, "ndcg@10") }}</tr>
-{% endfor %}</tbody><caption>“–”: the run holds no such figure.</caption></table></div>
+{% endfor %}</tbody><caption>“–”: the run holds no such figure.{{ starred(curve) }}</caption></table></div>
 {% else %}<p class="note">A curve needs several audited runs: <code>lightning-sfubm audit --run_dir RUN --beside
 OTHER_RUN</code>
 draws them into this report.</p>{% endif %}

@@ -1,11 +1,15 @@
 """The privacy report in plain words: questions a privacy officer asks, answered from the facts of the run alone."""
 
 import math
+from statistics import NormalDist
 
 from lightning_sfubm.audit.facts import last_membership
 from lightning_sfubm.audit.guarantee import simulated
 from lightning_sfubm.audit.replay import GLOBAL
 from lightning_sfubm.evaluation.run_folder import Json
+from lightning_sfubm.privacy.attacks import area_interval, rate_limit
+from lightning_sfubm.privacy.attacks.membership import FALSE_POSITIVES
+from lightning_sfubm.privacy.rounding import round_up
 
 _KINDS = {
     "semantics": "item vectors (numbers computed from product texts)",
@@ -31,7 +35,7 @@ def answers(facts: Json) -> list[tuple[str, list[str]]]:
     ]
 
 
-_LARGE_EPSILON = 10.0  #: beyond it the odds may rise more than twenty-thousandfold
+_LARGE_EPSILON = 10.0  #: beyond it the bound on the odds of two neighbours is above twenty thousand
 
 _NEVER = (
     "User numbers, histories, ratings, product titles and product numbers: a message has no field for any of them, and "
@@ -86,6 +90,15 @@ def _from_guessing(auc: float) -> float:
     return abs(auc - 0.5)
 
 
+def _held_against_guessing(row: Json, groups: tuple[str, str], tried: int) -> tuple[float, float]:
+    """Interval of the strongest attack's area, at a level of which all that were tried hold together with 95 % (Bonferroni).
+
+    The best of several harmless attacks lies outside its own 95 % interval around guessing more often than one in twenty times.
+    """
+    z = NormalDist().inv_cdf(1 - 0.05 / (2 * tried))
+    return area_interval(row["auc"]["value"], *(row[group] for group in groups), z=z)
+
+
 def _trained_products(rows: list[Json]) -> list[str]:
     """The strongest of the attacks on updates, by domain."""
     sentences = []
@@ -96,7 +109,8 @@ def _trained_products(rows: list[Json]) -> list[str]:
         if row["random_updates"]:
             furthest = max(row["random_updates"], key=_from_guessing)
             by_chance = f", {'up' if furthest >= 0.5 else 'down'} to {_percent(furthest)} by chance alone"
-        reversed_ = " Taken the other way round it is right in the rest." if row["auc"]["high"] < 0.5 else ""
+        _, high = _held_against_guessing(row, ("trained", "untrained"), len(tried))
+        reversed_ = " Taken the other way round it is right in the rest." if high < 0.5 else ""
         sentences.append(
             f"{domain}: from what its training changed in the shared model, the strongest of {len(tried)} attacks tells a "
             f"product that its users took from one that they did not in {_percent(row['auc']['value'])} of cases "
@@ -144,21 +158,35 @@ def _persons(facts: Json) -> list[str]:
     for domain in dict.fromkeys(row["domain"] for row in rows):
         tried = [row for row in rows if row["domain"] == domain]
         row = max(tried, key=lambda row: _from_guessing(row["auc"]["value"]))
-        whom = "the shared model that every organisation gets" if row["client"] == GLOBAL else "its own update"
-        auc, tpr = row["auc"], row["tpr"]
-        if auc["low"] > 0.5:
+        low, high = _held_against_guessing(row, ("members", "others"), len(tried))
+        if low > 0.5:
             better = "better than guessing"
-        elif auc["high"] < 0.5:
+        elif high < 0.5:
             better = "worse than guessing: taken the other way round, it is right in the rest"
         else:
             better = "not told from guessing by a test of this size"
+        level = (
+            "at 95 %, as in the table"
+            if len(tried) == 1
+            else f"at 95 % for the best of {len(tried)}, each alone in the table"
+        )
+        most = max(tried, key=lambda row: row["tpr"]["value"])
+        other = ""
+        if most["tpr"]["value"] > row["tpr"]["value"]:
+            other = f"; the attack that finds most of them ({_whom(most)}), {_percent(most['tpr']['value'])}"
         sentences.append(
-            f"{domain}: in the strongest of {len(tried)} attacks tried (on {whom}, {_SCORES[row['score']]}) the attacker, "
-            f"shown one person inside and one outside, names the right one in {_percent(auc['value'])} of cases (between "
-            f"{_percent(auc['low'])} and {_percent(auc['high'])}; guessing: 50 %), which is {better}. Accusing one "
-            f"outsider in a hundred wrongly, they find {_percent(tpr['value'])} of the insiders (guessing: 1 %)."
+            f"{domain}: in the strongest of {len(tried)} attacks tried ({_whom(row)}) the attacker, shown one person inside "
+            f"and one outside, names the right one in {_percent(row['auc']['value'])} of cases (between {_percent(low)} and "
+            f"{_percent(high)}, {level}; guessing: 50 %), which is {better}. Accusing one outsider in a hundred wrongly, they "
+            f"find {_percent(row['tpr']['value'])} of the insiders{other} (guessing: 1 %)."
         )
     return sentences + _unmeasured(facts, {row["domain"] for row in rows})
+
+
+def _whom(row: Json) -> str:
+    """What an attack on persons attacks, and by what."""
+    whom = "the shared model that every organisation gets" if row["client"] == GLOBAL else "its own update"
+    return f"on {whom}, {_SCORES[row['score']]}"
 
 
 def _unmeasured(facts: Json, attacked: set[str]) -> list[str]:
@@ -187,6 +215,9 @@ def _guarantee(facts: Json) -> list[str]:
         if row["standing"] == "guarantee":
             whose = "products" if row["protects"] == "item" else "users"
             sentences.append(f"{what}: a bound for its own {whose}. {epsilon_words(row)}")
+        elif row["standing"] == "simulated":
+            whose = "products" if row["protects"] == "item" else "users"
+            sentences.append(f"{what}: no, but in this simulation a bound for its own {whose}. {epsilon_words(row)}")
         elif row["standing"] == "unproven" and row["epsilon"] is None:
             sentences.append(f"{what}: no. {epsilon_words(row)}")
         elif row["standing"] == "unproven":
@@ -250,18 +281,38 @@ def _unprotected(entry: Json) -> str:
 def epsilon_words(row: Json) -> str:
     """What an (epsilon, delta) means, with the neighbouring relation; ``row`` is a guarantee among the mechanisms."""
     epsilon, delta, neighbours = row["epsilon"], row["delta"], row["neighbours"]
-    what = "a certain product is there" if row["protects"] == "item" else "a certain person took part"
     if not isinstance(epsilon, int | float) or not math.isfinite(epsilon):
         return "Differential privacy was configured without noise: epsilon is infinite, and nothing is promised."
-    odds = math.exp(min(epsilon, 50.0))
+    wrongly, most = f"{100 * FALSE_POSITIVES:g} %", _at_most(rate_limit(epsilon, delta, FALSE_POSITIVES))
+    if row["protects"] == "item":
+        found = f"names {wrongly} of the products that are not there finds on average at most {most} of those that are"
+    else:
+        found = f"wrongly accuses {wrongly} of those who took no part finds on average at most {most} of those who did"
+    odds = math.exp(min(epsilon, 50.0))  # of telling two neighbours apart, where delta is 0
+    right = (odds + delta) / (1 + odds)  # Kairouz et al. 2015: the best of all tests, both neighbours being as likely
     hollow = " So large an epsilon promises next to nothing." if epsilon > _LARGE_EPSILON else ""
     return (
-        f"Differential privacy with epsilon {epsilon:.3g} at delta {delta:.1g}, where two data sets are neighbours if they "
-        f"differ by {neighbours}: whatever the attacker knows, the messages of all rounds together raise the odds "
-        f"that {what} by a factor of at most {odds:,.3g} (from 50 % to at most "
-        f"{100 * odds / (1 + odds):.1f} %), except with a probability of {delta:.1g}. It does not cover what else is "
-        f"published: metrics, logs, settings chosen by them.{hollow}"
+        f"Differential privacy with epsilon {round_up(epsilon, 3)} at delta {round_up(delta, 2)}, where two data sets are "
+        f"neighbours if they differ by {neighbours}: {against(row)}, a test on the messages of all rounds "
+        f"together that {found}, and of two neighbours that are as likely no test names the right one in more than "
+        f"{_at_most(right)} of cases. It does not cover what else is published: metrics, logs, settings chosen by "
+        f"them.{hollow}"
     )
+
+
+def against(row: Json) -> str:
+    """Whom a guarantee among the mechanisms holds against.
+
+    Noise that all clients add in shares is not known to hold against more than its line says; that of a client's own is.
+    """
+    seeded = row.get("standing") == "simulated"
+    if adversary := row.get("adversary"):
+        holds = f"against {adversary}"
+    elif row["protects"] == "item":
+        holds = "against whom is not stated"
+    else:
+        holds = f"whatever {'else ' if seeded else ''}the attacker knows"
+    return f"if nobody knows the run's seed, {holds}" if seeded else holds
 
 
 def _trust(facts: Json) -> list[str]:
@@ -282,6 +333,11 @@ def _trust(facts: Json) -> list[str]:
 
 def _s(number: int) -> str:
     return "" if number == 1 else "s"
+
+
+def _at_most(share: float) -> str:
+    """A share that is not exceeded. Less what twelve digits do not hold: exp(log(3)) is not 3 to the last bit."""
+    return f"{round_up(float(f'{100 * share:.12g}'), 3)} %"
 
 
 def _percent(value: float) -> str:

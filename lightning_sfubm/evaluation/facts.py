@@ -10,6 +10,7 @@ from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.results import METRICS, PerUserResults, chance
 from lightning_sfubm.evaluation.run_folder import Json, RunFolder
 from lightning_sfubm.evaluation.significance import Estimate, holm, paired_difference
+from lightning_sfubm.privacy.rounding import round_up
 
 SLICE_METRICS = ("hit@1", "ndcg@10")
 COMPARED = ("hit@1", "ndcg@10")
@@ -200,12 +201,16 @@ def _words(mechanism: Any) -> str:
     words = []
     for key, value in mechanism.items():
         if key == "epsilon":
-            words.append(f"epsilon {_words(value)} at delta {_words(mechanism.get('delta'))}")
+            words.append(f"epsilon {_at_least(value)} at delta {_at_least(mechanism.get('delta'))}")
         elif key == "mechanism":
             words.append(str(value))
         elif key != "delta" or "epsilon" not in mechanism:
             words.append(f"{key}: {_words(value)}" if isinstance(value, dict) else f"{key} {_words(value)}")
     return ", ".join(words)
+
+
+def _at_least(value: Any) -> str:
+    return round_up(value, 4) if isinstance(value, float) else _words(value)
 
 
 def _ordered(folder: RunFolder) -> list[tuple[str, list[PerUserResults]]]:

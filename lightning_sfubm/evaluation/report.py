@@ -16,6 +16,7 @@ from lightning_sfubm.evaluation.facts import run_facts
 from lightning_sfubm.evaluation.report_template import CSS, TEMPLATE
 from lightning_sfubm.evaluation.results import COLD_BELOW, SHORT_UP_TO, write_atomically
 from lightning_sfubm.evaluation.run_folder import Json, RunFolder
+from lightning_sfubm.privacy.rounding import round_up
 
 if TYPE_CHECKING:
     import jinja2
@@ -92,6 +93,7 @@ def template_environment() -> "jinja2.Environment":
     environment.filters |= {name: _or_dash(form) for name, form in numbers.items()}
     environment.filters |= {
         "words": _words,
+        "up": round_up,
         "flat": lambda mapping: list(_flat(mapping)),
     }
     environment.filters["own_names"] = own_names

@@ -32,6 +32,11 @@ from lightning_sfubm.seeds import derive_seed, torch_generator
 
 #: (client, message): centroids sent down
 Deliver = Callable[[str, Message], None]
+#: whom the noise holds against: whoever knows the shares of several clients can subtract more than one share replaces, and a
+#: server that unmasks a single upload finds the noise of one share in it
+_ADVERSARY = (
+    "the server, if it follows the secure aggregation, and any one other organisation, but not several together"
+)
 _SETTLED = 1e-6  # cosine distance that no centroid moves by any more
 
 
@@ -65,8 +70,9 @@ class SecureKMeans:
     two clients each can subtract its own sums from the total. Without noise the sums are exact: where one item changes its
     cluster between two steps, the difference of the sums is that item's vector, whatever ``min_members`` is, and all clients
     are sent the centroids of every step. Only ``epsilon`` bounds that: with it the sums of all steps together are (epsilon,
-    delta)-private for one item of one client, against the server and against any other single client, who knows its own share
-    of the noise.
+    delta)-private for one item of one client, against a server that follows the secure aggregation and against any other
+    single client, who knows its own share of the noise. Clients that put their shares together, or a server that deviates from
+    the protocol, find less noise than that.
 
     Args:
         num_clusters: k; clusters in which not every client has ``min_members`` vectors are left out of the answer.
@@ -132,6 +138,7 @@ class SecureKMeans:
                 "epsilon": self.epsilon,
                 "delta": self.delta,
                 "neighbours": "one item of one organisation added or removed",
+                "adversary": _ADVERSARY,
                 "protects": "item",
                 "noise_multiplier": self._scale(exchanges),
                 "releases": self._releases(exchanges),

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.privacy.rounding import round_up
 
 Mechanism = Literal["prv", "rdp"]
 Entry = tuple[float, float, int]  #: noise multiplier, sample rate, steps
@@ -123,8 +124,9 @@ class PrivacyAccountant:
         spent = _epsilon(self.mechanism, planned, self.delta, self.orders)
         if spent > self.target_epsilon:
             raise PrivacyError(
-                f"{steps} more private steps after {self.steps} would spend epsilon {spent:.4g} at delta {self.delta:g}, over "
-                f"the budget of {self.target_epsilon:g}: train for fewer steps, or raise noise_multiplier or target_epsilon"
+                f"{steps} more private steps after {self.steps} would spend epsilon {round_up(spent, 4)} at delta "
+                f"{self.delta:g}, over the budget of {self.target_epsilon:g}: train for fewer steps, or raise "
+                "noise_multiplier or target_epsilon"
             )
         self._allowed = planned
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_sfubm.audit.facts import mechanisms
+from lightning_sfubm.audit.facts import mechanisms, rests_on_seed
 from lightning_sfubm.audit.guarantee import content_of, coverage, guarantee
 from lightning_sfubm.audit.replay import replay
 from lightning_sfubm.audit.report import build_privacy_report
@@ -67,9 +67,23 @@ def test_noise_that_follows_from_the_seed_makes_no_guarantee_but_a_simulated_one
     assert guarantee([up("a", 1, own), up("b", 1, own)], [])["standing"] == "all"
     assert guarantee([up("a", 1, own), up("b", 1, seed)], [])["standing"] == "simulated"
     assert guarantee([up("a", 1, own), up("b", 1, seed)], ["the end is missing"])["standing"] == "unknown"
-    facts, _ = report(tmp_path, [up("a", 1, seed)])
+    facts, page = report(tmp_path, [up("a", 1, seed)])
+    words = in_words(facts, "guarantee")
     assert facts["guarantee"]["standing"] == "simulated"
-    assert "Nothing is promised against somebody who knows the seed" in in_words(facts, "guarantee")
+    assert [row["standing"] for row in facts["mechanisms"]] == ["simulated"]
+    assert "Simulated: the noise follows from the run's seed" in page
+    assert '<td class="text clear">simulated</td>' in page
+    assert (
+        "a, weights of the shared model (numbers computed from user behaviour): no, but in this simulation a" in words
+    )
+    assert "if nobody knows the run's seed, whatever else the attacker knows, a test" in words
+    assert "Nothing is promised against somebody who knows the seed" in words
+
+
+def test_what_rests_on_the_seed_is_found_beside_what_cannot_be_read() -> None:
+    seeded = up("b", 1, private(secret="derived from the run's seed (simulation only)"))
+    lines = [up("a", 1, {"differential privacy": "yes"}), up("a", 1, private(secret="kept by the client")), seeded]
+    assert [rests_on_seed(lines, name) for name in ("a", "b", "")] == [False, True, True]
 
 
 def test_a_run_whose_messages_are_all_covered_has_one(tmp_path: Path) -> None:
@@ -98,7 +112,7 @@ def test_one_unprotected_message_takes_it_away(tmp_path: Path, order: tuple[int,
     assert "this run as a whole has no guarantee. Of 3 messages made from user behaviour, 1 left without" in words
     assert "a, 1 of 3 with weights of the shared model" in words
     assert {row["standing"] for row in facts["mechanisms"]} == {"unproven", "none"}
-    for promise in ("a bound for its own", "raise the odds", "epsilon 2 ", ": yes", "persons, yes"):
+    for promise in ("a bound for its own", "on average at most", "epsilon 2 ", ": yes", "persons, yes"):
         assert promise not in page
 
 
@@ -154,6 +168,8 @@ def test_numbers_of_examples_beside_the_weights_are_not_covered() -> None:
         [up("a", 1, private(2.0)), up("a", 2, private(1.0))],
         [up("a", 1, private()), up("a", 2, private(delta=1e-6))],
         [up("a", 1, private()), up("a", 2, private(neighbours="one interaction"))],
+        [up("a", 1, private(adversary="the server")), up("a", 2, private())],
+        [up("a", 1, private(secret="derived (simulation only)")), up("a", 2, private(secret="kept by the client"))],
         [up("a", 1, private()), up("a", 1, private(), "something else")],
     ],
 )

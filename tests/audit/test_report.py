@@ -15,6 +15,8 @@ from lightning_sfubm.audit.plots import epsilon_plot, rounds_plot, sigma_plot
 from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.audit.words import epsilon_words
 from lightning_sfubm.federated.ledger import TEXTS_ALONE, Ledger
+from lightning_sfubm.federated.secure_kmeans import SecureKMeans
+from lightning_sfubm.privacy.attacks import area_interval
 
 NOISE = {
     "mechanism": "Gaussian perturbation (heuristic ...)",
@@ -118,16 +120,39 @@ def test_epsilon_in_words() -> None:
         return epsilon_words({"epsilon": epsilon, "delta": 1e-5, "neighbours": neighbours, "protects": protects})
 
     user = words(math.log(3), "one user's whole sequence added or removed")
-    assert "a certain person took part by a factor of at most 3 (from 50 % to at most 75.0 %)" in user
+    assert "wrongly accuses 1 % of those who took no part finds on average at most 3.01 % of those who did" in user
+    assert "no test names the right one in more than 75.1 % of cases" in user  # (3 + 1e-5) / 4
+    assert "except with a probability" not in user  # delta bounds no such chance
     assert "differ by one user's whole sequence added or removed" in user
     assert "1e-05" in user
     assert "next to nothing" not in user
     assert "next to nothing" in words(32.0)
     item = words(1.0, "one item of one organisation added or removed", "item")
-    assert "that a certain product is there" in item
+    assert "names 1 % of the products that are not there finds on average at most 2.72 % of those that are" in item
     assert "person" not in item
+    assert "whatever the attacker knows" in user
+    assert "whatever the attacker knows" not in item  # an older ledger, which does not say
+    assert "against whom is not stated, a test" in item
+    assert "epsilon 1.01 at delta" in words(1.001)
+    assert "one in more than 100 % of cases" in words(300.0)
     for nothing in (None, math.inf):
         assert "nothing is promised" in words(nothing)
+
+
+def test_shares_of_noise_are_not_said_to_hold_against_everybody(tmp_path: Path) -> None:
+    stated = SecureKMeans(epsilon=1.0, secret_dir=str(tmp_path / "keys")).describe(1) | {"content": TEXTS_ALONE}
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.start()
+    ledger.record_bytes("a", "up", "semantics secagg masked input", 0, b"1", stated)
+    checkpoint(tmp_path)
+    report = build_privacy_report(tmp_path)
+    facts, page = facts_of(report), report.read_text()
+    (row,) = (row for row in facts["mechanisms"] if row["standing"] == "guarantee")
+    assert row["adversary"].endswith("any one other organisation, but not several together")
+    assert "adversary" not in row["parameters"]
+    assert f"against {row['adversary']}, a test on the messages" in in_words(facts, "guarantee")
+    assert page.count(f"against {row['adversary']}") == 2  # in the table too
+    assert "whatever the attacker knows" not in page
 
 
 def test_noise_that_the_seed_gives_away_is_called_a_simulation(tmp_path: Path) -> None:
@@ -174,7 +199,7 @@ def test_an_end_that_cannot_be_checked_is_not_said_to_hold(
     assert "found contradictions" not in page
     assert facts["guarantee"]["standing"] == "unknown"  # a message without protection may be among those missing
     assert why in in_words(facts, "guarantee")
-    assert "factor of at most" not in page
+    assert "on average at most" not in page
 
 
 def test_a_changed_ledger_is_announced_at_the_top(run_dir: Path) -> None:
@@ -184,7 +209,7 @@ def test_a_changed_ledger_is_announced_at_the_top(run_dir: Path) -> None:
     facts = facts_of(report)
     assert facts["self_check"]["holds"] is False
     assert facts["guarantee"]["standing"] == "unknown"
-    assert "factor of at most" not in report.read_text()
+    assert "on average at most" not in report.read_text()
     assert "does not follow" in facts["self_check"]["problems"][0]
     assert report.read_text().index("Do not rely on this") < report.read_text().index("In plain words</h2>")
 
@@ -239,6 +264,7 @@ def point(epsilon: float | None, sigma: float | None = 0.05) -> dict[str, Any]:
     return {
         "domain": "a",
         "epsilon": epsilon,
+        "simulated": epsilon == 0.5,
         "sigma": sigma,
         "membership": {"loss": score},
         "linkage": linkage,
@@ -250,7 +276,8 @@ def test_curves_run_from_small_epsilon_to_none() -> None:
     figure = epsilon_plot([point(None), point(8.0), point(0.5)])
     assert figure is not None
     area, rate, utility = figure.axes
-    assert [label.get_text() for label in area.get_xticklabels()] == ["0.5", "8", "∞ (none)"]
+    assert [label.get_text() for label in area.get_xticklabels()] == ["0.5*", "8", "∞ (none)"]
+    assert "most that (ε, δ) allows (* in a simulation)" in {line.get_label() for line in area.lines}
     assert len(rate.containers) == 1
     assert {line.get_label() for line in utility.lines} == {"teacher, Hit@1", "teacher, NDCG@10"}
 
@@ -267,6 +294,7 @@ def test_there_is_no_curve_of_one_epsilon_and_no_figure_of_nothing() -> None:
 def test_who_was_not_attacked_is_named_beside_who_was() -> None:
     interval = {"value": 0.5, "low": 0.4, "high": 0.6}
     attack = {"domain": "a", "client": "a", "round": 1, "score": "loss", "auc": interval, "tpr": interval}
+    attack |= {"members": 250, "others": 250}
     sent = [
         {"client": name, "direction": "up", "kind": kind}
         for name, kind in (("a", "teacher"), ("b", "teacher"), ("c", "semantics"))
@@ -292,7 +320,8 @@ def test_an_attack_that_is_wrong_too_often_tells_as_much_as_one_that_is_right(
     def attack(score: str, figures: tuple[float, float, float]) -> dict[str, Any]:
         area = dict(zip(("value", "low", "high"), figures, strict=True))
         tried = {"domain": "a", "client": "a", "round": 1, "score": score, "auc": area, "tpr": area}
-        return {**tried, "random_updates": [0.1, 0.55]}
+        sizes = dict.fromkeys(("members", "others", "trained", "untrained"), 250)  # of which these intervals are
+        return {**tried, **sizes, "random_updates": [0.1, 0.55]}
 
     rows = [attack("loss", weaker), attack("calibrated", stronger)]
     facts = {"attacks": {"membership": rows, "not_run": []}, "communication": {"rows": []}}
@@ -303,3 +332,48 @@ def test_an_attack_that_is_wrong_too_often_tells_as_much_as_one_that_is_right(
     assert f"did not in {words._percent(stronger[0])} of cases" in products
     assert f"down to {words._percent(0.1)} by chance" in products  # further from a coin than .55
     assert ("Taken the other way round" in products) == (stronger[2] < 0.5)
+
+
+def attacks(*figures: tuple[str, str, float, float], people: int = 250) -> dict[str, Any]:
+    """Facts of attacks on persons: client, score, area, rate."""
+    rows = [
+        {"domain": "a", "client": client, "round": 1, "score": score, "auc": estimate(area), "tpr": estimate(rate)}
+        | {"members": people, "others": people}
+        for client, score, area, rate in figures
+    ]
+    return {"attacks": {"membership": rows, "not_run": []}, "communication": {"rows": []}}
+
+
+def test_an_attack_that_finds_more_insiders_is_not_hidden_by_one_of_a_larger_area() -> None:
+    (both,) = words._persons(attacks(("", "loss", 0.6, 0.25), ("a", "calibrated", 0.61, 0.01)))
+    assert "strongest of 2 attacks tried (on its own update, by comparison with models" in both
+    assert (
+        "they find 1.0 % of the insiders; the attack that finds most of them (on the shared model that every organisation "
+        "gets, by how well the model fits the person), 25.0 % (guessing: 1 %)."
+    ) in both
+    (one,) = words._persons(attacks(("", "loss", 0.6, 0.01), ("a", "calibrated", 0.61, 0.25)))
+    assert "they find 25.0 % of the insiders (guessing: 1 %)." in one
+
+
+def test_the_best_of_several_attacks_is_held_against_a_wider_interval() -> None:
+    """The area .552 of 250 and 250 is above .5 at 95 %, and not at the 98.75 % that four attacks need."""
+    low, _ = area_interval(0.552, 250, 250)
+    assert low > 0.5
+    best = ("a", "loss", 0.552, 0.01)
+    (alone,) = words._persons(attacks(best))
+    assert f"(between {words._percent(low)} and" in alone
+    assert "at 95 %, as in the table" in alone
+    assert "which is better than guessing" in alone
+    rest = (("a", "calibrated", 0.5, 0.01), ("", "loss", 0.5, 0.01), ("", "calibrated", 0.5, 0.01))
+    (of_four,) = words._persons(attacks(best, *rest))
+    assert f"(between {words._percent(area_interval(0.552, 250, 250, z=2.4977)[0])} and" in of_four
+    assert "at 95 % for the best of 4" in of_four
+    assert "not told from guessing" in of_four
+    weak = [
+        {**row, "trained": 250, "untrained": 250, "random_updates": []}
+        for row in attacks(best, *rest)["attacks"]["membership"]
+    ]
+    for row in weak:
+        row["auc"] = estimate(1 - row["auc"]["value"])
+    assert "other way round" in str(words._trained_products(weak[:1]))
+    assert "other way round" not in str(words._trained_products(weak))

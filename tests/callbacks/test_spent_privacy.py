@@ -17,6 +17,7 @@ from lightning_sfubm.federated.checkpoint import find_state, read_loop
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
 from lightning_sfubm.privacy.accounting import PrivacyAccountant
+from lightning_sfubm.privacy.rounding import round_up
 from tests.callbacks.test_dashboard import offline_wandb, wandb_records  # noqa: F401
 from tests.conftest import small_distiller
 
@@ -81,14 +82,14 @@ def test_what_is_spent_is_shown_logged_stored_and_reported(
     assert after[0] < after[1]
 
     behind = [text for label, text in Bar.shown if label == "round 1/2, alpha"]
-    first, last = (f"epsilon {epsilon(steps):.3g} at delta 0.001" for steps in (2, a_round))
+    first, last = (f"epsilon {round_up(epsilon(steps), 3)} at delta 0.001" for steps in (2, a_round))
     assert first in behind  # within the round: every second step is logged here
     assert last in behind[-1]
     assert behind.index(first) < len(behind) - 1
     assert not any("epsilon" in text for label, text in Bar.shown if label.startswith("local"))  # spends nothing
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("round")]
     for line, spent in zip(lines, after, strict=True):
-        assert line.count(f"(epsilon {spent:.3g} at delta 0.001)") == 2  # of either client
+        assert line.count(f"(epsilon {round_up(spent, 3)} at delta 0.001)") == 2  # of either client
 
     found: dict[str, list[float]] = {}
     for record in wandb_records(next(offline_wandb.rglob("run-*.wandb"))):
@@ -113,9 +114,9 @@ def test_what_is_spent_is_shown_logged_stored_and_reported(
 
     sent = [e["mechanism"] for e in read_ledger(trainer.run_dir / "ledger.jsonl") if e["direction"] == "up"]
     assert [m["differential privacy"]["epsilon"] for m in sent] == [after[0]] * 2 + [after[1]] * 2
-    report = build_report(trainer.run_dir)
-    assert report.read_text().count(f"epsilon {after[1]:.4g} at delta 0.001") == 2
-    assert "epsilon" not in report.read_text().replace(f"epsilon {after[1]:.4g} at delta 0.001", "")
+    report, told = build_report(trainer.run_dir), f"epsilon {round_up(after[1], 4)} at delta 0.001"
+    assert report.read_text().count(told) == 2
+    assert "epsilon" not in report.read_text().replace(told, "")
 
 
 class KillIn(FederatedCallback):

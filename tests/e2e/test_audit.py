@@ -17,6 +17,7 @@ from lightning_sfubm.audit.replay import replay
 from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import ConfigError, DataError, PrivacyError
+from lightning_sfubm.privacy.rounding import round_up
 from tests.conftest import small_distiller
 
 SETTINGS = AuditSettings(shadows=2, random_updates=2)
@@ -30,12 +31,12 @@ def private() -> DifferentialPrivacy:
 def recorded(federated_data: Any, federated_trainer: Any) -> Any:
     """A factory: fit a recorded run and return its trainer and data."""
 
-    def make(folder: str = "run", callbacks: list | None = None, **settings: Any) -> Any:
+    def make(folder: str = "run", callbacks: list | None = None, users: int = 80, **settings: Any) -> Any:
         callbacks = [PrivacyNoise(0.05)] if callbacks is None else callbacks
         trainer = federated_trainer(
             folder, callbacks=callbacks, **{"keep_messages": True, "local_max_epochs": 1, **settings}
         )
-        data = federated_data(num_users=80, num_items=120, train_users=40)
+        data = federated_data(num_users=users, num_items=120, train_users=40)
         trainer.fit(small_distiller(), datamodule=data)
         return trainer, data
 
@@ -106,16 +107,68 @@ def test_differential_privacy_is_reported_with_its_limit(recorded: Any) -> None:
         assert 0.5 < row["limit"]["auc"] <= 1
         assert row["auc"]["low"] <= row["limit"]["auc"]
     stated = json.loads(report.with_suffix(".json").read_text())
-    guarantees = [m for m in stated["mechanisms"] if m["standing"] == "guarantee"]
+    assert all(row["simulated"] for row in stated["attacks"]["membership"])  # there is no secret_dir
+    limit = f"<td>{round_up(last[0]['limit']['auc'], 3)}*</td>"
+    assert limit in report.read_text()
+    assert "“*”: in a simulation alone." in report.read_text()
+    assert "guarantee" not in {m["standing"] for m in stated["mechanisms"]}
+    guarantees = [m for m in stated["mechanisms"] if m["standing"] == "simulated"]
     assert {(m["client"], m["kind"]) for m in guarantees} == {("alpha", "teacher"), ("beta", "teacher")}
-    assert guarantees[0]["neighbours"] == "one user's whole sequence added or removed"
+    whole = "one user's whole sequence added or removed, among the users that train_users drew"
+    assert guarantees[0]["neighbours"] == f"{whole} (whom they draw depends on all users)"
     for row in guarantees:
         spent = trainer.loop.counters.spent[row["client"]]
         assert (row["epsilon"], row["delta"]) == (spent["epsilon"], spent["delta"])
-        assert f"epsilon {spent['epsilon']:.3g} at delta 0.001" in report.read_text()
+        assert f"epsilon {round_up(spent['epsilon'], 3)} at delta 0.001" in report.read_text()
     assert "differ by one user's whole sequence added or removed" in " ".join(
         sentence for entry in stated["in_plain_words"] for sentence in entry["answer"]
     )
+
+
+def test_shadow_models_have_the_noise_of_the_run_and_no_budget(
+    recorded: Any, federated_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They train on half of all users: 30 of 60, where the run has 40, would pass the budget with the same noise."""
+    budget = DifferentialPrivacy(target_epsilon=3.0, total_epochs=2, delta=1e-3, accounting="rdp")
+    trainer, data = recorded(callbacks=[PrivacyNoise(0.05), budget], users=60)
+    trained: list[tuple[float, float, float | None]] = []
+    ended = DifferentialPrivacy.teardown
+
+    def keep(self: DifferentialPrivacy, *args: Any, **named: Any) -> None:
+        trained.append((self._sigma, self.accountant.epsilon(), self.target_epsilon))
+        ended(self, *args, **named)
+
+    monkeypatch.setattr(DifferentialPrivacy, "teardown", keep)
+    facts, _ = audited(trainer, data)
+    sent = [
+        line["mechanism"]["differential privacy"] for line in check_run(trainer.run_dir).entries if of_teacher(line)
+    ]
+    assert len(trained) == 4
+    assert {sigma for sigma, _, _ in trained} == {line["noise_multiplier"] for line in sent}
+    assert all(epsilon > 3.0 and target is None for _, epsilon, target in trained)
+    assert {row["score"] for row in facts["membership"]} == {"loss", "calibrated"}
+    assert facts["not_run"] == []
+
+
+@pytest.mark.parametrize("refusal", ["delta", "batch"])
+def test_shadow_models_that_cannot_be_private_are_said_not_to_be_trained(recorded: Any, refusal: str) -> None:
+    """The other attacks are made and written."""
+    ask = {"delta": 1 / 45} if refusal == "delta" else {"expected_batch_size": 40}
+    callback = DifferentialPrivacy(noise_multiplier=2.0, accounting="rdp", **{"delta": 1e-3, **ask})
+    trainer, data = recorded(callbacks=[PrivacyNoise(0.05), callback], users=100 if refusal == "delta" else 60)
+    facts, report = audited(trainer, data)
+    assert {row["score"] for row in facts["membership"]} == {"loss"}
+    assert facts["linkage"]
+    assert facts["items"]
+    why = "would allow to publish one" if refusal == "delta" else "an expected batch of 40"
+    for name, sentence in zip(("alpha", "beta"), facts["not_run"], strict=True):
+        assert sentence.startswith(f"Membership inference against shadow models, {name}: ")
+        assert why in sentence
+        assert sentence.split(":")[0] in report.read_text()
+
+
+def of_teacher(line: dict[str, Any]) -> bool:
+    return (line["kind"], line["direction"]) == ("teacher", "up")
 
 
 def test_runs_side_by_side_make_a_curve(recorded: Any) -> None:
@@ -134,6 +187,7 @@ def test_runs_side_by_side_make_a_curve(recorded: Any) -> None:
         ("beta", False),
     ]
     assert all(p["membership"]["loss"]["client"] == "" for p in points)
+    assert [p["simulated"] for p in points] == [False, True, False, True]
     assert "Membership inference and utility against epsilon" in report.read_text()
 
 

@@ -128,6 +128,8 @@ def test_tensors_of_another_form_are_told_as_they_stand(run_dir: Path, tensor: A
         ("audit.json", {"membership": {}}, "membership is no list"),
         ("audit.json", {"membership": [MEMBER | {"auc": None}]}, "membership[0].auc is no object"),
         ("audit.json", {"membership": [MEMBER | {"score": "x"}]}, "membership[0].score is none of loss, calibrated"),
+        ("audit.json", {"membership": [MEMBER | {"members": 0}]}, "membership[0].members is not between 1 and"),
+        ("audit.json", {"membership": [MEMBER | {"auc": ESTIMATE | {"value": 5}}]}, "auc.value is not between 0 and 1"),
         ("audit.json", {"membership": [{"domain": "a"}]}, "membership[0].client is missing"),
         ("audit.json", {"linkage": [{"client": "a"}]}, "linkage[0].attacked is missing"),
         ("audit.json", {"items": [5]}, "items[0] is no object"),

@@ -17,11 +17,12 @@ from lightning_sfubm.privacy.attacks.items import first_layer_shift, logit_shift
 from lightning_sfubm.privacy.attacks.limit import area_limit, rate_limit
 from lightning_sfubm.privacy.attacks.linkage import averaged, linkage, linked, nearest_matches, one_to_one_matches
 from lightning_sfubm.privacy.attacks.membership import Membership, calibrated_scores, complementary_halves, membership
-from lightning_sfubm.privacy.attacks.roc import area_under_roc, rate_at
+from lightning_sfubm.privacy.attacks.roc import area_interval, area_under_roc, rate_at
 
 __all__ = [
     "Attribute",
     "Membership",
+    "area_interval",
     "area_limit",
     "area_under_roc",
     "attribute_inference",

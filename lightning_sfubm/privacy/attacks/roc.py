@@ -21,9 +21,6 @@ _Floats = npt.NDArray[np.float64]
 def area_under_roc(positives: Tensor, negatives: Tensor) -> Estimate:
     """Probability that a positive's score is above a negative's, ties counting one half; chance is .5.
 
-    The interval is Newcombe's method 5 (Statistics in Medicine 25, 2006): a score interval like Wilson's, which does not
-    collapse to a point where the groups are apart.
-
     Args:
         positives: (m,) scores.
         negatives: (n,) scores.
@@ -37,9 +34,22 @@ def area_under_roc(positives: Tensor, negatives: Tensor) -> Estimate:
     high, low = _scores(positives, "positives"), np.sort(_scores(negatives, "negatives"))
     below = np.searchsorted(low, high, side="left")
     up_to = np.searchsorted(low, high, side="right")
-    pairs = len(high) * len(low)
-    area = float((below + up_to).sum() / (2 * pairs))
-    size = (len(high) + len(low)) / 2
+    area = float((below + up_to).sum() / (2 * len(high) * len(low)))
+    return Estimate(area, *area_interval(area, len(high), len(low)), len(high) + len(low))
+
+
+def area_interval(area: float, positives: int, negatives: int, *, z: float = Z) -> tuple[float, float]:
+    """Interval of an area under the ROC curve, by Newcombe's method 5 (Statistics in Medicine 25, 2006).
+
+    A score interval like Wilson's, which does not collapse to a point where the groups are apart.
+
+    Args:
+        area: as measured, in [0, 1].
+        positives: their number, at least 1.
+        negatives: their number, at least 1.
+        z: normal quantile; the default covers 95 %.
+    """
+    pairs, size = positives * negatives, (positives + negatives) / 2
 
     def variance(value: float) -> float:
         spread = (1 - value) / (2 - value) + value / (1 + value)
@@ -49,13 +59,11 @@ def area_under_roc(positives: Tensor, negatives: Tensor) -> Estimate:
         """Where the distance from the area equals z standard deviations, between the area and the end of the range."""
         for _ in range(60):
             middle = (inner + outer) / 2
-            inside = abs(middle - area) <= Z * math.sqrt(variance(middle))
+            inside = abs(middle - area) <= z * math.sqrt(variance(middle))
             inner, outer = (middle, outer) if inside else (inner, middle)
         return inner
 
-    return Estimate(
-        area, bound(area, 0.0) if area > 0 else 0.0, bound(area, 1.0) if area < 1 else 1.0, len(high) + len(low)
-    )
+    return bound(area, 0.0) if area > 0 else 0.0, bound(area, 1.0) if area < 1 else 1.0
 
 
 def rate_at(
