@@ -7,6 +7,7 @@ data, is not computed again when a run is resumed.
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -86,7 +87,7 @@ class Experiment:
         sigmas: noise levels of the privacy figures; the one in use is added.
 
     Raises:
-        ConfigError: an unknown method, an LLM row without ``llm``, a number of users out of range, or a baseline or patience
+        ConfigError: an unknown method, an LLM row without ``llm``, a number or size out of range, or a baseline or patience
             that no row would read.
     """
 
@@ -134,8 +135,19 @@ class Experiment:
         self.train_candidates, self.align_epochs = train_candidates, align_epochs
         self.calibration_users = calibration_users
         self.max_train_users, self.max_test_users = max_train_users, max_test_users
-        if text_samples < 0:
-            raise ConfigError(f"experiment.text_samples must be 0 or more, got {text_samples}")
+        least = {
+            "llm_epochs": (llm_epochs, 1),
+            "llm_batch_size": (llm_batch_size, 1),
+            "llm_eval_batch_size": (llm_eval_batch_size, 1),
+            "train_candidates": (train_candidates, 2),
+            "align_epochs": (align_epochs, 0),
+            "text_samples": (text_samples, 0),
+            **{f"patience['{name}']": (epochs, 1) for name, epochs in self.patience.items()},
+            **{f"sigmas[{place}]": (sigma, 0.0) for place, sigma in enumerate(sigmas or [])},
+        }
+        for name, (value, fewest) in least.items():
+            if not fewest <= value < math.inf:
+                raise ConfigError(f"experiment.{name} must be {fewest} or more, got {value}")
         self.text_samples = text_samples
         self.sigmas = [0.01, 0.05, 0.1, 0.2] if sigmas is None else sigmas
 
@@ -298,12 +310,12 @@ class Experiment:
         for key in self.methods:
             if bare and METHODS[key].fitted:
                 raise ConfigError(
-                    f"row '{key}' chooses its weights on positions held out from stage 1, and domain '{bare[0]}' has none: set "
+                    f"row '{key}' is fitted on positions held out from stage 1, and domain '{bare[0]}' has none: set "
                     "its stage2_positions to 1 or more (users of five interactions or more have them), or leave the row out"
                 )
             if (needed := METHODS[key].branch) and needed not in getattr(model, "side_branches", ()):
                 raise ConfigError(
-                    f"row '{key}' ranks by the {needed} of stage 1, which {type(model).__name__} does not have: leave it out"
+                    f"row '{key}' needs the {needed} of stage 1, which {type(model).__name__} does not have: leave it out"
                 )
 
     def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:

@@ -1,5 +1,6 @@
 """The LLM stage: a causal LM ranks candidates, reading titles and, through soft tokens, what stage 1 has learned."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any, TypeVar
@@ -177,6 +178,11 @@ class LLMHead(InjectedLM):
     def _draws_text_only(self) -> bool:
         """Curriculum: the chance of a text-only prompt falls linearly from 1 to 0."""
         total = self.trainer.estimated_stepping_batches * self.settings.curriculum
+        if not math.isfinite(total):
+            raise ConfigError(
+                f"curriculum = {self.settings.curriculum} is a share of the training steps, and this training has no end that "
+                "is known: set trainer.max_epochs or max_steps, or curriculum to 0"
+            )
         progress = min(1.0, self.global_step / max(1.0, total))
         draw = torch.rand((), generator=torch_generator(self.settings.seed, "curriculum", *step_of(self)))
         return draw.item() >= progress
@@ -337,6 +343,9 @@ class LLMHead(InjectedLM):
         if self.rank_mode == "constrained":
             tries = [TitleTrie(answers) for answers in self.prompts.answers(candidates)]
         length = max(self.settings.title_tokens + 4, self.prompts.longest_answer)
+        context = getattr(self.lm.config, "max_position_embeddings", None)
+        if tries is None and context is not None:  # a title fits, what else may be said need not
+            length = max(1, min(length, int(context) - prompts.tokens.shape[1]))
         anyone = partial(any_rank, device=self.device) if is_sharded(self) else bool
         answers = greedy(self.lm, embeddings, prompts, length, tokenizer.eos_token_id, tries, anyone)
         if tries is not None:

@@ -80,6 +80,25 @@ def test_a_number_of_users_below_one_is_refused() -> None:
     Experiment(methods=["popularity"], calibration_users=0)  # no calibration
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"llm_epochs": -1}, "llm_epochs must be 1"),  # would train for ever
+        ({"llm_batch_size": 0}, "llm_batch_size must be 1"),
+        ({"llm_eval_batch_size": 0}, "llm_eval_batch_size must be 1"),
+        ({"train_candidates": 1}, "train_candidates must be 2"),
+        ({"align_epochs": -1}, "align_epochs must be 0"),
+        ({"text_samples": -1}, "text_samples must be 0"),
+        ({"patience": {"encoder": 0}}, r"patience\['encoder'\] must be 1"),
+        ({"sigmas": [0.1, -1.0]}, r"sigmas\[1\] must be 0.0"),
+        ({"sigmas": [float("nan")]}, r"sigmas\[0\] must be 0.0"),
+    ],
+)
+def test_sizes_out_of_range_are_refused_before_anything_is_trained(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"experiment\\.{named} or more, got"):
+        Experiment(methods=["popularity"], **settings)
+
+
 def test_what_rows_have_in_common_is_no_cost_of_the_one_that_asks_first() -> None:
     def work(seconds: float) -> int:
         until = time.process_time() + seconds

@@ -57,7 +57,7 @@ class Method:
         promises: settings that such a module must have, for the label states them.
         trainings: its trainings to early stopping, by the names that ``experiment.patience`` gives.
         branch: a side branch that it needs of the stage-1 module.
-        fitted: whether weights of it are chosen on positions held out from stage 1.
+        fitted: whether weights of it are chosen, or an LLM is tuned, on positions held out from stage 1.
     """
 
     label: str

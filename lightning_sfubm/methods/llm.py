@@ -169,14 +169,16 @@ def _form(
     **changes: Any,
 ) -> Method:
     """Both stages with another residual, or with a part of the second left out."""
-    return Method(f"{{model}}, {label}", group, _sfubm(key, fusion, **changes), needs_llm=True, needs_stage1=True)
+    return Method(
+        f"{{model}}, {label}", group, _sfubm(key, fusion, **changes), needs_llm=True, needs_stage1=True, fitted=True
+    )
 
 
 LLM: dict[str, Method] = {
     "zero_shot": Method("Zero-shot LLM", "LLM", _zero_shot(False), needs_llm=True),
     "zero_shot_prior": Method("Zero-shot LLM, less the title's prior", "LLM", _zero_shot(True), needs_llm=True),
-    "text_lora": Method("Text-only LoRA", "LLM", _text_lora, needs_llm=True),
-    "sfubm": Method("{model}", BOTH, _sfubm(), needs_llm=True, needs_stage1=True),
+    "text_lora": Method("Text-only LoRA", "LLM", _text_lora, needs_llm=True, fitted=True),
+    "sfubm": Method("{model}", BOTH, _sfubm(), needs_llm=True, needs_stage1=True, fitted=True),
     "sfubm_counts": _form(
         "sfubm_counts", "counts in its residual", attrgetter("count_fusion"), BOTH, count_affinities=True
     ),

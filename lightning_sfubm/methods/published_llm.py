@@ -106,10 +106,16 @@ def _rows(key: str, label: str, build: Callable[[DomainRun], Ranker], *trainings
     likelihood = _answering(key, build, by_likelihood=True)
     return {
         key: Method(
-            label, group, _answering(key, build, False), needs_llm=True, configurable=True, trainings=trainings
+            label,
+            group,
+            _answering(key, build, False),
+            needs_llm=True,
+            configurable=True,
+            trainings=trainings,
+            fitted=True,
         ),
         key + LIKELIHOOD: Method(
-            f"{label}, by title likelihood", group, likelihood, needs_llm=True, trainings=trainings
+            f"{label}, by title likelihood", group, likelihood, needs_llm=True, trainings=trainings, fitted=True
         ),
     }
 

@@ -113,6 +113,7 @@ STAGE1: dict[str, Method] = {
         "Text, behaviour of all domains pooled",
         _stage1_pooled,
         trainings=("pooled_teacher",),
+        branch="teacher",
     ),
     "late_fusion": _fusion("Late fusion of stage 1 and text", "fusion"),
     "late_fusion_counts": _fusion("Late fusion of stage 1, text and counts", "count_fusion"),

@@ -80,26 +80,26 @@ def test_results_of_an_earlier_run_are_set_aside_and_told(
     assert "Results of an earlier run lay here" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("row", ["stage1_with_teacher", "stage1_pooled"])
 def test_a_row_of_a_branch_that_stage_1_lacks_is_refused_before_anything_is_trained(
-    federated_data: Any, federated_trainer: Any
+    row: str, federated_data: Any, federated_trainer: Any
 ) -> None:
     trainer = federated_trainer(rounds=1)
-    with pytest.raises(
-        ConfigError, match="'stage1_with_teacher' ranks by the teacher of stage 1, which FFMSR does not"
-    ):
-        Experiment(methods=["popularity", "stage1_with_teacher"]).run(
+    with pytest.raises(ConfigError, match=f"'{row}' needs the teacher of stage 1, which FFMSR does not"):
+        Experiment(methods=["popularity", row]).run(
             trainer, FFMSR(SASRec(16, num_heads=1), text_layers=1), federated_data()
         )
     assert not list(trainer.run_dir.glob("checkpoints"))
 
 
+@pytest.mark.parametrize("row", ["late_fusion", "sfubm", "text_lora", "tallrec", "llara_likelihood"])
 def test_a_row_that_has_no_held_out_positions_is_refused_before_anything_is_trained(
-    federated_data: Any, federated_trainer: Any
+    row: str, federated_data: Any, federated_trainer: Any
 ) -> None:
     trainer, data = federated_trainer(rounds=1), federated_data()
     data.domains["beta"] = data.domains["beta"].without_holdout()
-    with pytest.raises(ConfigError, match=r"'late_fusion' chooses its weights on .* domain 'beta' has none"):
-        Experiment(methods=["popularity", "late_fusion"]).run(trainer, small_distiller(), data)
+    with pytest.raises(ConfigError, match=f"'{row}' is fitted on .* domain 'beta' has none"):
+        Experiment(methods=["popularity", row], llm=LLMHead("no-model")).run(trainer, small_distiller(), data)
     assert not list(trainer.run_dir.glob("checkpoints"))
 
 

@@ -12,6 +12,7 @@ import yaml
 from lightning_sfubm.contracts import TrainHistories
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.parsing import TitleParser
+from lightning_sfubm.modules import llm_head
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.layers.count_affinity import COUNT_AFFINITIES
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
@@ -358,6 +359,24 @@ def test_curriculum_moves_from_text_to_hybrid(llm, stage1, catalogue, make_batch
     assert all(kinds[10:])
     head.eval()
     assert (head._build(make_batch()).tokens < 0).any()
+
+
+def test_a_curriculum_over_a_training_without_a_known_end_is_refused(llm, stage1, catalogue, make_batch):
+    """A share of it is nothing: no prompt would ever have had a soft token."""
+    head = make(llm, stage1, catalogue, form="list", curriculum=0.5)
+    with pytest.raises(ConfigError, match="no end that is known"):
+        train(head, [make_batch(rows=1)], max_steps=-1, max_epochs=-1, max_time={"seconds": 30})
+
+
+def test_an_answer_that_does_not_stop_ends_with_the_context(tmp_path, stage1, catalogue, make_batch, monkeypatch):
+    head = make(str(write_tiny_llm(tmp_path / "llm", "gpt2")), stage1, catalogue, form="list", rank_mode="generate")
+    batch, lengths = make_batch(), []
+    width = head._build(batch, branches=batch["target"].new_zeros(len(batch["target"]), 0)).tokens.shape[1]
+    monkeypatch.setattr(llm_head, "greedy", lambda lm, e, p, length, *rest: (lengths.append(length), [[5]] * len(e))[1])
+    for context in (width + 3, width + 400):
+        monkeypatch.setattr(head.lm.config, "n_positions", context)
+        head.rank_with_validity(batch)
+    assert lengths[0] == 3 < lengths[1]
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
