@@ -1,7 +1,5 @@
 """Names that become parts of paths: of domains, silos, and the pairs and runs of a grid."""
 
-import unicodedata
-
 from lightning_sfubm.errors import ConfigError
 
 _MAX_BYTES = 128  #: file names end at 255, and a name gets endings such as ", all users" and ".parquet"
@@ -15,14 +13,15 @@ def path_part(name: object, where: str) -> str:
         where: what the name is of, and where it was read, for the error.
 
     Raises:
-        ConfigError: it is no text, empty or too long, would lead elsewhere (``..``, ``a/b``), or no file can be called so.
+        ConfigError: it is no text, empty or too long, would lead elsewhere (``..``, ``a/b``), or no file can be called so, or it has
+            characters that nobody sees.
     """
     if not isinstance(name, str):
         raise ConfigError(f"{where}: the name {name!r} is no text; write it in quotes")
     fits = 0 < len(name.encode("utf-8", "replace")) <= _MAX_BYTES and name not in (".", "..")
-    if not fits or any(c == "/" or unicodedata.category(c) in ("Cc", "Cs") for c in name):
+    if not fits or "/" in name or not name.isprintable():  # messages of a federation are refused for the same
         raise ConfigError(
             f"{where}: the name {name!r} cannot be a file name, and files are called by it; choose one of 1 to {_MAX_BYTES} "
-            "bytes that holds no '/' and no control character and is neither '.' nor '..'"
+            "bytes that holds no '/' and no unprintable character (a no-break space is one) and is neither '.' nor '..'"
         )
     return name

@@ -14,6 +14,7 @@ from lightning_sfubm.privacy.secret import client_secret
 
 ROOT = Path(__file__).resolve().parent.parent
 BAD = ["../x", "a/b", "/etc", ".", "..", "", "a\0b", "a\nb", "\ud800", "x" * 129, "é" * 65]
+BAD += ["a\u00a0b", "a\u200cb", "a\u2028b"]  # a message with such a name would be refused when it arrives
 
 
 @pytest.mark.parametrize("name", ["alpha", "drama films", "beauté", "東京", ".x", "a..b", "a\\b", "x" * 128])
