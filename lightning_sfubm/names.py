@@ -13,8 +13,8 @@ def path_part(name: object, where: str) -> str:
         where: what the name is of, and where it was read, for the error.
 
     Raises:
-        ConfigError: it is no text, empty or too long, would lead elsewhere (``..``, ``a/b``), or no file can be called so, or it has
-            characters that nobody sees.
+        ConfigError: it is no text, empty or too long, would lead elsewhere (``..``, ``a/b``), no file can be called so, or it
+            has characters that nobody sees.
     """
     if not isinstance(name, str):
         raise ConfigError(f"{where}: the name {name!r} is no text; write it in quotes")

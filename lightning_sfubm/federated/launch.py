@@ -30,14 +30,14 @@ def run_together(trainer: L.Trainer, function: Callable[..., T], *args: Any, **k
     if isinstance(strategy, (ModelParallelStrategy, FSDPStrategy)):
         raise ConfigError(
             f"trainer.strategy: {type(strategy).__name__} divides a model among processes, which serves a fit of "
-            "the LLM head alone: set it to ddp or ddp_find_unused_parameters_true for a federated run or an experiment"
+            "the LLM head alone: set it to ddp_find_unused_parameters_true for a federated run or an experiment"
         )
     if trainer.world_size == 1 or strategy.launcher is None:
         return function(*args, **kwargs)
     if not isinstance(strategy.launcher, _SubprocessScriptLauncher):
         raise ConfigError(
             f"trainer.strategy: {type(strategy).__name__} starts processes that do not run this program from its "
-            "beginning, as a federated run needs: set it to ddp or ddp_find_unused_parameters_true"
+            "beginning, as a federated run needs: set it to ddp_find_unused_parameters_true"
         )
     return strategy.launcher.launch(  # type: ignore[no-any-return]
         _as_one_rank, strategy, function, *args, trainer=trainer, **kwargs
