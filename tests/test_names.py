@@ -3,18 +3,20 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_sfubm.__main__ import main
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.federated_datamodule import FederatedDataModule
 from lightning_sfubm.datamodules.synthetic import SyntheticReader
-from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.federated.messages import pack, semantics_schema, unpack
 from lightning_sfubm.names import path_part
 from lightning_sfubm.privacy.secret import client_secret
 
 ROOT = Path(__file__).resolve().parent.parent
 BAD = ["../x", "a/b", "/etc", ".", "..", "", "a\0b", "a\nb", "\ud800", "x" * 129, "é" * 65]
-BAD += ["a\u00a0b", "a\u200cb", "a\u2028b"]  # a message with such a name would be refused when it arrives
+UNSEEN = ["a\u00a0b", "a\u200db", "a\u200cb", "a\u200b", "\ufeffa", "a\u202eb", "a\u2028b", "a\u3000b", "a\ue000"]
 
 
 @pytest.mark.parametrize("name", ["alpha", "drama films", "beauté", "東京", ".x", "a..b", "a\\b", "x" * 128])
@@ -22,7 +24,7 @@ def test_a_name_of_a_file_stays_as_it_is(name: str) -> None:
     assert path_part(name, "here") == name
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD + UNSEEN)
 def test_a_name_that_leads_elsewhere_or_nowhere_is_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^here: the name .* cannot be a file name.* choose one of") as refusal:
         path_part(name, "here")
@@ -32,13 +34,24 @@ def test_a_name_that_leads_elsewhere_or_nowhere_is_refused_in_one_sentence(name:
     assert not (tmp_path / "keys").exists()
 
 
+@pytest.mark.parametrize("name", ["a", "drama films", "beauté", "東京", "😀", *UNSEEN])
+def test_what_is_accepted_as_a_name_is_read_from_a_message(name: str) -> None:
+    schema = semantics_schema(2)
+    payload = pack(schema, name, 0, {"vectors": torch.eye(2)}).payload
+    try:
+        assert unpack(schema, payload).client == path_part(name, "here")
+    except MessageError:
+        with pytest.raises(ConfigError):
+            path_part(name, "here")
+
+
 @pytest.mark.parametrize("name", [1, None, True, ["a"]])
 def test_a_name_that_is_no_text_is_refused(name: object) -> None:
     with pytest.raises(ConfigError, match=r"here: the name .* is no text; write it in quotes"):
         path_part(name, "here")
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", ".", "", "a\0b"])
+@pytest.mark.parametrize("name", ["../x", "a/b", ".", "", "a\0b", *UNSEEN])
 def test_a_domain_is_not_called_by_a_path(name: str) -> None:
     with pytest.raises(ConfigError, match=r"a domain \(init_args\.name\): the name"):
         DomainDataModule(name, SyntheticReader(0))
