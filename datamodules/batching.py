@@ -146,11 +146,16 @@ def shard_of(datamodule: L.LightningDataModule) -> tuple[int, int]:
     """(rank, world size) of the trainer a data module is attached to; (0, 1) without one.
 
     Raises:
-        ConfigError: Lightning would shard what is sharded already, and leave out all but one row of as many as there are ranks.
+        ConfigError: Lightning would replace the batch samplers, which know what a batch is, or shard what they have sharded
+            already, and leave out all but one row of as many as there are ranks.
     """
     trainer = datamodule.trainer
     if trainer is None:
         return 0, 1
+    if getattr(trainer, "overfit_batches", 0):
+        raise ConfigError(
+            "trainer.overfit_batches replaces the sampler that makes the batches: set trainer.limit_train_batches instead"
+        )
     again = getattr(getattr(trainer, "_accelerator_connector", None), "use_distributed_sampler", False)
     if trainer.world_size > 1 and again:
         raise ConfigError(

@@ -41,6 +41,14 @@ def _in_own_precision(method: Callable[..., T]) -> Callable[..., T]:
     return wrapped
 
 
+def _check_candidates(batch: RankBatch, doing: str) -> None:
+    if "candidates" not in batch:
+        raise ConfigError(
+            f"an LLM {doing} among candidates, which these data do not give: use lightning_sfubm.datamodules."
+            "ranking_datamodule.RankingDataModule over the domain"
+        )
+
+
 class LLMHead(InjectedLM):
     """Ranks candidates with a causal LM, tuned by LoRA or frozen, with soft tokens from a frozen stage 1.
 
@@ -390,7 +398,12 @@ class LLMHead(InjectedLM):
     on_test_start = on_predict_start = on_validation_start
 
     def training_step(self, batch: RankBatch, batch_idx: int) -> Tensor:
-        """Loss of a batch."""
+        """Loss of a batch.
+
+        Raises:
+            ConfigError: the batch has no candidates.
+        """
+        _check_candidates(batch, "is tuned")
         self._prior = None
         loss, terms = self._loss_and_terms(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["target"]))
@@ -418,11 +431,7 @@ class LLMHead(InjectedLM):
         Raises:
             ConfigError: the batch has no candidates: an LLM scores those it is given.
         """
-        if "candidates" not in batch:
-            raise ConfigError(
-                "an LLM predicts among candidates, which these data do not give: use lightning_sfubm.datamodules."
-                "ranking_datamodule.RankingDataModule over the domain"
-            )
+        _check_candidates(batch, "predicts")
         return self.rank(batch)
 
     def configure_optimizers(self) -> Any:

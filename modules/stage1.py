@@ -209,7 +209,16 @@ class CatalogueModule(L.LightningModule):
         return {"user": batch["user"], "items": items, "scores": best.values}
 
     def on_train_batch_start(self, batch: TrainBatch, batch_idx: int) -> None:
-        """Begin new sums of training terms with the first batch of an epoch."""
+        """Begin new sums of training terms with the first batch of an epoch.
+
+        Raises:
+            ConfigError: the batch is none of sequences.
+        """
+        if "targets" not in batch:
+            raise ConfigError(
+                f"{type(self).__name__} is trained on sequences, which these data do not give: use lightning_sfubm.datamodules."
+                "domain_datamodule.DomainDataModule"
+            )
         if batch_idx == 0:
             self._term_sums, self._term_rows = {}, 0
         self._last_batch = self.trainer.is_last_batch or batch_idx + 1 >= self.trainer.num_training_batches

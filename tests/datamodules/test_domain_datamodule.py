@@ -298,10 +298,10 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def trainer() -> L.Trainer:
+def trainer(**flags) -> L.Trainer:
     return L.Trainer(
         max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False,
+        enable_model_summary=False, use_distributed_sampler=False, **flags,
     )  # fmt: skip
 
 
@@ -311,6 +311,12 @@ def test_fit_walks_every_sequence_once_an_epoch_in_new_order() -> None:
     assert len(module.users) == 3
     assert all(sorted(epoch) == list(range(80)) for epoch in module.users)
     assert module.users[0] != module.users[1] != module.users[2]
+
+
+@pytest.mark.parametrize("batches", [1, 0.5])
+def test_overfitting_on_a_few_batches_is_refused_in_a_sentence(batches: float) -> None:
+    with pytest.raises(ConfigError, match=r"overfit_batches replaces .* set trainer\.limit_train_batches instead"):
+        trainer(overfit_batches=batches).fit(Recorder(), datamodule=ready())
 
 
 def test_fit_on_stage2_needs_held_out_positions() -> None:

@@ -131,6 +131,14 @@ def test_defaults_are_the_documented_ones() -> None:
     assert module.lr == 3e-3
 
 
+def test_training_on_samples_of_stage_2_is_refused_in_a_sentence(
+    catalogue: Catalogue, rank_batch: RankBatch, make_trainer: Callable[..., L.Trainer]
+) -> None:
+    samples = torch.utils.data.DataLoader([rank_batch], batch_size=None)  # type: ignore[arg-type, var-annotated]
+    with pytest.raises(ConfigError, match=r"SequentialRecommender is trained on sequences, .* use .*DomainDataModule"):
+        make_trainer(max_epochs=1).fit(build(catalogue), samples)
+
+
 @pytest.mark.parametrize("limit", [1.0, 3])
 def test_training_terms_are_the_means_over_an_epochs_rows(
     synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch, limit: float

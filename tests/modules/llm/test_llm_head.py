@@ -536,3 +536,9 @@ def test_predicting_without_candidates_is_refused_in_a_sentence(llm, stage1, cat
     without = {key: value for key, value in make_batch().items() if not key.startswith("candidates")}
     with pytest.raises(ConfigError, match="an LLM predicts among candidates, which these data do not give"):
         head.predict_step(without, 0)
+
+
+def test_training_without_candidates_is_refused_in_a_sentence(llm, catalogue, make_batch):
+    sequences = {key: make_batch()[key] for key in ("history", "user")}
+    with pytest.raises(ConfigError, match=r"an LLM is tuned among candidates, .* use .*RankingDataModule"):
+        train(make(llm, None, catalogue), [{**sequences, "targets": sequences["history"]}])
