@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_sfubm.contracts import RankBatch
@@ -186,11 +187,6 @@ class LLMHead(InjectedLM):
     def _draws_text_only(self) -> bool:
         """Curriculum: the chance of a text-only prompt falls linearly from 1 to 0."""
         total = self.trainer.estimated_stepping_batches * self.settings.curriculum
-        if not math.isfinite(total):
-            raise ConfigError(
-                f"curriculum = {self.settings.curriculum} is a share of the training steps, and this training has no end that "
-                "is known: set trainer.max_epochs or max_steps, or curriculum to 0"
-            )
         progress = min(1.0, self.global_step / max(1.0, total))
         draw = torch.rand((), generator=torch_generator(self.settings.seed, "curriculum", *step_of(self)))
         return draw.item() >= progress
@@ -390,6 +386,27 @@ class LLMHead(InjectedLM):
         super()._fit_context(num_candidates, num_disliked)
         if self._fitted != before:
             self._prior = None  # titles may be cut
+
+    def on_fit_start(self) -> None:
+        """Refuse a training in which the curriculum cannot do what it is for.
+
+        Raises:
+            ConfigError: there is a curriculum, but no end of the training to measure its share by, or a strategy that takes no
+                step without a gradient of every parameter.
+        """
+        if not self.settings.curriculum or self.projector is None:
+            return
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise ConfigError(
+                "a curriculum leaves the projectors out of some steps, which trainer.strategy does not look for: set it to "
+                "ddp_find_unused_parameters_true, or curriculum to 0"
+            )
+        if not math.isfinite(self.trainer.estimated_stepping_batches):
+            raise ConfigError(
+                "curriculum is a share of the training steps, and their number is unknown: set trainer.max_epochs or "
+                "trainer.max_steps, or curriculum to 0"
+            )
 
     def on_validation_start(self) -> None:
         """Forget the title priors: Lightning moves weights without a call of :meth:`train`."""

@@ -207,6 +207,6 @@ def test_a_strategy_that_cannot_run_a_federation_is_refused(
     federated_data: Any, federated_trainer: Any, strategy: Any
 ) -> None:
     trainer = federated_trainer(flags={"devices": 2, "strategy": strategy})
-    with pytest.raises(ConfigError, match="set it to ddp"):
+    with pytest.raises(ConfigError, match="set it to ddp_find_unused_parameters_true"):
         trainer.fit(small_distiller(), datamodule=federated_data())
     assert not trainer.run_dir.exists()

@@ -364,7 +364,7 @@ def test_curriculum_moves_from_text_to_hybrid(llm, stage1, catalogue, make_batch
 def test_a_curriculum_over_a_training_without_a_known_end_is_refused(llm, stage1, catalogue, make_batch):
     """A share of it is nothing: no prompt would ever have had a soft token."""
     head = make(llm, stage1, catalogue, form="list", curriculum=0.5)
-    with pytest.raises(ConfigError, match="no end that is known"):
+    with pytest.raises(ConfigError, match="their number is unknown"):
         train(head, [make_batch(rows=1)], max_steps=-1, max_epochs=-1, max_time={"seconds": 30})
 
 
@@ -377,6 +377,17 @@ def test_an_answer_that_does_not_stop_ends_with_the_context(tmp_path, stage1, ca
         monkeypatch.setattr(head.lm.config, "n_positions", context)
         head.rank_with_validity(batch)
     assert lengths[0] == 3 < lengths[1]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [("ddp", "ddp_find_unused_parameters_true"), ("ddp_find_unused_parameters_true", "number is unknown")],
+)
+def test_a_curriculum_is_refused_where_ddp_looks_for_no_unused_parameters(llm, stage1, catalogue, strategy, words):
+    head = make(llm, stage1, catalogue, curriculum=0.5)
+    head.trainer = L.Trainer(accelerator="cpu", strategy=strategy, devices=2, max_epochs=-1, logger=False)
+    with pytest.raises(ConfigError, match=words):
+        head.on_fit_start()
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
