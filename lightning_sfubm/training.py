@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
+from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.ranks import close_at_exit, is_first, rank, wait_for_all
 from lightning_sfubm.safe_load import load_checkpoint
 from lightning_sfubm.seeds import derive_seed
@@ -120,6 +121,10 @@ def fit_to_early_stopping(
 
     Returns:
         The best value of ``monitor`` and the trainer.
+
+    Raises:
+        DataError: there was nothing to train on.
+        ConfigError: ``monitor`` was never computed, so that no epoch could be chosen.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if is_first():
@@ -144,6 +149,16 @@ def fit_to_early_stopping(
         folder=folder,
     )
     trainer.fit(module, datamodule=datamodule)
+    if trainer.fit_loop.total_batch_idx < 0:
+        raise DataError(
+            f"{label}: there is no batch to train on: set trainer.limit_train_batches above 0, and have users of more "
+            "interactions than the three that validation, test and a first history take"
+        )
+    if best.best_model_score is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{label}: {monitor} was never computed, so no epoch could be chosen: set trainer.limit_val_batches above 0, "
+            f"trainer.check_val_every_n_epoch to {max_epochs} or less, and have users of three interactions or more"
+        )
     if best.best_model_path:
         state = load_checkpoint(best.best_model_path)
         module.load_state_dict(state["state_dict"], strict=False)

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 
+from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.training import fit_to_early_stopping
 
 
@@ -26,6 +28,14 @@ class Scripted(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+DATA = L.LightningDataModule.from_datasets(torch.zeros(2, 1), torch.zeros(2, 1))  # type: ignore[arg-type]
+
+
+def make_trainer(label: str, folder: Path, **settings: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return L.Trainer(**quiet, **settings)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("plateau", "rise", "epochs"),
     [
@@ -39,14 +49,30 @@ def test_a_plateau_before_min_epochs_does_not_end_a_training(
 ) -> None:
     values = [0.1] * plateau + [0.1 + 0.01 * (i + 1) for i in range(rise)]
     values += [values[-1]] * (20 - len(values))
-    data = L.LightningDataModule.from_datasets(torch.zeros(2, 1), torch.zeros(2, 1))
-
-    def make_trainer(label: str, folder: Path, **settings: Any) -> L.Trainer:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-        return L.Trainer(**quiet, **settings)  # type: ignore[arg-type]
-
     best, trainer = fit_to_early_stopping(
-        make_trainer, Scripted(values), data, label="scripted", folder=tmp_path, max_epochs=20, min_epochs=8, patience=3
+        make_trainer, Scripted(values), DATA, label="scripted", folder=tmp_path, max_epochs=20, min_epochs=8, patience=3
     )
     assert trainer.current_epoch == epochs
     assert best == pytest.approx(max(values[:epochs]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "words"),
+    [
+        ({"limit_train_batches": 0}, DataError, "scripted: there is no batch to train on"),
+        ({"limit_val_batches": 0}, ConfigError, "scripted: val/ndcg@10 was never computed"),
+        ({"check_val_every_n_epoch": 3}, ConfigError, "check_val_every_n_epoch to 2 or less"),
+    ],
+)
+def test_a_training_that_chose_no_epoch_is_refused(
+    flags: dict[str, Any], error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    def fit(**flags: Any) -> float:
+        make = partial(make_trainer, num_sanity_val_steps=0, **flags)
+        settings: dict[str, Any] = {"label": "scripted", "folder": tmp_path, "max_epochs": 2, "patience": 1}
+        return fit_to_early_stopping(make, Scripted([0.1, 0.2]), DATA, **settings)[0]
+
+    with pytest.raises(error, match=words):
+        fit(**flags)
+    assert fit(limit_train_batches=1, limit_val_batches=1) == pytest.approx(0.2)
+    fit(fast_dev_run=True)
