@@ -84,6 +84,9 @@ class PatientStopping(EarlyStopping):
     """
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
+        known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        if self.monitor not in trainer.callback_metrics and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ConfigError(f"monitor '{self.monitor}' is none of the metrics of this training: {', '.join(known)}")
         before = trainer.should_stop
         super()._run_early_stopping_check(trainer)
         if trainer.current_epoch + 1 < (trainer.min_epochs or 1):

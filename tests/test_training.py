@@ -76,3 +76,10 @@ def test_a_training_that_chose_no_epoch_is_refused(
         fit(**flags)
     assert fit(limit_train_batches=1, limit_val_batches=1) == pytest.approx(0.2)
     fit(fast_dev_run=True)
+
+
+def test_a_monitor_that_is_no_metric_is_one_sentence_that_names_those_there_are(tmp_path: Path) -> None:
+    make = partial(make_trainer, num_sanity_val_steps=0)
+    settings: dict[str, Any] = {"label": "scripted", "folder": tmp_path, "max_epochs": 2, "patience": 1}
+    with pytest.raises(ConfigError, match=r"^monitor 'val/ndgc@10' is none of .*: val/ndcg@10"):
+        fit_to_early_stopping(make, Scripted([0.1, 0.2]), DATA, monitor="val/ndgc@10", **settings)
