@@ -27,7 +27,6 @@ from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.next_steps import next_steps
 from lightning_sfubm.quiet import quiet_command_line
-from lightning_sfubm.safe_load import load_checkpoint
 
 #: above the options in the help of each command
 _ABOUT = {
@@ -147,14 +146,7 @@ class SFUBMCLI(LightningCLI):
             raise ConfigError(_sentence(str(error))) from error
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning lets the hyper-parameters stored in a checkpoint override what was typed. Here what was given, on
-        # the command line or in a config, wins; the checkpoint supplies the model only where none was given.
-        subcommand = self.config.get("subcommand")
-        if subcommand and self.config[subcommand].get("model") is None:
-            path = self.config[subcommand].get("ckpt_path")
-            if path and os.path.isfile(path):
-                load_checkpoint(path)  # refuses in one sentence what Lightning would refuse in a traceback
-            super()._parse_ckpt_path()
+        """Leave the configuration alone: Lightning lets what a checkpoint holds override what was typed. Here that wins."""
 
     def before_fit(self) -> None:
         """Hand a federated run its resolved configuration, and how to run it again, to be kept in its folder."""

@@ -148,6 +148,17 @@ class Experiment:
         for name, (value, fewest) in least.items():
             if not fewest <= value < math.inf:
                 raise ConfigError(f"experiment.{name} must be {fewest} or more, got {value}")
+        if llm is not None and text_samples and not (llm.rank_mode == "head" and llm.settings.tuning == "lora"):
+            raise ConfigError(
+                "experiment.text_samples gives adapters and head a start, which experiment.llm does not have: set it to 0, or "
+                "form to branch, rank_mode to head and tuning to lora"
+            )
+        for name, head in {"llm": llm, **{f"baselines.{key}": module for key, module in self.baselines.items()}}.items():
+            if getattr(head, "hparams", {}).get("stage1_checkpoint"):
+                raise ConfigError(
+                    f"experiment.{name}.stage1_checkpoint would be read by no row: the rows of a run stand on the stage 1 or "
+                    "recommender that it trains. Leave it out; --ckpt_path last goes on from trained rounds"
+                )
         self.text_samples = text_samples
         self.sigmas = [0.01, 0.05, 0.1, 0.2] if sigmas is None else sigmas
 

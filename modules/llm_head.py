@@ -156,6 +156,10 @@ class LLMHead(InjectedLM):
         rank_mode = rank_mode or RANK_MODES[form][0]
         if rank_mode not in RANK_MODES[form]:
             raise ConfigError(f"rank_mode '{rank_mode}' is not one of {RANK_MODES[form]} for form '{form}'")
+        if subtract_prior and rank_mode != "score":
+            raise ConfigError(
+                f"subtract_prior is of title likelihoods, which rank_mode '{rank_mode}' has none of: set rank_mode to score"
+            )
         self.save_hyperparameters()
         self.rank_mode = rank_mode
         self.head: nn.Linear | None = None

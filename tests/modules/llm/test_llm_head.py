@@ -505,6 +505,7 @@ def test_checkpoint_of_another_model_is_refused(llm, catalogue, make_batch, tmp_
         ({"form": "tree"}, "prompt form 'tree'"),
         ({"rank_mode": "generate"}, "rank_mode 'generate' is not one of"),
         ({"form": "list", "rank_mode": "head"}, "rank_mode 'head' is not one of"),
+        ({"subtract_prior": True}, "subtract_prior is of title likelihoods, which rank_mode 'head' has none of"),
         ({"adapter_rank": 0}, "adapter_rank must be at least 1"),
         ({"curriculum": 2.0}, "curriculum"),
         ({"template": "absent"}, "no prompt template"),
