@@ -6,10 +6,8 @@ data, is not computed again when a run is resumed.
 """
 
 import json
-import logging
-import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,18 @@ from rich.console import Console
 from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.callbacks.dashboard import log_privacy, log_results_table
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
-from lightning_sfubm.datamodules.prompt_templates import load_template
 from lightning_sfubm.datamodules.splits import check_subsets
-from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.facts import result_rows
 from lightning_sfubm.evaluation.report import build_report
 from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.evaluation.terminal import print_results
+from lightning_sfubm.experiment_checks import check_heads, check_names, check_needs, check_sizes, check_templates
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.kept_rows import finished_row, save_row, set_all_aside, set_aside
 from lightning_sfubm.methods import METHODS, DomainRun
-from lightning_sfubm.methods.published_llm import PUBLISHED_LLM
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.privacy.report import privacy_figures
 from lightning_sfubm.ranks import first_prepares, is_first, wait_for_all
@@ -55,8 +51,6 @@ COMPARISONS = (
     ("late_fusion_products", "late_fusion"),
     ("stage1_beside_own", "stage1_local_twice"),
 )
-
-log = logging.getLogger(__name__)
 
 
 class Experiment:
@@ -114,51 +108,27 @@ class Experiment:
             max_train_users=max_train_users, max_test_users=max_test_users, calibration_users=calibration_users or None
         )
         self.methods = list(METHODS) if methods is None else methods
-        unknown = [m for m in self.methods if m not in METHODS]
-        if unknown:
-            raise ConfigError(f"experiment.methods names {unknown}; known methods are {', '.join(METHODS)}")
-        needing = [m for m in self.methods if METHODS[m].needs_llm]
-        if llm is None and needing:
-            raise ConfigError(
-                f"experiment.llm is needed for {', '.join(needing)}: configure it or leave these rows out"
-            )
         self.baselines = baselines or {}
         self.patience = patience or {}
-        _check_baselines(self.baselines)
-        trainings = sorted({name for method in METHODS.values() for name in method.trainings})
-        if unknown := [name for name in self.patience if name not in trainings]:
-            raise ConfigError(
-                f"experiment.patience names {unknown}; trainings with a patience are {', '.join(trainings)}"
-            )
+        check_names(self.methods, llm, self.baselines, self.patience)
         self.title, self.llm, self.templates = title, llm, templates or {}
         self.llm_epochs, self.llm_batch_size, self.llm_eval_batch_size = llm_epochs, llm_batch_size, llm_eval_batch_size
         self.train_candidates, self.align_epochs = train_candidates, align_epochs
         self.calibration_users = calibration_users
         self.max_train_users, self.max_test_users = max_train_users, max_test_users
-        least = {
-            "llm_epochs": (llm_epochs, 1),
-            "llm_batch_size": (llm_batch_size, 1),
-            "llm_eval_batch_size": (llm_eval_batch_size, 1),
-            "train_candidates": (train_candidates, 2),
-            "align_epochs": (align_epochs, 0),
-            "text_samples": (text_samples, 0),
-            **{f"patience['{name}']": (epochs, 1) for name, epochs in self.patience.items()},
-            **{f"sigmas[{place}]": (sigma, 0.0) for place, sigma in enumerate(sigmas or [])},
-        }
-        for name, (value, fewest) in least.items():
-            if not fewest <= value < math.inf:
-                raise ConfigError(f"experiment.{name} must be {fewest} or more, got {value}")
-        if llm is not None and text_samples and not (llm.rank_mode == "head" and llm.settings.tuning == "lora"):
-            raise ConfigError(
-                "experiment.text_samples gives adapters and head a start, which experiment.llm does not have: set it to 0, or "
-                "form to branch, rank_mode to head and tuning to lora"
-            )
-        for name, head in {"llm": llm, **{f"baselines.{key}": module for key, module in self.baselines.items()}}.items():
-            if getattr(head, "hparams", {}).get("stage1_checkpoint"):
-                raise ConfigError(
-                    f"experiment.{name}.stage1_checkpoint would be read by no row: the rows of a run stand on the stage 1 or "
-                    "recommender that it trains. Leave it out; --ckpt_path last goes on from trained rounds"
-                )
+        check_sizes(
+            {
+                "llm_epochs": (llm_epochs, 1),
+                "llm_batch_size": (llm_batch_size, 1),
+                "llm_eval_batch_size": (llm_eval_batch_size, 1),
+                "train_candidates": (train_candidates, 2),
+                "align_epochs": (align_epochs, 0),
+                "text_samples": (text_samples, 0),
+                **{f"patience['{name}']": (epochs, 1) for name, epochs in self.patience.items()},
+                **{f"sigmas[{place}]": (sigma, 0.0) for place, sigma in enumerate(sigmas or [])},
+            }
+        )
+        check_heads(llm, self.baselines, text_samples)
         self.text_samples = text_samples
         self.sigmas = [0.01, 0.05, 0.1, 0.2] if sigmas is None else sigmas
 
@@ -203,8 +173,9 @@ class Experiment:
         with watch("data and text vectors"):
             first_prepares(datamodule)
             datamodule.setup("fit")
-        self._check_templates(getattr(datamodule, "domains", {}))
-        self._check_needs(model, datamodule)
+        domains = getattr(datamodule, "domains", {})
+        check_templates(self.methods, self.llm, self.templates, domains)
+        check_needs(self.methods, model, domains)
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
             set_all_aside(run_dir / "results", console)
             for old in ("results", "local", "local-*", "models", "data"):
@@ -212,8 +183,7 @@ class Experiment:
                     shutil.rmtree(folder, ignore_errors=True)
         self._write_cards(datamodule, run_dir, console)
         if any(METHODS[key].needs_stage1 for key in self.methods):
-            domains = len(datamodule.domains)  # type: ignore[attr-defined]
-            console.print(f"\n[bold]Stage 1[/bold]: {domains} domains, federated rounds, then FKD locally")
+            console.print(f"\n[bold]Stage 1[/bold]: {len(domains)} domains, federated rounds, then FKD locally")
             trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
         else:
             trainer.prepare(model, datamodule)
@@ -297,38 +267,6 @@ class Experiment:
                 save_row(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
             save_row(few, path)  # last: where it is, the row is whole
 
-    def _check_templates(self, domains: Collection[str]) -> None:
-        """Read every prompt template now, not after stage 1 has been trained.
-
-        Raises:
-            ConfigError: one cannot be read.
-        """
-        if unknown := sorted(self.templates.keys() - set(domains)):  # an overlay may have taken a domain away
-            log.warning("experiment.templates names %s; the domains are %s", unknown, sorted(domains))
-        if self.llm is not None and any(METHODS[key].needs_llm for key in self.methods):
-            forms = {"branch", self.llm.hparams["form"]} | {"list" for key in self.methods if key in PUBLISHED_LLM}
-            for template in sorted({self.llm.hparams["template"], *self.templates.values()}):
-                for form in sorted(forms):
-                    load_template(template, form)
-
-    def _check_needs(self, model: LightningModule, datamodule: Any) -> None:
-        """Refuse rows of a branch that stage 1 does not have, or of held-out positions there are none of, before it is trained.
-
-        Raises:
-            ConfigError: naming row and branch, or row and domain.
-        """
-        bare = [n for n, d in getattr(datamodule, "domains", {}).items() if not len(d.splits.stage2)]
-        for key in self.methods:
-            if bare and METHODS[key].fitted:
-                raise ConfigError(
-                    f"row '{key}' is fitted on positions held out from stage 1, and domain '{bare[0]}' has none: set "
-                    "its stage2_positions to 1 or more (users of five interactions or more have them), or leave the row out"
-                )
-            if (needed := METHODS[key].branch) and needed not in getattr(model, "side_branches", ()):
-                raise ConfigError(
-                    f"row '{key}' needs the {needed} of stage 1, which {type(model).__name__} does not have: leave it out"
-                )
-
     def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:
         for name, card in datamodule.data_cards.items():
             _write_json(run_dir / "data" / f"{name}.json", card.to_dict())
@@ -369,24 +307,6 @@ def _alike(values: Mapping[str, Any]) -> Any:
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
     return ", ".join(f"{value} ({name})" for name, value in values.items())
-
-
-def _check_baselines(baselines: Mapping[str, LightningModule]) -> None:
-    """Refuse modules that no row would train, and those that are not what their row's label says.
-
-    Raises:
-        ConfigError: naming the row and the setting.
-    """
-    rows = [key for key, method in METHODS.items() if method.configurable]
-    for key, module in baselines.items():
-        if key not in rows:
-            raise ConfigError(f"experiment.baselines names '{key}'; rows that take a module are {', '.join(rows)}")
-        for name, value in METHODS[key].promises.items():
-            if (found := getattr(module, name, value)) != value:
-                raise ConfigError(
-                    f"experiment.baselines.{key} has {name} '{found}', but row '{key}' is called '{METHODS[key].label}': set "
-                    f"it to '{value}', or configure another row"
-                )
 
 
 def _write_json(path: Path, value: Any) -> None:

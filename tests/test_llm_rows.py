@@ -147,7 +147,9 @@ def test_text_samples_tune_the_llm_once_for_all_rows_that_have_one_to_tune(
 
 def test_settings_of_the_llm_that_no_row_would_read_are_refused() -> None:
     for settings in ({"form": "list"}, {"rank_mode": "score"}, {"tuning": "frozen"}):
-        with pytest.raises(ConfigError, match=r"experiment\.text_samples gives adapters and head a start, which experiment"):
+        with pytest.raises(
+            ConfigError, match=r"experiment\.text_samples gives adapters and head a start, which experiment"
+        ):
             Experiment(methods=["sfubm"], llm=LLMHead(**settings), text_samples=8)
     with pytest.raises(ConfigError, match=r"experiment\.llm\.stage1_checkpoint would be read by no row"):
         Experiment(methods=["sfubm"], llm=LLMHead(stage1_checkpoint="stage1.ckpt"))

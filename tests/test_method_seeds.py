@@ -14,6 +14,7 @@ from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.experiment import Experiment
+from lightning_sfubm.experiment_checks import check_templates
 from lightning_sfubm.methods import METHODS
 from lightning_sfubm.methods.base import DomainRun, _trained
 from lightning_sfubm.modules.baselines.late_fusion import LateFusion
@@ -194,6 +195,6 @@ def test_forms_of_a_template_that_rows_need_are_read_before_anything_is_trained(
     (tmp_path / "words.yaml").write_text("list: {question: 'Which {absent}?'}\n")
     llm = LLMHead(llm=str(write_tiny_llm(tmp_path / "llm")), template="shopping", history_length=3, title_tokens=6)
     templates = {"alpha": str(tmp_path / "words.yaml")}
-    Experiment(llm=llm, methods=["zero_shot"], templates=templates)._check_templates(["alpha"])
+    check_templates(["zero_shot"], llm, templates, ["alpha"])
     with pytest.raises(ConfigError, match=r"words\.yaml"):
-        Experiment(llm=llm, methods=["tallrec"], templates=templates)._check_templates(["alpha"])
+        check_templates(["tallrec"], llm, templates, ["alpha"])
