@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial, wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,33 +12,20 @@ from torch import Tensor, nn
 
 from lightning_sfubm.contracts import RankBatch
 from lightning_sfubm.datamodules.prompt_templates import load_template
-from lightning_sfubm.datamodules.prompts import PromptBatch
+from lightning_sfubm.datamodules.prompts import PromptBuilder
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, ranking_metrics
-from lightning_sfubm.evaluation.parsing import TitleParser
 from lightning_sfubm.modules.layers.affinity import num_products, with_products
 from lightning_sfubm.modules.layers.modes import evaluating
 from lightning_sfubm.modules.llm.calibration import fit_factor
-from lightning_sfubm.modules.llm.injected import InjectedLM
-from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
+from lightning_sfubm.modules.llm.list_ranking import branch_log_likelihood
 from lightning_sfubm.modules.llm.optim import adamw_with_warmup
-from lightning_sfubm.modules.llm.sharding import is_sharded, settle, whole
-from lightning_sfubm.modules.losses.ranks import any_rank, mean_over_ranks, union_over_ranks
+from lightning_sfubm.modules.llm.ranking import RankingLM, in_own_precision
+from lightning_sfubm.modules.llm.sharding import settle, whole
+from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.seeds import step_of, torch_generator
 
-T = TypeVar("T")
 RANK_MODES = {"branch": ("head", "score"), "list": ("score", "generate", "constrained")}
-
-
-def _in_own_precision(method: Callable[..., T]) -> Callable[..., T]:
-    """Keep a trainer's autocast out: the head has a ``precision`` of its own."""
-
-    @wraps(method)
-    def wrapped(self: "LLMHead", *args: Any, **kwargs: Any) -> T:
-        with torch.autocast(self.device.type, enabled=False):
-            return method(self, *args, **kwargs)
-
-    return wrapped
 
 
 def _check_candidates(batch: RankBatch, doing: str) -> None:
@@ -50,7 +36,7 @@ def _check_candidates(batch: RankBatch, doing: str) -> None:
         )
 
 
-class LLMHead(InjectedLM):
+class LLMHead(RankingLM):
     """Ranks candidates with a causal LM, tuned by LoRA or frozen, with soft tokens from a frozen stage 1.
 
     ``branch`` form [choice]: after a shared prefix (user soft token, latest titles and their soft tokens, the
@@ -146,7 +132,6 @@ class LLMHead(InjectedLM):
         if form not in RANK_MODES:
             raise ConfigError(f"prompt form '{form}' is not one of {sorted(RANK_MODES)}")
         prompt = load_template(template, form)
-        super().__init__(prompt)
         if tuning not in ("lora", "frozen"):
             raise ConfigError(f"tuning '{tuning}' is not one of lora, frozen")
         if tuning == "lora" and adapter_rank < 1:
@@ -160,12 +145,11 @@ class LLMHead(InjectedLM):
             raise ConfigError(
                 f"subtract_prior is of title likelihoods, which rank_mode '{rank_mode}' has none of: set rank_mode to score"
             )
+        super().__init__(prompt, rank_mode)
         self.save_hyperparameters()
-        self.rank_mode = rank_mode
         self.head: nn.Linear | None = None
         self.residual_weights: nn.Parameter | None = None
         self.metrics = nn.ModuleDict({stage: ranking_metrics(f"{stage}/") for stage in ("val", "test")})
-        self._prior: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------------ forward
 
@@ -180,13 +164,10 @@ class LLMHead(InjectedLM):
             self.residual_weights = nn.Parameter(torch.zeros(terms, device=self.device))
             nn.init.ones_(self.residual_weights.data[:1])
 
-    def _build(self, batch: RankBatch, **options: Any) -> PromptBatch:
-        if self.catalogue is None:
-            raise ConfigError("the LLM head has no catalogue yet; call attach_stage1(stage1 or None, catalogue)")
-        self._fit_context(batch["candidates"].shape[1])
+    def _builder(self) -> PromptBuilder:
+        """Curriculum: some of the prompts that train are of text alone."""
         text_only = self.training and self.settings.curriculum > 0 and self._draws_text_only()
-        builder = self.text_prompts if text_only else self.prompts
-        return builder.build(batch["history"], batch["candidates"], **options).to(self.device)
+        return self.text_prompts if text_only else super()._builder()
 
     def _draws_text_only(self) -> bool:
         """Curriculum: the chance of a text-only prompt falls linearly from 1 to 0."""
@@ -230,7 +211,7 @@ class LLMHead(InjectedLM):
         """(B, C) weighted sum of the affinities (B, C, F), or of them and their products."""
         return (with_products(affinities) if self.settings.residual_products else affinities) @ weights
 
-    @_in_own_precision
+    @in_own_precision
     def forward(self, batch: RankBatch) -> Tensor:
         """Differentiable scores (B, C) by the head or by title likelihood."""
         affinities = self._affinities(batch)
@@ -249,7 +230,7 @@ class LLMHead(InjectedLM):
         """Cross-entropy over the candidates (``branch``) or on the answer's tokens (``list``)."""
         return self._loss_and_terms(batch)[0]
 
-    @_in_own_precision
+    @in_own_precision
     def _loss_and_terms(self, batch: RankBatch) -> tuple[Tensor, int]:
         """The loss and the number of terms it is the mean of: samples, or tokens of their answers."""
         if self.settings.form == "branch":
@@ -292,104 +273,7 @@ class LLMHead(InjectedLM):
         self.head.weight.mul_(factor)
         return factor
 
-    # ------------------------------------------------------------------------------------------------ ranking
-
-    def rank(self, batch: RankBatch) -> Tensor:
-        """Scores (B, C). ``generate`` and ``constrained`` give 1 to the chosen candidate and 0 to the others."""
-        return self._rank(batch)[0]
-
-    def rank_with_validity(self, batch: RankBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (B, C), chosen candidate (B,), whether the answer named exactly one candidate (B,) bool.
-
-        An invalid answer has choice 0 and scores 0; only ``generate`` can give one.
-        """
-        return self._rank(batch)
-
-    @_in_own_precision
-    def _rank(self, batch: RankBatch) -> tuple[Tensor, Tensor, Tensor]:
-        rows = len(batch["candidates"])
-        if rows == 0 and not is_sharded(self):
-            none = batch["candidates"][:, 0]
-            return batch["candidates"].float(), none, none.bool()
-        if rows == 0:
-            # The other ranks gather the parameters: take part with a row of item 1, and leave its answer out.
-            stand_in: Any = {name: value.new_ones(1, *value.shape[1:]) for name, value in batch.items()}  # type: ignore[attr-defined]
-            scores, choice, valid = self._rank(stand_in)
-            return scores[:0], choice[:0], valid[:0]
-        with evaluating(self), torch.no_grad():
-            if self.rank_mode in ("generate", "constrained"):
-                choice, valid = self._answer(batch)
-                scores = F.one_hot(choice, batch["candidates"].shape[1]).float() * valid.unsqueeze(1)
-                return scores, choice, valid
-            scores = self(batch)
-            if self.settings.subtract_prior and self.rank_mode == "score":
-                scores = scores - self._priors(batch["candidates"])
-            return scores, scores.argmax(1), torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-
-    def _priors(self, candidates: Tensor) -> Tensor:
-        """(B, C) length-normalised likelihoods without a history, computed once per item until training goes on."""
-        if self._prior is None:
-            self._prior = torch.full((self.prompts.num_items + 1,), float("nan"), device=self.device)
-        missing = candidates[self._prior[candidates].isnan()]
-        # A divided model computes in step: every rank takes the items that any of them needs.
-        missing = union_over_ranks(missing, len(self._prior)) if is_sharded(self) else torch.unique(missing)
-        for items in missing.split(64) if len(missing) else ():
-            row = items.unsqueeze(0)
-            prompts = self.text_prompts.build(row.new_zeros(1, 1), row[:, :0], row, with_history=False).to(self.device)
-            states = self._states(prompts, self.lm.embed(prompts.tokens))
-            sums, counts = branch_log_likelihood(self.lm, states, prompts)
-            self._prior[items] = (sums / counts.clamp_min(1))[0]
-        return self._prior[candidates]
-
-    def _answer(self, batch: RankBatch) -> tuple[Tensor, Tensor]:
-        """Choice (B,) and validity (B,) of the generated answers."""
-        prompts = self._build(batch, branches=batch["target"].new_zeros(len(batch["target"]), 0))
-        embeddings = self._embed(prompts, batch, self._affinities(batch))
-        tokenizer = self.lm.tokenizer
-        candidates = batch["candidates"].cpu().numpy()
-        tries = None
-        if self.rank_mode == "constrained":
-            tries = [TitleTrie(answers) for answers in self.prompts.answers(candidates)]
-        length = max(self.settings.title_tokens + 4, self.prompts.longest_answer)
-        context = getattr(self.lm.config, "max_position_embeddings", None)
-        if tries is None and context is not None:  # a title fits, what else may be said need not
-            length = max(1, min(length, int(context) - prompts.tokens.shape[1]))
-        anyone = partial(any_rank, device=self.device) if is_sharded(self) else bool
-        answers = greedy(self.lm, embeddings, prompts, length, tokenizer.eos_token_id, tries, anyone)
-        if tries is not None:
-            picked: list[int | None] = [trie.candidate(answer) for trie, answer in zip(tries, answers, strict=True)]
-        else:
-            titles, cut = self.prompts.spoken_titles
-            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            picked = [
-                TitleParser([titles[item] for item in row], [cut[item] for item in row]).parse(text)
-                for row, text in zip(candidates, texts, strict=True)
-            ]
-        valid = torch.tensor([index is not None for index in picked], device=self.device)
-        return torch.tensor([index or 0 for index in picked], device=self.device), valid
-
     # ------------------------------------------------------------------------------------------------ Lightning
-
-    def train(self, mode: bool = True) -> "LLMHead":
-        """As ever; entering training forgets the cached title priors."""
-        if mode:
-            self._prior = None
-        return super().train(mode)
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As :meth:`InjectedLM.load_state_dict`; other weights have other title priors."""
-        self._prior = None
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _build_prompts(self) -> None:
-        self._prior = None  # of another catalogue
-        super()._build_prompts()
-
-    def _fit_context(self, num_candidates: int, num_disliked: int = 0) -> None:
-        before = self._fitted
-        super()._fit_context(num_candidates, num_disliked)
-        if self._fitted != before:
-            self._prior = None  # titles may be cut
 
     def on_fit_start(self) -> None:
         """Refuse a training in which the curriculum cannot do what it is for.
@@ -411,12 +295,6 @@ class LLMHead(InjectedLM):
                 "curriculum is a share of the training steps, and their number is unknown: set trainer.max_epochs or "
                 "trainer.max_steps, or curriculum to 0"
             )
-
-    def on_validation_start(self) -> None:
-        """Forget the title priors: Lightning moves weights without a call of :meth:`train`."""
-        self._prior = None
-
-    on_test_start = on_predict_start = on_validation_start
 
     def training_step(self, batch: RankBatch, batch_idx: int) -> Tensor:
         """Loss of a batch.

@@ -12,9 +12,9 @@ import yaml
 from lightning_sfubm.contracts import TrainHistories
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.parsing import TitleParser
-from lightning_sfubm.modules import llm_head
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.layers.count_affinity import COUNT_AFFINITIES
+from lightning_sfubm.modules.llm import ranking
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm.tree import separate_states
 from lightning_sfubm.modules.llm_head import LLMHead
@@ -87,7 +87,7 @@ def test_an_answer_may_have_words_before_its_title(llm, stage1, catalogue, make_
     batch = make_batch(rows=1)
     said = head.prompts.answers(batch["candidates"].numpy())[0][2][:-1]
     with pytest.MonkeyPatch.context() as patched:  # a model that says just this
-        patched.setattr("lightning_sfubm.modules.llm_head.greedy", lambda *a, **k: [said[: a[3]]])
+        patched.setattr("lightning_sfubm.modules.llm.ranking.greedy", lambda *a, **k: [said[: a[3]]])
         _, choice, valid = head.rank_with_validity(batch)
     assert valid.all()
     assert choice.tolist() == [2]
@@ -145,13 +145,13 @@ def test_a_rank_without_a_user_has_no_scores(llm, stage1, catalogue, make_batch,
     passes = []
     monkeypatch.setattr(head.lm, "states", lambda *given, states=head.lm.states: passes.append(1) or states(*given))
     for sharded in (False, True):
-        monkeypatch.setattr("lightning_sfubm.modules.llm_head.is_sharded", lambda _, sharded=sharded: sharded)
+        monkeypatch.setattr("lightning_sfubm.modules.llm.ranking.is_sharded", lambda _, sharded=sharded: sharded)
         scores, choice, valid = head.rank_with_validity(nobody)
         assert (scores.shape, choice.shape, valid.shape) == ((0, 5), (0,), (0,))
         assert (scores.dtype, choice.dtype, valid.dtype) == (torch.float32, torch.long, torch.bool)
         assert bool(passes) == (sharded and mode != "constrained")  # one title in all the places: nothing to decide
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    monkeypatch.setattr("lightning_sfubm.modules.llm_head.is_sharded", lambda _: False)
+    monkeypatch.setattr("lightning_sfubm.modules.llm.ranking.is_sharded", lambda _: False)
     (logged,) = trainer.test(head, torch.utils.data.DataLoader([make_batch(), nobody], batch_size=None), verbose=False)
     (alone,) = trainer.test(head, torch.utils.data.DataLoader([make_batch()], batch_size=None), verbose=False)
     assert logged == alone
@@ -372,7 +372,7 @@ def test_an_answer_that_does_not_stop_ends_with_the_context(tmp_path, stage1, ca
     head = make(str(write_tiny_llm(tmp_path / "llm", "gpt2")), stage1, catalogue, form="list", rank_mode="generate")
     batch, lengths = make_batch(), []
     width = head._build(batch, branches=batch["target"].new_zeros(len(batch["target"]), 0)).tokens.shape[1]
-    monkeypatch.setattr(llm_head, "greedy", lambda lm, e, p, length, *rest: (lengths.append(length), [[5]] * len(e))[1])
+    monkeypatch.setattr(ranking, "greedy", lambda lm, e, p, length, *rest: (lengths.append(length), [[5]] * len(e))[1])
     for context in (width + 3, width + 400):
         monkeypatch.setattr(head.lm.config, "n_positions", context)
         head.rank_with_validity(batch)
