@@ -16,8 +16,9 @@ class FedProx(Callback):
 
     That is the gradient of the proximal term ``mu / 2 ||w - w_global||^2`` (Li et al., MLSys 2020, arXiv 1812.06127), so
     training equals training with the term in the loss, whatever the optimiser; no graph is built for it. ``w_global`` is what
-    the parameters hold when training starts: the loop loads the global weights before each round and every round is a
-    ``fit`` of its own. It is not kept in checkpoints, since those end one round and start the next.
+    the parameters hold when training starts: every round is a ``fit`` of its own, and the loop
+    loads the global weights before it; after a round of too few updates there are no new ones, and a client stays near the
+    weights it trained last. It is not kept in checkpoints, since those end one round and start the next.
 
     Only parameters that the module's ``shared_state`` names are touched, and of those only the ones being trained. The names
     are relative to ``module.teacher``, or to the module where it has none.

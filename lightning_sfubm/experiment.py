@@ -24,7 +24,7 @@ from lightning_sfubm.evaluation.report import build_report
 from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.evaluation.terminal import print_results
 from lightning_sfubm.experiment_checks import check_heads, check_names, check_needs, check_sizes, check_templates
-from lightning_sfubm.federated.loop import FederatedLoop
+from lightning_sfubm.federated.loop import FederatedLoop, refuse_folder_of_silo
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.kept_rows import finished_row, save_row, set_all_aside, set_aside
@@ -168,6 +168,8 @@ class Experiment:
     ) -> Path:
         console = Console(highlight=False, quiet=not is_first())
         watch, run_dir = Stopwatch(), trainer.run_dir
+        if ckpt_path is None:
+            refuse_folder_of_silo(run_dir)
         started = environment()
         run_dir.mkdir(parents=True, exist_ok=True)
         with watch("data and text vectors"):

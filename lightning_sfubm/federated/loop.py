@@ -30,7 +30,20 @@ from lightning_sfubm.ranks import is_first, wait_for_all
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Counters", "FederatedLoop", "Federation"]
+__all__ = ["Counters", "FederatedLoop", "Federation", "refuse_folder_of_silo"]
+
+
+def refuse_folder_of_silo(run_dir: Path) -> None:
+    """Refuse to begin a run where a silo keeps its part of one.
+
+    Raises:
+        ConfigError: the folder is a silo's.
+    """
+    if (run_dir / OF_SILO).exists():
+        raise ConfigError(
+            f"{run_dir} holds a silo's part of a federated run and the record of what left it, which a run from "
+            "the beginning would clear: go on from it by --ckpt_path last, or give another trainer.default_root_dir"
+        )
 
 
 class FederatedLoop(Exchange):
@@ -54,7 +67,7 @@ class FederatedLoop(Exchange):
 
         Raises:
             CheckpointError: see :meth:`resume`; or the schedule has fewer rounds than are done, or more than the local
-                phases follow.
+                phases follow; or the rounds of a silo are not over.
         """
         states = self.states(ckpt_path)
         fresh = str(ckpt_path) == "last" and not any(states.glob("state-*"))
@@ -75,6 +88,15 @@ class FederatedLoop(Exchange):
                 f"{states}: the local phases there follow {done} rounds and would not learn from more: set "
                 f"trainer.federation.rounds to {done}, or start anew in another trainer.default_root_dir"
             )
+        if (
+            (self.run_dir / OF_SILO).exists()
+            and done < self.federation.rounds
+            and not any(self.counters.phases.values())
+        ):
+            raise CheckpointError(
+                f"{states}: the {self.federation.rounds} rounds of a federated run are not over, and the rest would be trained "
+                "here alone: let the coordinator finish the run, or start anew in another trainer.default_root_dir"
+            )
         finished = sum(len(phases) for phases in self.counters.phases.values())
         phases = sum(len(client.module.local_phases) for client in self.clients.values())
         Console(highlight=False, quiet=not is_first()).print(
@@ -93,11 +115,7 @@ class FederatedLoop(Exchange):
     def _run(self) -> None:
         federation = self.federation
         if self.counters.step == 0:
-            if (self.run_dir / OF_SILO).exists():
-                raise ConfigError(
-                    f"{self.run_dir} holds a silo's part of a federated run and the record of what left it, which a run from "
-                    "the beginning would clear: go on from it by --ckpt_path last, or give another trainer.default_root_dir"
-                )
+            refuse_folder_of_silo(self.run_dir)
             self._start()
         if self.counters.exchanged is None and len(federation.active(self.clients, 0)) > 1:
             self._exchange_semantics(0)

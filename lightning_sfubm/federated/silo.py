@@ -185,6 +185,11 @@ class Silo(FederatedLoop):
             raise ConfigError(
                 f"{self.run_dir} holds another run: move it away, or give this silo another trainer.default_root_dir"
             )
+        if not states and self.ledger.messages():
+            raise ConfigError(
+                f"{self.run_dir} has the record of what left it, but no state: what was spent cannot be counted on. Put "
+                "its checkpoints back, or give this silo another trainer.default_root_dir"
+            )
         if not marker.exists() and request.action != "hello":
             raise MessageError(f"'{request.action}' from a federated run that never said hello to this silo")
         write_atomically(marker, request.federation.encode(), durable=True)

@@ -370,8 +370,14 @@ class FederatedTrainer(L.Trainer):
             )
         if self.loop is None:
             self.loop = self.build_loop(model, datamodule)
-        load_state(find_state(self.loop.states(ckpt_path)), self.loop.server, self.loop.clients)
-        for client in self.loop.clients.values():
+        state = find_state(self.loop.states(ckpt_path))
+        done = load_state(state, self.loop.server, self.loop.clients).get("counters", {}).get("phases", {})
+        for name, client in self.loop.clients.items():
+            if missing := [phase for phase in client.module.local_phases if phase not in done.get(name, ())]:
+                raise CheckpointError(
+                    f"{state}: client '{name}' has not been through {missing[-1]} there, so what it ranks by is untrained: "
+                    "finish the run by fit --ckpt_path last"
+                )
             client.finish()
         return self.loop
 

@@ -1,5 +1,6 @@
 """What left is not released again in another form: under a secret made anew, or from a state that was lost."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sfubm.errors import CheckpointError, PrivacyError
+from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+from lightning_sfubm.errors import CheckpointError, ConfigError, PrivacyError
+from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.checkpoint import stored_states
 from lightning_sfubm.federated.ledger import read_ledger
 from lightning_sfubm.federated.messages import pack, unpack
+from tests.conftest import small_distiller
 from tests.federated.test_silo import hello, private
 
 __all__ = ["hello"]  # a fixture
@@ -18,6 +22,10 @@ __all__ = ["hello"]  # a fixture
 
 def lose_newest_state(tmp_path: Path) -> None:
     (stored_states(tmp_path / "silo/alpha/checkpoints")[-1] / "server.ckpt").write_bytes(b"")
+
+
+def kept_files(tmp_path: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in (tmp_path / "silo/alpha").rglob("*") if path.is_file()}
 
 
 def ledger(tmp_path: Path) -> list[dict[str, object]]:
@@ -56,6 +64,44 @@ def test_a_lost_first_state_does_not_release_a_round_twice(hello: Any, tmp_path:
     with pytest.raises(CheckpointError, match=r"in round 1 'alpha' sent other weights .* nothing is sent"):
         make().answer(train)
     assert ledger(tmp_path) == lines
+
+
+def test_a_silo_that_lost_all_of_its_states_sends_nothing(hello: Any, tmp_path: Path) -> None:
+    """A ledger begun anew would forget what was spent."""
+    make, request = hello([private(tmp_path)], exchange="teacher", rounds=3)
+    train = replace(request, action="train")
+    make().answer(request)
+    make().answer(replace(train, round=1))
+    shutil.rmtree(tmp_path / "silo/alpha/checkpoints")
+    lines = ledger(tmp_path)
+    for asked in (replace(train, round=1), replace(train, round=2), request):
+        with pytest.raises(ConfigError, match=r"silo/alpha has the record of what left it, but no state"):
+            make().answer(asked)
+    assert ledger(tmp_path) == lines
+
+
+def test_no_run_begins_or_goes_on_alone_where_a_silo_keeps_its_part(
+    hello: Any, tmp_path: Path, federated_data: Any, federated_trainer: Any
+) -> None:
+    make, request = hello(rounds=3)
+    make().answer(request)
+    make().answer(replace(request, action="train", round=1))
+    before = kept_files(tmp_path)
+    trainer = federated_trainer(
+        "silo/alpha", callbacks=[PrivacyNoise(0.05, str(tmp_path / "secrets"))], exchange="both", rounds=3
+    )
+    data = federated_data(domains=3, num_users=30)
+    data.domains = {"alpha": data.domains["alpha"]}
+    with pytest.raises(ConfigError, match="holds a silo's part of a federated run and the record of what left it"):
+        Experiment(methods=["popularity"], sigmas=[]).run(trainer, small_distiller(), data)
+    with pytest.raises(CheckpointError, match="the 3 rounds of a federated run are not over, and the rest"):
+        trainer.fit(small_distiller(), datamodule=data, ckpt_path="last")
+    with pytest.raises(
+        CheckpointError, match="client 'alpha' has not been through student there, so what it ranks by is"
+    ):
+        trainer.test(small_distiller(), datamodule=data, ckpt_path="last")
+    after = kept_files(tmp_path)
+    assert after == before
 
 
 def test_a_lost_state_and_another_teacher_do_not_release_a_round_twice(hello: Any, tmp_path: Path) -> None:
