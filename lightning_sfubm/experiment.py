@@ -52,6 +52,11 @@ COMPARISONS = (
     ("stage1_beside_own", "stage1_local_twice"),
 )
 
+_GONE_ON = (
+    "This run was gone on with: start, machine, commit and the seconds of each stage are those of its last process alone. "
+    "Rounds, phases and rows that earlier ones had finished are not in them; a row's own cost stands in its table."
+)
+
 
 class Experiment:
     """What ``fit`` does around a federated stage 1.
@@ -229,7 +234,7 @@ class Experiment:
             "reference_method": "encoder",
             "protocol": self._protocol(datamodule),
             "llm": dict(self.llm.hparams) if self.llm is not None else {},
-            "notes": [],
+            "notes": [] if ckpt_path is None else [_GONE_ON],
         }
         report = run_dir / "report.html"
         if is_first():

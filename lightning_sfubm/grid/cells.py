@@ -8,10 +8,24 @@ import numpy as np
 
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.facts import domain_facts, plain
+from lightning_sfubm.evaluation.forms import integer, nullable, number, read_json, record, text
 from lightning_sfubm.evaluation.results import COLUMNS, PerUserResults, ResultMeta, write_atomically
 
 FORMAT = 1
 Json = dict[str, Any]
+METRICS = ("hit@1", "ndcg@10", "full_ndcg@10", "valid_ratio")  #: of a table
+SLICES = ("cold target", "short history", "long history")  #: of a table
+_ESTIMATE = record({"value": nullable(number)})
+#: what tables and figures read without asking whether it is there
+_FORM = record(
+    {
+        **dict.fromkeys(("pair", "domain", "method", "label", "group", "candidate_hash"), text),
+        **dict.fromkeys(("seed", "num_candidates", "users"), integer),
+        "trainable_params": nullable(integer),
+        "metrics": record(dict.fromkeys(METRICS, _ESTIMATE)),
+        "slices": record(dict.fromkeys(SLICES, record({"hit@1": _ESTIMATE}))),
+    }
+)
 _META = ("candidate_hash", "data_fingerprint", "split", "ties", "num_candidates", "num_items")
 
 
@@ -44,10 +58,11 @@ def read_cell(path: Path) -> Json | None:
 def read_published(path: Path) -> Json | None:
     """As :func:`read_cell`, also where the cell was published without per-user results."""
     try:
-        cell = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        cell = read_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return cell if isinstance(cell, dict) and cell.get("format") == FORMAT else None
+    right = isinstance(cell, dict) and cell.get("format") == FORMAT and _FORM(cell, "") is None
+    return cell if right else None
 
 
 def results_of(cell: Json) -> PerUserResults:
@@ -87,7 +102,17 @@ def all_cells(out: Path, published: Path | None = None) -> list[Json]:
     Args:
         out: output folder of a grid.
         published: folder that cells without per-user results were published to.
+
+    Raises:
+        DataError: a published cell cannot be read: what computed it is not at hand to make it again.
     """
-    folders = [out] if published is None else [out, published]
-    paths = [path for folder in folders for path in sorted((folder / "cells").glob("*/*/*/seed*.json"))]
-    return [cell for cell in map(read_published, paths) if cell is not None]
+    cells = [cell for path in _cells_below(out) if (cell := read_published(path)) is not None]
+    for path in [] if published is None else _cells_below(published):
+        if (cell := read_published(path)) is None:
+            raise DataError(f"{path} is no cell of format {FORMAT}, or not a whole one; restore it or delete it")
+        cells.append(cell)
+    return cells
+
+
+def _cells_below(folder: Path) -> list[Path]:
+    return sorted((folder / "cells").glob("*/*/*/seed*.json"))

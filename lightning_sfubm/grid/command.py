@@ -5,7 +5,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
-from lightning_sfubm.errors import DataError
+from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.grid.cells import Json, all_cells, cell_path, without_users
 from lightning_sfubm.grid.comparisons import FACT_KEYS, comparisons
@@ -49,6 +49,10 @@ def results(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     grid = load_grid(options.grid, set(METHODS))
     out = options.out or Path("runs") / "results" / options.grid.stem
+    if options.publish and options.publish.resolve() == out.resolve():
+        raise ConfigError(
+            f"--publish {options.publish} is the output folder itself, whose per-user results would be lost: publish elsewhere"
+        )
     # Tables may be looked at while another process computes: cells and tables are written whole.
     with nullcontext() if options.tables_only else locked(out, "--out"):
         _results(options, grid, out)

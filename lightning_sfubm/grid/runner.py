@@ -99,6 +99,10 @@ def run_grid(
         # Read once: what is edited while the run is at work is not what its cells were computed with.
         here, settings, name = data[parts[run.key]], run.settings_hash(), f"{number}/{len(chosen)} {run.key}"
         key = cell_hash(settings, here)
+        if _can_go_on(out / "runs" / run.key / "checkpoints"):
+            # Rows whose cells are gone, or that a killed run had not made cells of: those of the commit and machine that
+            # computed them.
+            _export(run, out, key, settings)
         missing = _missing(run, out, list(here), key)
         if not missing:
             console.print(f"[dim]{name}: done before[/dim]")
@@ -108,9 +112,6 @@ def run_grid(
             return False
         console.print(f"[bold]{name}[/bold]: {', '.join(missing)}")
         before = time.monotonic()
-        if _can_go_on(out / "runs" / run.key / "checkpoints"):
-            # Rows of a run that was killed before they became cells, as those of the commit and machine that computed them.
-            _export(run, out, key, settings)
         problem = _process(run, out / "runs" / run.key, root, key, left, shared)
         _export(run, out, key, settings)
         done = not _missing(run, out, list(here), key)
@@ -212,12 +213,14 @@ def _export(run: Run, out: Path, key: str, settings: str) -> None:
     about["command"] = "lightning-sfubm fit " + " ".join(_arguments(run, "DIR", Path("RUN")))
     for row, method in run.rows.items():
         for file in sorted((folder / "results").glob(f"*/{row}.parquet")):
+            domain = file.parent.name  # "<domain>, all users" is a table of its own
+            path = cell_path(out, run.pair, domain, method, run.seed)
+            if (cell := read_cell(path)) is not None and cell.get("grid_hash") == key:
+                continue
             try:
                 result = PerUserResults.load(file)
             except DataError:
                 continue  # torn: computed again
-            result.meta.domain = file.parent.name  # "<domain>, all users" is a table of its own
+            result.meta.domain = domain
             label = run.labels.get(method, result.meta.label)
-            path = cell_path(out, run.pair, result.meta.domain, method, run.seed)
-            if (cell := read_cell(path)) is None or cell.get("grid_hash") != key:
-                write_cell(path, result, {**about, "method": method, "label": label, "row": row})
+            write_cell(path, result, {**about, "method": method, "label": label, "row": row})

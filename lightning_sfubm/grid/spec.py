@@ -187,6 +187,16 @@ def _seeds(path: Path, where: str, value: Any) -> list[int]:
     return seeds
 
 
+#: options that are the grid's own, without ``init_args``, and what to give instead
+_OF_GRID = {
+    "--seed_everything": "name the seeds under 'seeds'",
+    "--model.seed": "name the seeds under 'seeds'",
+    "--experiment.methods": "name the rows under 'rows'",
+    "--trainer.default_root_dir": "give --out to the command",
+    "--ckpt_path": "an interrupted run goes on of itself",
+}
+
+
 def _flags(path: Path, where: str, value: Any) -> tuple[str, ...]:
     flags = _as_list(value)
     for flag in flags:
@@ -196,6 +206,9 @@ def _flags(path: Path, where: str, value: Any) -> tuple[str, ...]:
         raise ConfigError(
             f"grid {path}: {where}flags starts with {flags[0]!r}; it is a list that starts with an option"
         )
+    for flag in flags:
+        if (name := str(flag).partition("=")[0].replace(".init_args", "")) in _OF_GRID:
+            raise ConfigError(f"grid {path}: {where}flags holds {name}, which the grid sets itself: {_OF_GRID[name]}")
     return tuple(str(flag) for flag in flags)
 
 

@@ -7,13 +7,10 @@ from urllib.parse import quote
 
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.significance import wilson_interval
-from lightning_sfubm.grid.cells import Json
+from lightning_sfubm.grid.cells import METRICS, SLICES, Json
 from lightning_sfubm.grid.comparisons import by_seed
 from lightning_sfubm.grid.notes import table_notes
 from lightning_sfubm.grid.spec import Grid
-
-COLUMNS = ("hit@1", "ndcg@10", "full_ndcg@10", "valid_ratio")
-SLICES = ("cold target", "short history", "long history")
 
 
 def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, list[Json]]]:
@@ -74,7 +71,7 @@ def summary(seeds: list[Json]) -> Json:
     first = seeds[0]
     row: Json = {key: first[key] for key in ("method", "label", "group", "users", "trainable_params", "num_candidates")}
     row["seeds"] = [cell["seed"] for cell in seeds]
-    for name in COLUMNS:
+    for name in METRICS:
         values = [cell["metrics"][name]["value"] for cell in seeds]
         row[name] = None if None in values else statistics.mean(values)
         row[f"{name} sd"] = statistics.stdev(values) if len(values) > 1 and None not in values else None

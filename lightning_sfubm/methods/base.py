@@ -1,6 +1,7 @@
 """What a method of the table is, and one domain within an experiment as its methods see it."""
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -99,7 +100,7 @@ class DomainRun:
     ) -> None:
         self.experiment, self.trainer, self.template = experiment, trainer, template
         self.name, self.client, self.watch, self.run_dir = name, client, watch, run_dir
-        self.shared, self.in_common = shared, set[str]()
+        self.shared, self.common_cpu_s = shared, 0.0
 
     @property
     def data(self) -> DomainDataModule:
@@ -201,19 +202,21 @@ class DomainRun:
             build: makes it.
         """
         if key not in self.shared:
+            before, began = self.common_cpu_s, time.process_time()
             with self.watch(f"train {label}"):
                 self.shared[key] = build()
-            self.in_common.add(f"train {label}")  # by this domain: another's rows have not paid for it
+            # By this domain, another's rows have not paid for it; and once, whatever was made within.
+            self.common_cpu_s = before + time.process_time() - began
         made: T = self.shared[key]
         return made
 
     def spent_on(self, key: str) -> float:
-        """CPU seconds of a row's training so far, in all domains, without what was made by :meth:`once`.
+        """CPU seconds of a row's training so far, in all domains, without what this one made by :meth:`once`.
 
         Differences are what counts: what was made in common before a row is taken off before and after it.
         """
         trained = self.watch.timings.get(f"train {key}", {"cpu_s": 0.0})["cpu_s"]
-        return trained - sum(self.watch.timings[name]["cpu_s"] for name in self.in_common)
+        return trained - self.common_cpu_s
 
     def train_cpu_s(self, key: str, cpu_s: float) -> float | None:
         """CPU seconds a row's training took: for a stage-1 row those of its clients, else what was measured."""

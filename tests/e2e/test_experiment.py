@@ -218,6 +218,9 @@ def test_a_resumed_run_keeps_finished_rows(
     after = {p: p.stat().st_mtime_ns for p in results.rglob("*.parquet")}
     assert {p for p in after if after[p] != before[p]} <= {lost, results / "beta, all users" / "late_fusion.parquet"}
     assert (PerUserResults.load(lost).rank == expected.rank).all()
+    said = "are those of its last process alone"  # stage 1 and the other rows took no time in it
+    assert said in (tmp_path / "run/report.html").read_text()
+    assert said not in (finished[0].run_dir / "report.html").read_text()
 
 
 def test_rows_of_other_settings_are_not_reported_beside_new_ones(

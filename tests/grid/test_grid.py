@@ -72,6 +72,13 @@ def main_run(**entries: Any) -> dict[str, Any]:
         (main_run(flags=["--a", ["b"]]), "runs.main.flags holds ['b']"),
         (main_run(flags={"a": "b"}), "runs.main.flags holds {'a': 'b'}"),
         (main_run(flags=[None]), "runs.main.flags holds None"),
+        (main_run(flags=["--seed_everything", "7"]), "flags holds --seed_everything, which the grid sets itself: name"),
+        (main_run(flags=["--model.init_args.seed=7"]), "flags holds --model.seed, which the grid sets itself: name"),
+        (
+            main_run(flags=["--experiment.methods", "[a]"]),
+            "--experiment.methods, which the grid sets itself: name the rows",
+        ),
+        (main_run(flags=["--trainer.default_root_dir", "x"]), "which the grid sets itself: give --out to the command"),
         (main_run(pairs=[["p"]]), "runs.main.pairs names '['p']'"),
         (main_run(config=5), "runs.main.config names 5, which is not there"),
         ({"comparisons": 5}, "comparisons must be a list of pairs of methods, not 5"),
@@ -298,6 +305,32 @@ def test_a_bad_file_of_published_comparisons_is_named(tmp_path: Path, fit: FakeF
     assert [file.name for file in public.iterdir()] == ["comparisons.json"]
 
 
+@pytest.mark.parametrize("entry", ["pair", "metrics", "slices", "num_candidates", ""])
+def test_a_bad_published_cell_is_named_and_one_of_ones_own_is_computed_again(
+    tmp_path: Path, fit: FakeFit, entry: str
+) -> None:
+    path, out, public = grid_file(tmp_path), tmp_path / "out", tmp_path / "public"
+    arguments = ["--grid", str(path), "--out", str(out), "--publish", str(public)]
+    results(arguments)
+    for folder in (out, public):
+        file = cell_path(folder, "p", "a", "stage1", 1)
+        cell = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in cell.items() if key != entry}) if entry else "{")
+    with pytest.raises(
+        DataError, match=r"public/cells/p/a/stage1/seed1\.json is no cell of format 1, or not a whole one"
+    ):
+        results(arguments)
+    assert json.loads(cell_path(out, "p", "a", "stage1", 1).read_text())["pair"] == "p"
+
+
+def test_what_is_published_does_not_take_the_place_of_per_user_results(tmp_path: Path, fit: FakeFit) -> None:
+    arguments = ["--grid", str(grid_file(tmp_path)), "--out", str(tmp_path / "out")]
+    results(arguments)
+    with pytest.raises(ConfigError, match="is the output folder itself, whose per-user results would be lost"):
+        results([*arguments, "--tables-only", "--publish", str(tmp_path / "out" / "x" / "..")])
+    assert all("per_user" in cell for cell in all_cells(tmp_path / "out"))
+
+
 def test_cells_of_other_settings_are_left_out_of_the_table(tmp_path: Path) -> None:
     stored(tmp_path, "popularity", [0, 1])
     grid = load_grid(grid_file(tmp_path), set(METHODS))
@@ -317,6 +350,8 @@ def test_finished_cells_are_skipped_and_stale_ones_computed_again(
     runner.run_grid(grid, out, None, [], None)
     assert len(fit.calls) == 3
     cell_path(out, "p", "a", "stage1", 2).write_text("{")  # torn
+    (out / "runs/p/main/2/results/b/stage1.parquet").unlink()
+    (out / "runs/p/main/2/results/a/stage1.parquet").unlink()
     runner.run_grid(grid, out, None, [], None)
     assert len(fit.calls) == 4
     assert fit.calls[-1][-2:] == ["--ckpt_path", "last"]
@@ -324,6 +359,21 @@ def test_finished_cells_are_skipped_and_stale_ones_computed_again(
     runner.run_grid(grid, out, None, ["p/v/1"], None)
     assert len(fit.calls) == 5
     assert "--ckpt_path" not in fit.calls[-1]
+
+
+@pytest.mark.parametrize("domain", ["a", "b, all users"])
+def test_a_cell_that_is_gone_or_torn_is_made_again_of_the_row_that_is_there(
+    tmp_path: Path, fit: FakeFit, domain: str
+) -> None:
+    grid, out = load_grid(grid_file(tmp_path), set(METHODS)), tmp_path / "out"
+    runner.run_grid(grid, out, None, ["p/main/1"], None)
+    path = cell_path(out, "p", domain, "stage1", 1)
+    whole = path.read_text()
+    for spoil in (path.unlink, lambda: path.write_text(whole[:40])):
+        spoil()
+        assert runner.run_grid(grid, out, None, ["p/main/1"], None) == []
+        assert path.read_text() == whole
+    assert len(fit.calls) == 1
 
 
 def test_a_run_that_died_keeps_what_it_had_and_goes_on(tmp_path: Path, fit: FakeFit) -> None:
