@@ -347,5 +347,6 @@ class Coordinator:
             "schedule": dict(self.federation.schedule(self.seed)),
             "silos": self.silos,
         }
+        self.ledger.flush()
         save_state(self.checkpoints, self.progress.step, stored, self.server, {})
         return self.outbox.clean()

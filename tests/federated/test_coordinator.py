@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
+from lightning_sfubm.federated import checkpoint, ledger
 from lightning_sfubm.federated.checkpoint import find_state, read_loop, stored_states
 from lightning_sfubm.federated.envelopes import Reply, Request, describe_shapes, read_shapes
 from lightning_sfubm.federated.messages import MessageSchema, unpack
@@ -134,6 +135,29 @@ def test_messages_are_the_owners_alone_and_gone_once_delivered(machines: Any, tm
     assert driver.progress.finished == names
     assert [path.name for path in outbox.iterdir()] == ["note.txt"]
     assert outbox.stat().st_mode & 0o777 == 0o700
+
+
+def test_ledger_lines_are_on_disk_before_a_state_counts_them(
+    machines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a state that is there and lines that are not would never go on."""
+    order: list[str] = []
+    ledger_flush, state_flush = ledger.flush, checkpoint.flush
+    server = tmp_path / "server"
+
+    def noting(name: str, path: Path, real: Any) -> None:
+        if server in path.parents:
+            order.append(name)
+        real(path)
+
+    monkeypatch.setattr(ledger, "flush", lambda path: noting("ledger", path, ledger_flush))
+    monkeypatch.setattr(checkpoint, "flush", lambda path: noting("state", path, state_flush))
+    transport = machines(["alpha", "beta"], rounds=1, local_max_epochs=1)
+    coordinator(transport, tmp_path, ["alpha", "beta"], rounds=1, local_max_epochs=1).run()
+    assert "ledger" in order
+    states = [name for name, before in zip(order, ["", *order], strict=False) if name == "state" != before]
+    assert len(states) == order.count("ledger")  # each state's files come after a flush of the ledger
+    assert order[0] == "ledger"
 
 
 def test_nothing_is_deleted_while_a_state_cannot_be_read(machines: Any, tmp_path: Path) -> None:
