@@ -317,7 +317,7 @@ def read_silo(configs: Sequence[str], name: str) -> "tuple[SFUBMCLI, Federation]
         name: of the silo.
 
     Raises:
-        ConfigError: no federation is agreed to, or there is no such domain.
+        ConfigError: no federation is agreed to, there is no such domain, or the trainer asks for several processes.
     """
     from lightning_sfubm.cli import SFUBMCLI
     from lightning_sfubm.federated.trainer import FederatedTrainer
@@ -332,6 +332,11 @@ def read_silo(configs: Sequence[str], name: str) -> "tuple[SFUBMCLI, Federation]
     assert isinstance(trainer, FederatedTrainer)
     if trainer.federation is None:
         raise ConfigError(f"{configs[-1]}: trainer.federation is missing: it says what this silo agrees to send")
+    if trainer.world_size > 1:  # each further process would start as another task of the same message
+        raise ConfigError(
+            f"{configs[-1]}: a silo trains in one process, and its trainer asks for {trainer.world_size}: set trainer.devices "
+            "and trainer.num_nodes to 1"
+        )
     domains = getattr(data, "domains", {})
     if name not in domains:
         raise ConfigError(

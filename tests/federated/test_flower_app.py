@@ -286,6 +286,12 @@ def test_a_silo_opens_from_its_own_configuration_files(tmp_path: Path, monkeypat
     start = ["--config", str(common), "--config", str(own), "--superlink", "127.0.0.1:9091", "--insecure"]
     with pytest.raises(ConfigError, match="the domain 'beta'"):
         flower_silo([*start, "--silo", "beta"])  # before anything is started
+    several = tmp_path / "several.yaml"
+    several.write_text("trainer: {devices: 2}\n")
+    with pytest.raises(
+        ConfigError, match=r"several\.yaml: a silo trains in one process, .* asks for 2: set trainer\.devices"
+    ):
+        flower_silo([*start, "--config", str(several), "--silo", "alpha"])
 
 
 def test_the_page_says_what_the_generated_commands_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
