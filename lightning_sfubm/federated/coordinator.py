@@ -66,8 +66,8 @@ class Coordinator:
         transport: carries requests and replies.
         run_dir: where states and the server's own message ledger are written.
         seed: root seed, the same for all.
-        min_silos: silos that must be there before the run starts; ``None`` = all that take part from the start. A run that
-            goes on waits for the others as long, and then goes on without them.
+        min_silos: silos that must be there before the run starts, of those that take part from the start; ``None`` = all of
+            them. A run that goes on waits for the others as long, and then goes on without them.
         patience: deadlines.
 
     Raises:
@@ -148,9 +148,11 @@ class Coordinator:
     # ------------------------------------------------------------------ who is there
 
     def _gather(self) -> None:
-        # where all have left, the last message is still to be delivered
-        wanted = self.federation.active(self.silos, self.progress.round + 1) or self.silos
-        fewest = 1 if self.progress.step else min(len(wanted), self.min_silos or len(wanted))
+        progress, wanted = self.progress, self.federation.active(self.silos, self.progress.round + 1)
+        if progress.step and progress.round >= self.federation.rounds:  # the last message is still to be delivered
+            wanted = sorted(set(self.silos) - set(progress.finished))
+        wanted = wanted or self.silos
+        fewest = 1 if progress.step else min(len(wanted), self.min_silos or len(wanted))
         self.members.gather(wanted, max(1, fewest), lambda: self._request("hello", 0))
 
     def _greet(self) -> None:

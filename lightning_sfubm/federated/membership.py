@@ -65,7 +65,7 @@ class Membership:
 
         Args:
             wanted: names.
-            fewest: silos that must be there in the end.
+            fewest: of them must be there in the end; others, which take part later, do not count.
             hello: makes the request that asks a node who it is.
 
         Raises:
@@ -77,10 +77,11 @@ class Membership:
             if not set(wanted) <= set(self.known):
                 time.sleep(self.patience.poll_s)
         missing = sorted(set(self.silos) - set(self.known))
-        if len(self.known) < fewest:
+        came = set(wanted) & set(self.known)
+        if len(came) < fewest:
             raise ConfigError(
-                f"{len(self.known)} silos came within {self.patience.start_s:g} s, {fewest} are needed; missing: {missing}. "
-                "Their own logs say why where they refused"
+                f"{len(came)} silos came within {self.patience.start_s:g} s, {fewest} of {sorted(wanted)} are needed; missing: "
+                f"{missing}. Their own logs say why where they refused"
             )
         log.info("silos: %s%s", ", ".join(sorted(self.known)), f"; missing: {', '.join(missing)}" if missing else "")
 

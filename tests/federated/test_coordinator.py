@@ -236,3 +236,27 @@ def test_a_state_of_the_other_kind_is_refused(machines: Any, in_one_process: Any
         other.run()
     with pytest.raises(CheckpointError, match=f"{find_state(driver.checkpoints)}: .*not .* clients"):
         together.loop.resume(driver.checkpoints)
+
+
+# ------------------------------------------------------------------ who must be there, and for how many rounds
+
+
+def test_silos_that_join_later_do_not_stand_in_for_one_that_is_needed(machines: Any, tmp_path: Path) -> None:
+    names, schedule = ["alpha", "beta", "gamma"], {"rounds": 3, "joins": {"gamma": 3}}
+    transport = machines(names, **schedule)
+    transport.offline = {2}
+    with pytest.raises(ConfigError, match=r"1 silos came .* 2 of \['alpha', 'beta'\] are needed; missing: \['beta'\]"):
+        coordinator(transport, tmp_path, names, HASTY, **schedule).run()
+    assert {action for action, _, _ in transport.asked} == {"hello"}
+
+
+def test_a_silo_that_left_is_sent_the_end_when_it_comes_after_the_others(machines: Any, tmp_path: Path) -> None:
+    """Once all rounds are over, who has not finished is wanted, whether or not it would take part in one more."""
+    names, schedule = ["alpha", "beta"], {"rounds": 2, "local_max_epochs": 1, "leaves": {"alpha": 1}}
+    transport = machines(names, **schedule)
+    transport.after = lambda name, request, reply: None if (name, request.action) == ("alpha", "finish") else reply
+    coordinator(transport, tmp_path, names, **schedule).run()
+    transport.after, transport.offline = (lambda name, request, reply: reply), {2}
+    driver = coordinator(transport, tmp_path, names, HASTY, **schedule)
+    driver.run()
+    assert driver.progress.finished == names
