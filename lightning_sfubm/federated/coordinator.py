@@ -12,10 +12,8 @@ round, as in the loop.
 import copy
 import hashlib
 import logging
-import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +35,12 @@ from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.membership import Membership, Patience, Transport
 from lightning_sfubm.federated.messages import Message, MessageSchema, ReplayGuard, teacher_schema, unpack
 from lightning_sfubm.federated.outbox import Outbox
+from lightning_sfubm.federated.progress import Progress
 from lightning_sfubm.federated.run_name import lasting_name
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.weights import TooFewClientsError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Progress:
-    step: int = 0
-    federation: str = field(default_factory=lambda: secrets.token_hex(16))
-    round: int = 0
-    exchanged: int | None = None
-    start: str = ""  # hash of the weights that all silos start from
-    finished: list[str] = field(default_factory=list)
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    outbox: dict[str, dict[str, str]] = field(default_factory=dict)  # silo -> kind -> hash of a message to deliver
-    ledger: int = 0
 
 
 class Coordinator:
@@ -95,7 +81,7 @@ class Coordinator:
         self.min_silos = min_silos
         self.patience = patience if patience is not None else Patience()
         self.members = Membership(self.silos, transport, self.patience, self._agree)
-        self.progress = _Progress()
+        self.progress = Progress()
         self.ledger = Ledger(run_dir / "ledger.jsonl")
         self.outbox = Outbox(run_dir / "outbox", self.checkpoints)
         self._server: Server | None = None
@@ -235,6 +221,7 @@ class Coordinator:
             number, {name: self._request("finish", number, name) for name in left}, self.patience.finish_s
         )
         self.progress.finished = sorted({*self.progress.finished, *replies})
+        self.progress.closed = self.progress.closed or bool(set(left) & set(self.members.known))
         if self._checkpoint():
             self._checkpoint()  # no later state would take the place of the one that refers to what is now delivered
         missing = sorted(set(self.silos) - set(self.progress.finished))
@@ -337,7 +324,8 @@ class Coordinator:
         agreed = {"schedule": self.federation.schedule(self.seed), "silos": self.silos}
         if {key: stored[key] for key in agreed} != agreed:
             raise CheckpointError(f"{self.checkpoints}: was written by another schedule or for other silos: {stored}")
-        self.progress = _Progress(**stored["progress"])
+        self.progress = Progress(**stored["progress"])
+        self.progress.check_rounds(self.federation.rounds, self.checkpoints)
         self.ledger.resume(self.progress.ledger)
 
     def _checkpoint(self) -> bool:

@@ -260,3 +260,42 @@ def test_a_silo_that_left_is_sent_the_end_when_it_comes_after_the_others(machine
     driver = coordinator(transport, tmp_path, names, HASTY, **schedule)
     driver.run()
     assert driver.progress.finished == names
+
+
+def test_a_finished_federation_is_not_given_other_rounds(machines: Any, tmp_path: Path) -> None:
+    """Its silos would refuse them, and the run would be called complete."""
+    names, schedule = ["alpha", "beta"], {"rounds": 2, "local_max_epochs": 1, "exchange": "teacher"}
+    transport = machines(names, **{**schedule, "rounds": 3})
+    # known to nobody: their answers are lost, and they have finished all the same
+    transport.after = lambda name, request, reply: None if request.action == "finish" else reply
+    coordinator(transport, tmp_path, names, **schedule).run()
+    asked, before = len(transport.asked), (tmp_path / "server/ledger.jsonl").read_bytes()
+    for rounds, reason in ((3, "2 rounds behind it and was finished, and rounds = 3"), (1, "rounds = 1 are asked for")):
+        with pytest.raises(CheckpointError, match=f"{reason}.*set rounds to 2, "):
+            coordinator(transport, tmp_path, names, **{**schedule, "rounds": rounds}).run()
+    assert len(transport.asked) == asked
+    assert (tmp_path / "server/ledger.jsonl").read_bytes() == before
+    transport.after = lambda name, request, reply: reply
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    assert driver.progress.finished == names
+
+
+def test_a_federation_that_was_cut_off_may_be_given_more_rounds(machines: Any, tmp_path: Path) -> None:
+    names, schedule = ["alpha", "beta"], {"rounds": 2, "local_max_epochs": 1, "exchange": "teacher"}
+    transport = machines(names, **schedule)
+
+    def kill(name: str, request: Request, reply: Reply) -> Reply:
+        if request.round == 2:
+            raise KeyboardInterrupt
+        return reply
+
+    transport.after = kill
+    with pytest.raises(KeyboardInterrupt):
+        coordinator(transport, tmp_path, names, **schedule).run()
+    with pytest.raises(CheckpointError, match=r"1 rounds behind it, and rounds = 0 .*set rounds to 1 or more"):
+        coordinator(transport, tmp_path, names, **{**schedule, "rounds": 0}).run()
+    transport.after = lambda name, request, reply: reply
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    assert (driver.progress.round, driver.progress.finished) == (2, names)
