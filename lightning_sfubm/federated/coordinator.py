@@ -74,8 +74,6 @@ class Coordinator:
             raise ConfigError(f"silos = {silos}: give every silo of the federation once, by name")
         check_across_machines(federation)
         federation.check_clients(silos)
-        if federation.sends_teacher and len(silos) > 1:
-            federation.weights.check_clients(federation.smallest_round(silos))
         self.federation, self.silos, self.transport = federation, sorted(silos), transport
         self.run_dir, self.seed = run_dir, seed
         self.min_silos = min_silos

@@ -88,9 +88,9 @@ class Federation:
         self.aggregator: SemanticAggregator = aggregator if aggregator is not None else KNNMix()
         self.weights: WeightAggregator = weights if weights is not None else FedAvg()
         self.secure_aggregation = secure_aggregation
+        self.participation, self.min_updates = participation, min_updates
         if secure_aggregation is not None:
             self.weights.check_clients(1)  # it will see one update, the mean
-        self.participation, self.min_updates = participation, min_updates
         self.client_epochs, self.joins, self.leaves = client_epochs or {}, joins or {}, leaves or {}
         for entry, given in (("client_epochs", self.client_epochs), ("joins", self.joins), ("leaves", self.leaves)):
             for name, number in given.items():
@@ -111,16 +111,33 @@ class Federation:
         return self.exchange in ("teacher", "both")
 
     def check_clients(self, names: Iterable[str]) -> None:
-        """Compare the clients that settings name with those there are.
+        """Compare the settings with the clients there are.
 
         Raises:
-            ConfigError: a setting names a client that is not there.
+            ConfigError: a setting names a client that is not there, or a round draws too few clients for the shared teacher to
+                be aggregated.
         """
         known = sorted(names)
         for entry, given in (("client_epochs", self.client_epochs), ("joins", self.joins), ("leaves", self.leaves)):
             for name in given:
                 if name not in known:
                     raise ConfigError(f"federation: {entry} names '{name}'; the clients are {', '.join(known)}")
+        if self.sends_teacher and len(known) > 1:
+            self._check_rounds(known)
+
+    def _check_rounds(self, known: list[str]) -> None:
+        smallest, secure = self.smallest_round(known), self.secure_aggregation
+        self.weights.check_clients(smallest)
+        wanted = {"min_updates": self.min_updates, "secure_aggregation": 1 if secure is None else 2}
+        for setting, fewest in wanted.items():
+            if smallest < fewest:
+                raise ConfigError(
+                    f"federation: {setting} needs {fewest} updates a round, and the smallest round draws {smallest} of "
+                    f"{len(known)} clients: raise participation, change joins and leaves, or "
+                    + ("lower it" if setting == "min_updates" else "remove it")
+                )
+        if secure is not None:
+            secure.check_clients(len(known), weighted=self.weighting == "examples")
 
     def of(self, client: str) -> "Federation":
         """A silo's own part of the schedule, without what it says of clients that are elsewhere."""
@@ -152,10 +169,10 @@ class Federation:
         return [active[index] for index in sorted(chosen)]
 
     def smallest_round(self, names: Iterable[str]) -> int:
-        """The fewest clients that are drawn for any round."""
+        """The fewest clients that are drawn for any round, less rounds for which all have left: those change nothing."""
         names = list(names)
-        sizes = [len(self.active(names, number)) for number in range(1, self.rounds + 1)] or [len(names)]
-        return min(math.ceil(self.participation * size) for size in sizes)
+        sizes = [len(self.active(names, number)) for number in range(1, self.rounds + 1)]
+        return min(math.ceil(self.participation * size) for size in [s for s in sizes if s] or [len(names)])
 
     def joined(self, names: Iterable[str], round: int) -> list[str]:
         """Clients that take part for the first time in a round later than the first."""
