@@ -1,6 +1,7 @@
 """The federated schedule: what is exchanged, for how many rounds, and who takes part in each."""
 
 import copy
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -12,6 +13,7 @@ from lightning_sfubm.federated.secure import SecureAggregation
 from lightning_sfubm.federated.weights import FedAvg, WeightAggregator
 from lightning_sfubm.seeds import numpy_generator
 
+log = logging.getLogger(__name__)
 Exchange = Literal["semantics", "teacher", "both", "nothing"]
 
 
@@ -44,7 +46,7 @@ class Federation:
             result is that of one process with one thread, bit for bit.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or aggregation is secure and the exchange sends no teacher.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Federation:
         self.participation, self.min_updates = participation, min_updates
         if secure_aggregation is not None:
             self.weights.check_clients(1)  # it will see one update, the mean
+        self._check_unread()
         self.client_epochs, self.joins, self.leaves = client_epochs or {}, joins or {}, leaves or {}
         for entry, given in (("client_epochs", self.client_epochs), ("joins", self.joins), ("leaves", self.leaves)):
             for name, number in given.items():
@@ -99,6 +102,28 @@ class Federation:
         self.local_max_epochs, self.local_min_epochs = local_max_epochs, local_min_epochs
         self.patience, self.monitor = patience, monitor
         self.keep_messages = keep_messages
+
+    def _check_unread(self) -> None:
+        """Settings of a shared teacher where none is shared: refuse the one that would seem to protect, warn of the others."""
+        if self.sends_teacher:
+            return
+        if self.secure_aggregation is not None:
+            raise ConfigError(
+                f"federation: secure_aggregation masks teacher weights, and exchange: {self.exchange} sends none: set exchange "
+                "to 'teacher' or 'both', or remove it (item semantics have the aggregator SecureKMeans)"
+            )
+        given = {
+            "weights": type(self.weights) is not FedAvg,
+            "weighting": self.weighting != "uniform",
+            "min_updates": self.min_updates > 1,
+        }
+        unread = [name for name, is_set in given.items() if is_set]
+        if unread and self.exchange != "nothing":  # the control of the same settings, where nothing is sent at all
+            log.warning(
+                "federation: %s: for the weights of a shared teacher, of which exchange: %s sends none; no effect",
+                ", ".join(unread),
+                self.exchange,
+            )
 
     @property
     def sends_semantics(self) -> bool:

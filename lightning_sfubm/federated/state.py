@@ -102,6 +102,13 @@ class RunState:
         secure, callbacks = federation.secure_aggregation, list(callbacks)
         if secure is not None and federation.weighting == "examples" and len(clients) > 1:
             secure.check_examples({name: client.num_examples for name, client in clients.items()})
+        # with exchange: nothing they are silent on purpose: it is the control of the same settings
+        unread = sorted({type(c).__name__ for c in callbacks if getattr(c, "rounds_only", False)})
+        if unread and federation.exchange == "semantics":
+            raise ConfigError(
+                f"{', '.join(unread)}: of rounds whose teacher weights are sent, and exchange: {federation.exchange} sends "
+                "none: set trainer.federation.exchange to 'teacher' or 'both', or remove it from trainer.callbacks"
+            )
         self.federation, self.clients = federation, dict(sorted(clients.items()))
         self.callbacks = [c for c in callbacks if isinstance(c, FederatedCallback)]
         self._private = any(getattr(c, "makes_private", False) for c in callbacks)

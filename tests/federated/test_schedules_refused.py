@@ -1,13 +1,18 @@
 """Schedules and settings that could never do what they say are refused before anything is trained (T17, T18, T31)."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_sfubm.callbacks.fedprox import FedProx
+from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.robust import CoordinateMedian
 from lightning_sfubm.federated.secure import SecureAggregation
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from tests.conftest import small_distiller
@@ -73,3 +78,28 @@ def test_secure_k_means_tries_the_settings_of_its_sums() -> None:
     pytest.importorskip("cryptography")
     with pytest.raises(ConfigError, match=r"could wrap a sum modulo 2\^32"):
         SecureKMeans(secure_aggregation=SecureAggregation(modulus_bits=32))
+
+
+def test_what_would_seem_to_protect_a_teacher_that_is_not_sent_is_refused(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    """Callbacks stay silent under exchange: nothing, the control of the same settings."""
+    pytest.importorskip("cryptography")
+    for exchange in ("semantics", "nothing"):
+        with pytest.raises(ConfigError, match=f"secure_aggregation .*exchange: {exchange} .*set exchange to 'teacher'"):
+            Federation(exchange=exchange, secure_aggregation=SecureAggregation())  # type: ignore[arg-type]
+    for callback in (FedProx(0.1), DifferentialPrivacy(noise_multiplier=1.0)):
+        trainer = federated_trainer(exchange="semantics", callbacks=[PrivacyNoise(0.05), callback])
+        with pytest.raises(ConfigError, match=f"{type(callback).__name__}: .*exchange: semantics .*trainer.callbacks"):
+            trainer.fit(small_distiller(), datamodule=federated_data(num_users=30))
+
+
+def test_settings_of_a_teacher_that_is_not_sent_are_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    given: dict[str, Any] = {"weights": CoordinateMedian(), "weighting": "examples", "min_updates": 2}
+    with caplog.at_level(logging.WARNING):
+        Federation(exchange="semantics")
+        Federation(exchange="teacher", **given)
+        Federation(exchange="nothing", **given)
+        assert not caplog.records
+        Federation(exchange="semantics", **given)
+    assert "federation: weights, weighting, min_updates: for the weights of a shared teacher" in caplog.text
