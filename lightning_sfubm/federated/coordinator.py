@@ -38,6 +38,7 @@ from lightning_sfubm.federated.outbox import Outbox
 from lightning_sfubm.federated.progress import Progress
 from lightning_sfubm.federated.run_name import lasting_name
 from lightning_sfubm.federated.server import Server
+from lightning_sfubm.federated.settings import named_difference
 from lightning_sfubm.federated.weights import TooFewClientsError
 
 log = logging.getLogger(__name__)
@@ -319,22 +320,28 @@ class Coordinator:
             raise CheckpointError(
                 f"{state}: was not written by a server of silos on machines of their own: give the server another run_dir"
             )
-        agreed = {"schedule": self.federation.schedule(self.seed), "silos": self.silos}
-        if {key: stored[key] for key in agreed} != agreed:
-            raise CheckpointError(f"{self.checkpoints}: was written by another schedule or for other silos: {stored}")
+        agreed = self._agreed()
+        # states of an earlier version do not say how they were aggregated
+        written = {key: stored.get(key, agreed[key] if key == "aggregation" else None) for key in agreed}
+        if differs := named_difference(written, agreed, "{} was {!r} and is {!r}"):
+            raise CheckpointError(
+                f"{self.checkpoints}: was written by another schedule or for other silos: {differs}; set it back, or give the "
+                "server another run_dir"
+            )
         self.progress = Progress(**stored["progress"])
         self.progress.check_rounds(self.federation.rounds, self.checkpoints)
         self.ledger.resume(self.progress.ledger)
+
+    def _agreed(self) -> dict[str, Any]:
+        """What a server that goes on must share with the one before, as JSON values."""
+        schedule, aggregation = dict(self.federation.schedule(self.seed)), self.federation.aggregation()
+        return {"schedule": schedule, "aggregation": aggregation, "silos": self.silos}
 
     def _checkpoint(self) -> bool:
         """Write a state; returns whether an older one still refers to messages that this one does not."""
         self.progress.step += 1
         self.progress.ledger = self.ledger.entries
-        stored = {
-            "progress": vars(self.progress),
-            "schedule": dict(self.federation.schedule(self.seed)),
-            "silos": self.silos,
-        }
+        stored = {"progress": vars(self.progress), **self._agreed()}
         self.ledger.flush()
         save_state(self.checkpoints, self.progress.step, stored, self.server, {})
         return self.outbox.clean()

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.aggregation import KNNMix, NoAggregation, SemanticAggregator
+from lightning_sfubm.federated.describe import describe
 from lightning_sfubm.federated.messages import MAX_ITEMS
 from lightning_sfubm.federated.secure import SecureAggregation
 from lightning_sfubm.federated.weights import FedAvg, WeightAggregator
@@ -210,6 +211,15 @@ class Federation:
         """
         known = set(names)
         return 1 + len({number for name, number in self.joins.items() if name in known and number > 1})
+
+    def aggregation(self) -> dict[str, object]:
+        """What the server makes of what is sent, as JSON values; of parts that the exchange does not use nothing is said."""
+        used: dict[str, object] = {}
+        if self.exchange in ("semantics", "both"):
+            used["aggregator"] = describe(self.aggregator)
+        if self.sends_teacher:
+            used |= {"weights": describe(self.weights), "min_updates": self.min_updates}
+        return used
 
     def schedule(self, seed: int) -> Mapping[str, object]:
         """What a resumed run must share with the one it goes on with; the number of rounds may grow."""

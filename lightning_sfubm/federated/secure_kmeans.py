@@ -122,6 +122,11 @@ class SecureKMeans:
         return self.views(0, uploads, self.seed, 1, lambda *_: None, lambda *_: None)
 
     @property
+    def secure_aggregation(self) -> SecureAggregation:
+        """What was given by this name, or the defaults."""
+        return self.secure
+
+    @property
     def _clip(self) -> float:
         """Bound of an element of a client's sums, noise included."""
         return 4.0 * self.max_items
