@@ -141,7 +141,7 @@ class Coordinator:
         self.members.gather(wanted, max(1, fewest), lambda: self._request("hello", 0))
 
     def _greet(self) -> None:
-        self.members.greet(lambda: self._request("hello", 0), self.patience.round_s)
+        self.members.greet(lambda: self._request("hello", 0))
 
     def _agree(self, reply: Reply) -> None:
         """Build the server from the first silo's description; every other must start from the same weights."""

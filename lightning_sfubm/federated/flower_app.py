@@ -148,6 +148,11 @@ def check(config: Mapping[str, Value]) -> None:
         def ask(self, requests: Mapping[int, Any], deadline_s: float) -> Mapping[int, Any]:
             return {}
 
+        def send(self, requests: Mapping[int, Any], deadline_s: float) -> None: ...
+
+        def arrived(self) -> Mapping[int, Any]:
+            return {}
+
     read = RunConfig.read(config)
     Coordinator(read.federation, read.silos, Nobody(), Path(read.run_dir), read.seed, read.min_silos, read.patience)
 

@@ -278,6 +278,11 @@ def test_a_silo_opens_from_its_own_configuration_files(tmp_path: Path, monkeypat
         def ask(self, requests: Any, deadline_s: float) -> dict[int, Any]:
             return {}
 
+        def send(self, requests: Any, deadline_s: float) -> None: ...
+
+        def arrived(self) -> dict[int, Any]:
+            return {}
+
     request = Coordinator(read.federation, read.silos, Nobody(), tmp_path / "server", read.seed)._request("hello", 0)
     reply = open_silo([str(common), str(own)], "alpha").answer(request)
     assert reply.silo == "alpha"
