@@ -242,6 +242,12 @@ class DifferentialPrivacy(Callback):
             spent = {"privacy/epsilon": self.accountant.epsilon(), "privacy/delta": self.delta}
             pl_module.log_dict(spent, prog_bar=True, on_step=True, batch_size=1)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log both once more, for loggers that see a step now and then only: each epoch's point is in all of them."""
+        if self._active:
+            spent = {"privacy/epsilon": self.accountant.epsilon(), "privacy/delta": self.delta}
+            pl_module.log_dict(spent, on_step=False, on_epoch=True, batch_size=1)
+
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,14 +23,16 @@ from lightning_sfubm.privacy.secure_aggregation import SecAggSettings
 
 DifferentialPrivacy(noise_multiplier=1.0)
 SecAggSettings(2)
+from lightning_sfubm.federated.secure import SecureAggregation
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 
-try:
-    SecureKMeans()
-except lightning_sfubm.errors.ConfigError as error:
-    assert "lightning-sfubm[secagg]" in str(error)
-else:
-    raise AssertionError("secure k-means is set up without cryptography")
+for needs_cryptography in (SecureKMeans, SecureAggregation):
+    try:
+        needs_cryptography()
+    except lightning_sfubm.errors.ConfigError as error:
+        assert "lightning-sfubm[secagg]" in str(error)
+    else:
+        raise AssertionError(f"{needs_cryptography} is set up without cryptography")
 try:
     importlib.import_module("lightning_sfubm.federated.flower")
 except lightning_sfubm.errors.ConfigError as error:

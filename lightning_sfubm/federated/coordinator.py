@@ -12,10 +12,8 @@ round, as in the loop.
 import copy
 import hashlib
 import logging
-import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +35,13 @@ from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.membership import Membership, Patience, Transport
 from lightning_sfubm.federated.messages import Message, MessageSchema, ReplayGuard, teacher_schema, unpack
 from lightning_sfubm.federated.outbox import Outbox
+from lightning_sfubm.federated.progress import Progress
 from lightning_sfubm.federated.run_name import lasting_name
 from lightning_sfubm.federated.server import Server
+from lightning_sfubm.federated.settings import named_difference
 from lightning_sfubm.federated.weights import TooFewClientsError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Progress:
-    step: int = 0
-    federation: str = field(default_factory=lambda: secrets.token_hex(16))
-    round: int = 0
-    exchanged: int | None = None
-    start: str = ""  # hash of the weights that all silos start from
-    finished: list[str] = field(default_factory=list)
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    outbox: dict[str, dict[str, str]] = field(default_factory=dict)  # silo -> kind -> hash of a message to deliver
-    ledger: int = 0
 
 
 class Coordinator:
@@ -66,8 +53,8 @@ class Coordinator:
         transport: carries requests and replies.
         run_dir: where states and the server's own message ledger are written.
         seed: root seed, the same for all.
-        min_silos: silos that must be there before the run starts; ``None`` = all that take part from the start. A run that
-            goes on waits for the others as long, and then goes on without them.
+        min_silos: silos that must be there before the run starts, of those that take part from the start; ``None`` = all of
+            them. A run that goes on waits for the others as long, and then goes on without them.
         patience: deadlines.
 
     Raises:
@@ -88,14 +75,12 @@ class Coordinator:
             raise ConfigError(f"silos = {silos}: give every silo of the federation once, by name")
         check_across_machines(federation)
         federation.check_clients(silos)
-        if federation.sends_teacher and len(silos) > 1:
-            federation.weights.check_clients(federation.smallest_round(silos))
         self.federation, self.silos, self.transport = federation, sorted(silos), transport
         self.run_dir, self.seed = run_dir, seed
         self.min_silos = min_silos
         self.patience = patience if patience is not None else Patience()
         self.members = Membership(self.silos, transport, self.patience, self._agree)
-        self.progress = _Progress()
+        self.progress = Progress()
         self.ledger = Ledger(run_dir / "ledger.jsonl")
         self.outbox = Outbox(run_dir / "outbox", self.checkpoints)
         self._server: Server | None = None
@@ -148,13 +133,15 @@ class Coordinator:
     # ------------------------------------------------------------------ who is there
 
     def _gather(self) -> None:
-        # where all have left, the last message is still to be delivered
-        wanted = self.federation.active(self.silos, self.progress.round + 1) or self.silos
-        fewest = 1 if self.progress.step else min(len(wanted), self.min_silos or len(wanted))
+        progress, wanted = self.progress, self.federation.active(self.silos, self.progress.round + 1)
+        if progress.step and progress.round >= self.federation.rounds:  # the last message is still to be delivered
+            wanted = sorted(set(self.silos) - set(progress.finished))
+        wanted = wanted or self.silos
+        fewest = 1 if progress.step else min(len(wanted), self.min_silos or len(wanted))
         self.members.gather(wanted, max(1, fewest), lambda: self._request("hello", 0))
 
     def _greet(self) -> None:
-        self.members.greet(lambda: self._request("hello", 0), self.patience.round_s)
+        self.members.greet(lambda: self._request("hello", 0))
 
     def _agree(self, reply: Reply) -> None:
         """Build the server from the first silo's description; every other must start from the same weights."""
@@ -233,6 +220,7 @@ class Coordinator:
             number, {name: self._request("finish", number, name) for name in left}, self.patience.finish_s
         )
         self.progress.finished = sorted({*self.progress.finished, *replies})
+        self.progress.closed = self.progress.closed or bool(set(left) & set(self.members.known))
         if self._checkpoint():
             self._checkpoint()  # no later state would take the place of the one that refers to what is now delivered
         missing = sorted(set(self.silos) - set(self.progress.finished))
@@ -332,20 +320,28 @@ class Coordinator:
             raise CheckpointError(
                 f"{state}: was not written by a server of silos on machines of their own: give the server another run_dir"
             )
-        agreed = {"schedule": self.federation.schedule(self.seed), "silos": self.silos}
-        if {key: stored[key] for key in agreed} != agreed:
-            raise CheckpointError(f"{self.checkpoints}: was written by another schedule or for other silos: {stored}")
-        self.progress = _Progress(**stored["progress"])
+        agreed = self._agreed()
+        # states of an earlier version do not say how they were aggregated
+        written = {key: stored.get(key, agreed[key] if key == "aggregation" else None) for key in agreed}
+        if differs := named_difference(written, agreed, "{} was {!r} and is {!r}"):
+            raise CheckpointError(
+                f"{self.checkpoints}: was written by another schedule or for other silos: {differs}; set it back, or give the "
+                "server another run_dir"
+            )
+        self.progress = Progress(**stored["progress"])
+        self.progress.check_rounds(self.federation.rounds, self.checkpoints)
         self.ledger.resume(self.progress.ledger)
+
+    def _agreed(self) -> dict[str, Any]:
+        """What a server that goes on must share with the one before, as JSON values."""
+        schedule, aggregation = dict(self.federation.schedule(self.seed)), self.federation.aggregation()
+        return {"schedule": schedule, "aggregation": aggregation, "silos": self.silos}
 
     def _checkpoint(self) -> bool:
         """Write a state; returns whether an older one still refers to messages that this one does not."""
         self.progress.step += 1
         self.progress.ledger = self.ledger.entries
-        stored = {
-            "progress": vars(self.progress),
-            "schedule": dict(self.federation.schedule(self.seed)),
-            "silos": self.silos,
-        }
+        stored = {"progress": vars(self.progress), **self._agreed()}
+        self.ledger.flush()
         save_state(self.checkpoints, self.progress.step, stored, self.server, {})
         return self.outbox.clean()

@@ -100,12 +100,13 @@ def check_across_machines(federation: Federation) -> None:
 
 
 def terms(federation: Federation, seed: int) -> str:
-    """What coordinator and silos must agree on: what leaves a silo, how often, and the seed; as JSON."""
+    """What coordinator and silos must agree on: what leaves a silo, how often, what becomes of it, and the seed; as JSON."""
     agreed = {
         "rounds": federation.rounds,
         "weighting": federation.weighting,
         "secure": federation.secure_aggregation is not None,
         "schedule": federation.schedule(seed),
+        **federation.aggregation(),
     }
     return json.dumps(agreed, sort_keys=True)
 

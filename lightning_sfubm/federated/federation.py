@@ -1,17 +1,20 @@
 """The federated schedule: what is exchanged, for how many rounds, and who takes part in each."""
 
 import copy
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.aggregation import KNNMix, NoAggregation, SemanticAggregator
+from lightning_sfubm.federated.describe import describe
 from lightning_sfubm.federated.messages import MAX_ITEMS
 from lightning_sfubm.federated.secure import SecureAggregation
 from lightning_sfubm.federated.weights import FedAvg, WeightAggregator
 from lightning_sfubm.seeds import numpy_generator
 
+log = logging.getLogger(__name__)
 Exchange = Literal["semantics", "teacher", "both", "nothing"]
 
 
@@ -44,7 +47,7 @@ class Federation:
             result is that of one process with one thread, bit for bit.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a number is out of range, or aggregation is secure and the exchange sends no teacher.
     """
 
     def __init__(
@@ -88,9 +91,10 @@ class Federation:
         self.aggregator: SemanticAggregator = aggregator if aggregator is not None else KNNMix()
         self.weights: WeightAggregator = weights if weights is not None else FedAvg()
         self.secure_aggregation = secure_aggregation
+        self.participation, self.min_updates = participation, min_updates
         if secure_aggregation is not None:
             self.weights.check_clients(1)  # it will see one update, the mean
-        self.participation, self.min_updates = participation, min_updates
+        self._check_unread()
         self.client_epochs, self.joins, self.leaves = client_epochs or {}, joins or {}, leaves or {}
         for entry, given in (("client_epochs", self.client_epochs), ("joins", self.joins), ("leaves", self.leaves)):
             for name, number in given.items():
@@ -99,6 +103,28 @@ class Federation:
         self.local_max_epochs, self.local_min_epochs = local_max_epochs, local_min_epochs
         self.patience, self.monitor = patience, monitor
         self.keep_messages = keep_messages
+
+    def _check_unread(self) -> None:
+        """Settings of a shared teacher where none is shared: refuse the one that would seem to protect, warn of the others."""
+        if self.sends_teacher:
+            return
+        if self.secure_aggregation is not None:
+            raise ConfigError(
+                f"federation: secure_aggregation masks teacher weights, and exchange: {self.exchange} sends none: set exchange "
+                "to 'teacher' or 'both', or remove it (item semantics have the aggregator SecureKMeans)"
+            )
+        given = {
+            "weights": type(self.weights) is not FedAvg,
+            "weighting": self.weighting != "uniform",
+            "min_updates": self.min_updates > 1,
+        }
+        unread = [name for name, is_set in given.items() if is_set]
+        if unread and self.exchange != "nothing":  # the control of the same settings, where nothing is sent at all
+            log.warning(
+                "federation: %s: for the weights of a shared teacher, of which exchange: %s sends none; no effect",
+                ", ".join(unread),
+                self.exchange,
+            )
 
     @property
     def sends_semantics(self) -> bool:
@@ -111,16 +137,33 @@ class Federation:
         return self.exchange in ("teacher", "both")
 
     def check_clients(self, names: Iterable[str]) -> None:
-        """Compare the clients that settings name with those there are.
+        """Compare the settings with the clients there are.
 
         Raises:
-            ConfigError: a setting names a client that is not there.
+            ConfigError: a setting names a client that is not there, or a round draws too few clients for the shared teacher to
+                be aggregated.
         """
         known = sorted(names)
         for entry, given in (("client_epochs", self.client_epochs), ("joins", self.joins), ("leaves", self.leaves)):
             for name in given:
                 if name not in known:
                     raise ConfigError(f"federation: {entry} names '{name}'; the clients are {', '.join(known)}")
+        if self.sends_teacher and len(known) > 1:
+            self._check_rounds(known)
+
+    def _check_rounds(self, known: list[str]) -> None:
+        smallest, secure = self.smallest_round(known), self.secure_aggregation
+        self.weights.check_clients(smallest)
+        wanted = {"min_updates": self.min_updates, "secure_aggregation": 1 if secure is None else 2}
+        for setting, fewest in wanted.items():
+            if smallest < fewest:
+                raise ConfigError(
+                    f"federation: {setting} needs {fewest} updates a round, and the smallest round draws {smallest} of "
+                    f"{len(known)} clients: raise participation, change joins and leaves, or "
+                    + ("lower it" if setting == "min_updates" else "remove it")
+                )
+        if secure is not None:
+            secure.check_clients(len(known), weighted=self.weighting == "examples")
 
     def of(self, client: str) -> "Federation":
         """A silo's own part of the schedule, without what it says of clients that are elsewhere."""
@@ -152,10 +195,10 @@ class Federation:
         return [active[index] for index in sorted(chosen)]
 
     def smallest_round(self, names: Iterable[str]) -> int:
-        """The fewest clients that are drawn for any round."""
+        """The fewest clients that are drawn for any round, less rounds for which all have left: those change nothing."""
         names = list(names)
-        sizes = [len(self.active(names, number)) for number in range(1, self.rounds + 1)] or [len(names)]
-        return min(math.ceil(self.participation * size) for size in sizes)
+        sizes = [len(self.active(names, number)) for number in range(1, self.rounds + 1)]
+        return min(math.ceil(self.participation * size) for size in [s for s in sizes if s] or [len(names)])
 
     def joined(self, names: Iterable[str], round: int) -> list[str]:
         """Clients that take part for the first time in a round later than the first."""
@@ -168,6 +211,15 @@ class Federation:
         """
         known = set(names)
         return 1 + len({number for name, number in self.joins.items() if name in known and number > 1})
+
+    def aggregation(self) -> dict[str, object]:
+        """What the server makes of what is sent, as JSON values; of parts that the exchange does not use nothing is said."""
+        used: dict[str, object] = {}
+        if self.exchange in ("semantics", "both"):
+            used["aggregator"] = describe(self.aggregator)
+        if self.sends_teacher:
+            used |= {"weights": describe(self.weights), "min_updates": self.min_updates}
+        return used
 
     def schedule(self, seed: int) -> Mapping[str, object]:
         """What a resumed run must share with the one it goes on with; the number of rounds may grow."""

@@ -87,6 +87,8 @@ class FlowerTransport:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self._sent: dict[str, int] = {}  # node by the id of a message whose reply nobody waits for
+        self._unsent: list[int] = []
 
     def nodes(self) -> dict[int, str]:
         """Connected SuperNodes, with the names they were registered under."""
@@ -94,22 +96,52 @@ class FlowerTransport:
 
     def ask(self, requests: Mapping[int, Request], deadline_s: float) -> dict[int, Reply]:
         """One message to each SuperNode; it, and the answer to it, expire with the deadline."""
-        messages = []
-        for node, request in sorted(requests.items()):
-            fields = {k: getattr(request, k) for k in ("action", "federation", "round", "terms")}
-            content = _pack(fields, request)
-            messages.append(Message(content, node, "train", ttl=deadline_s, group_id=str(request.round)))
         replies = {}
-        for message in self._grid.send_and_receive(messages, timeout=deadline_s):
+        for message in self._grid.send_and_receive(_messages(requests, deadline_s), timeout=deadline_s):
             node = message.metadata.src_node_id
-            if message.has_error():
-                log.warning("node %d: %s", node, message.error.reason)
-                continue
-            try:
-                replies[node] = Reply(**_unpack(message.content, {"silo", "error", "shape"}))
-            except (MessageError, TypeError, AttributeError) as error:
-                log.warning("node %d: not a reply of a silo (%s)", node, error)
+            if (reply := _reply(node, message)) is not None:
+                replies[node] = reply
         return replies
+
+    def send(self, requests: Mapping[int, Request], deadline_s: float) -> None:
+        """One message to each SuperNode, for whose reply nobody waits."""
+        ids = list(
+            self._grid.push_messages(_messages(requests, deadline_s))
+        )  # none where it is too large, None where it failed
+        sent = {message_id: node for message_id, node in zip(ids, sorted(requests), strict=False) if message_id}
+        self._sent |= sent
+        self._unsent += sorted(set(requests) - set(sent.values()))
+
+    def arrived(self) -> dict[int, Reply | None]:
+        """Replies that have come to what was sent so; ``None`` where Flower says that none will."""
+        replies: dict[int, Reply | None] = dict.fromkeys(self._unsent)
+        self._unsent = []
+        for message in self._grid.pull_messages(list(self._sent)) if self._sent else []:
+            node = self._sent.pop(message.metadata.reply_to_message_id, message.metadata.src_node_id)
+            replies[node] = _reply(node, message)
+        return replies
+
+
+def _messages(requests: Mapping[int, Request], deadline_s: float) -> list[Message]:
+    """A message for each request, in the order of the nodes; it and its reply expire with the deadline."""
+    messages = []
+    for node, request in sorted(requests.items()):
+        fields = {k: getattr(request, k) for k in ("action", "federation", "round", "terms")}
+        content = _pack(fields, request)
+        messages.append(Message(content, node, "train", ttl=deadline_s, group_id=str(request.round)))
+    return messages
+
+
+def _reply(node: int, message: Message) -> Reply | None:
+    """What a silo answered; ``None`` where it did not."""
+    if message.has_error():
+        log.warning("node %d: %s", node, message.error.reason)
+        return None
+    try:
+        return Reply(**_unpack(message.content, {"silo", "error", "shape"}))
+    except (MessageError, TypeError, AttributeError) as error:
+        log.warning("node %d: not a reply of a silo (%s)", node, error)
+        return None
 
 
 def _pack(fields: dict[str, Any], payloads: Request | Reply) -> RecordDict:

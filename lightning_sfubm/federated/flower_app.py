@@ -148,6 +148,11 @@ def check(config: Mapping[str, Value]) -> None:
         def ask(self, requests: Mapping[int, Any], deadline_s: float) -> Mapping[int, Any]:
             return {}
 
+        def send(self, requests: Mapping[int, Any], deadline_s: float) -> None: ...
+
+        def arrived(self) -> Mapping[int, Any]:
+            return {}
+
     read = RunConfig.read(config)
     Coordinator(read.federation, read.silos, Nobody(), Path(read.run_dir), read.seed, read.min_silos, read.patience)
 
@@ -219,13 +224,21 @@ def _load(paths: Sequence[Path]) -> dict[str, Any]:
         merged = OmegaConf.merge(*(OmegaConf.load(path) for path in paths))
         wanted = {}
         if isinstance(merged, DictConfig):
-            wanted = {key: merged.get(key) for key in ("seed_everything", "trainer", "data") if key in merged}
+            wanted = {key: _plain(merged.get(key)) for key in ("seed_everything", "trainer", "data") if key in merged}
+            trainer = merged.get("trainer")
+            # of the rest, references may hold on the silos' machines alone
+            if isinstance(trainer, DictConfig) and "federation" in trainer:
+                wanted["trainer"]["federation"] = _plain(trainer.get("federation"), resolve=True)
     # what YAML, a reference in it, or files that do not go together may raise
     except (OSError, ValueError, TypeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{_names(paths)}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(merged, DictConfig):
         raise ConfigError(f"{paths[0]}: not a configuration")
-    return {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in wanted.items()}
+    return wanted
+
+
+def _plain(value: Any, resolve: bool = False) -> Any:
+    return OmegaConf.to_container(value, resolve=resolve) if OmegaConf.is_config(value) else value
 
 
 def _federation_settings(shared: Mapping[str, Any], paths: Sequence[Path]) -> dict[str, Any]:

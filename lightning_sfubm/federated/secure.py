@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_sfubm.errors import ConfigError, MessageError, PrivacyError
+from lightning_sfubm.privacy.secagg.encoding import SecAggSettings
+from lightning_sfubm.privacy.secagg.primitives import require_cryptography
 
 if TYPE_CHECKING:
     from lightning_sfubm.privacy.secagg.server import SecureSum
@@ -31,7 +33,7 @@ class SecureAggregation:
         modulus_bits: 32 or 64 bits a value; 32 halves the traffic and needs a smaller ``clip`` or fewer bits.
 
     Raises:
-        ConfigError: the threshold is out of range.
+        ConfigError: a number is out of range, sums of two clients could wrap, or the package ``cryptography`` is missing.
     """
 
     def __init__(
@@ -42,10 +44,43 @@ class SecureAggregation:
         max_weight: float = 1e6,
         modulus_bits: int = 64,
     ) -> None:
+        require_cryptography()  # now, not after a round of training
         if not 0.5 < threshold <= 1:
             raise ConfigError(f"secure_aggregation.threshold = {threshold} must lie in (0.5, 1]")
         self.threshold, self.clip, self.fractional_bits = threshold, clip, fractional_bits
         self.max_weight, self.modulus_bits = max_weight, modulus_bits
+        if not 0 < max_weight <= 1 << 53:  # false for NaN too
+            raise ConfigError(f"secure_aggregation.max_weight = {max_weight} must be positive and at most 2^53")
+        self.check_clients(2)
+
+    def check_clients(self, clients: int, clip: float | None = None, weighted: bool = False) -> None:
+        """Refuse settings under which a round of so many clients could never be summed.
+
+        Args:
+            clients: the most that take part in a round.
+            clip: largest absolute value of an element; ``None`` for the settings' own.
+            weighted: whether clients weigh in with up to ``max_weight`` examples, or each the same.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        self._settings(clients, self.clip if clip is None else clip, self.max_weight if weighted else 1.0)
+
+    def check_examples(self, examples: Mapping[str, float]) -> None:
+        """Refuse a client that could not weigh in.
+
+        Args:
+            examples: number by client.
+
+        Raises:
+            ConfigError: one has more than ``max_weight``.
+        """
+        most = max(sorted(examples), key=lambda name: examples[name])
+        if examples[most] > self.max_weight:
+            raise ConfigError(
+                f"secure_aggregation.max_weight = {self.max_weight:g} is below the {examples[most]:g} training interactions "
+                f"that '{most}' would weigh in with: raise it, or set weighting to 'uniform'"
+            )
 
     def mean(
         self,
@@ -113,6 +148,16 @@ class SecureAggregation:
         """How many of the clients must stay to the end."""
         return max(math.ceil(self.threshold * clients), clients // 2 + 1)
 
+    def _settings(self, clients: int, clip: float, max_weight: float) -> SecAggSettings:
+        return SecAggSettings(
+            clients,
+            self.survivors(clients),
+            clip=clip,
+            fractional_bits=self.fractional_bits,
+            max_weight=max_weight,
+            modulus_bits=self.modulus_bits,
+        )
+
     def _total(
         self,
         round: int,
@@ -123,21 +168,14 @@ class SecureAggregation:
         record: Record,
         prefix: str,
     ) -> "SecureSum":
-        from lightning_sfubm.privacy.secure_aggregation import SecAggClient, SecAggServer, SecAggSettings
+        from lightning_sfubm.privacy.secure_aggregation import SecAggClient, SecAggServer
 
         names = sorted(updates)
         if len(names) < 2:
             raise PrivacyError(
                 f"round {round}: {len(names)} client is there; under secure aggregation a sum needs two at least"
             )
-        settings = SecAggSettings(
-            len(names),
-            self.survivors(len(names)),
-            clip=clip,
-            fractional_bits=self.fractional_bits,
-            max_weight=max_weight,
-            modulus_bits=self.modulus_bits,
-        )
+        settings = self._settings(len(names), clip, max_weight)
         shapes = {key: tuple(value.shape) for key, value in updates[names[0]].items()}
         server = SecAggServer(settings, shapes, round)
         clients = {name: SecAggClient(name, settings, shapes, round) for name in names}

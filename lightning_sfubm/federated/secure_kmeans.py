@@ -111,6 +111,7 @@ class SecureKMeans:
         self.num_clusters, self.min_members, self.iterations, self.seed = num_clusters, min_members, iterations, seed
         self.epsilon, self.delta, self.secret_dir, self.max_items = epsilon, delta, secret_dir, max_items
         self.secure = secure_aggregation if secure_aggregation is not None else SecureAggregation()
+        self.secure.check_clients(2, self._clip)
         if epsilon is not None:
             gaussian_sigma(epsilon, delta)  # checks them
 
@@ -119,6 +120,16 @@ class SecureKMeans:
         if len(uploads) < 2:
             return {}
         return self.views(0, uploads, self.seed, 1, lambda *_: None, lambda *_: None)
+
+    @property
+    def secure_aggregation(self) -> SecureAggregation:
+        """What was given by this name, or the defaults."""
+        return self.secure
+
+    @property
+    def _clip(self) -> float:
+        """Bound of an element of a client's sums, noise included."""
+        return 4.0 * self.max_items
 
     def schema(self, dim: int) -> MessageSchema:
         """Of the messages with centroids that clients are sent."""
@@ -201,7 +212,7 @@ class SecureKMeans:
         # Whoever receives the total may be one of the clients, and knows its own share.
         shares = max(1, min(self.secure.survivors(len(names)), len(names) - 1))
         noise = _Noise(self._scale(exchanges), shares, self._secrets(names, seed), (nonce, *settings, round, *names))
-        total = partial(self.secure.sum, round, clip=4.0 * self.max_items, record=record, prefix="semantics ")
+        total = partial(self.secure.sum, round, clip=self._clip, record=record, prefix="semantics ")
         moments = total({n: noise(n, 0, local_moments(rows[n]), MOMENTS_SENSITIVITY) for n in names})
         mean, spread = mean_and_spread(moments)
         centroids = first_centroids(mean, spread, self.num_clusters, torch_generator(self.seed, "secure k-means"))

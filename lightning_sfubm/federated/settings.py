@@ -72,10 +72,28 @@ def lasting_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The settings that differ, as words; empty where none does or where one side was made without a configuration."""
-    if not stored or not now:
+    return _words(stored, now, "{} was {!r} and is {!r}") if stored and now else ""
+
+
+def named_difference(one: Mapping[str, Any], other: Mapping[str, Any], words: str) -> str:
+    """The settings in which two nested mappings differ, by dotted key; empty where they do not.
+
+    Args:
+        one: settings as JSON values.
+        other: likewise.
+        words: format of each, for its key and its two values.
+    """
+    if one == other:
         return ""
-    keys = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
-    words = [f"{key} was {stored.get(key)!r} and is {now.get(key)!r}" for key in keys]
+    try:
+        return _words(dict(_flatten("", one)), dict(_flatten("", other)), words) or "empty settings"
+    except RecursionError:  # nested as nothing of this package is
+        return "settings of no form that is known"
+
+
+def _words(one: Mapping[str, Any], other: Mapping[str, Any], words_of: str) -> str:
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    words = [words_of.format(key, one.get(key), other.get(key)) for key in keys]
     more = [f"{len(words) - 5} more"] if len(words) > 5 else []
     return "; ".join([*words[:5], *more])
 

@@ -32,6 +32,7 @@ from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.messages import Message, MessageSchema, ReplayGuard, pack, unpack
 from lightning_sfubm.federated.server import SERVER
+from lightning_sfubm.federated.settings import named_difference
 from lightning_sfubm.federated.state import OF_SILO
 from lightning_sfubm.locks import locked
 
@@ -123,14 +124,11 @@ class Silo(FederatedLoop):
     def _check_terms(self, request: Request) -> None:
         """Refuse a run that asks for more, or for something else, than this silo's own configuration says."""
         asked, own = read_terms(request.terms), json.loads(terms(self.agreed, self.seed))
-        differs = {key: (asked.get(key), own[key]) for key in own if key != "rounds" and asked.get(key) != own[key]}
-        if differs:
-            raise ConfigError(
-                f"the run asks for other terms than trainer.federation of this silo (asked, own): {differs}"
-            )
-        rounds = asked.get("rounds")
-        if not isinstance(rounds, int) or isinstance(rounds, bool) or not 0 <= rounds <= own["rounds"]:
-            raise ConfigError(f"the run asks for {rounds} rounds, this silo agreed to {own['rounds']}")
+        rounds, agreed = asked.pop("rounds", None), own.pop("rounds")
+        if differs := named_difference(asked, own, "{} is {!r} and here {!r}"):
+            raise ConfigError(f"the run asks for other terms than trainer.federation of this silo: {differs}")
+        if not isinstance(rounds, int) or isinstance(rounds, bool) or not 0 <= rounds <= agreed:
+            raise ConfigError(f"the run asks for {rounds} rounds, this silo agreed to {agreed}")
         if self._simulated:
             raise PrivacyError(
                 f"the noise of {', '.join(self._simulated)} is derived from the run's seed, which the server knows: set its "
@@ -322,7 +320,7 @@ def read_silo(configs: Sequence[str], name: str) -> "tuple[SFUBMCLI, Federation]
         name: of the silo.
 
     Raises:
-        ConfigError: no federation is agreed to, or there is no such domain.
+        ConfigError: no federation is agreed to, there is no such domain, or the trainer asks for several processes.
     """
     from lightning_sfubm.cli import SFUBMCLI
     from lightning_sfubm.federated.trainer import FederatedTrainer
@@ -337,6 +335,11 @@ def read_silo(configs: Sequence[str], name: str) -> "tuple[SFUBMCLI, Federation]
     assert isinstance(trainer, FederatedTrainer)
     if trainer.federation is None:
         raise ConfigError(f"{configs[-1]}: trainer.federation is missing: it says what this silo agrees to send")
+    if trainer.world_size > 1:  # each further process would start as another task of the same message
+        raise ConfigError(
+            f"{configs[-1]}: a silo trains in one process, and its trainer asks for {trainer.world_size}: set trainer.devices "
+            "and trainer.num_nodes to 1"
+        )
     domains = getattr(data, "domains", {})
     if name not in domains:
         raise ConfigError(

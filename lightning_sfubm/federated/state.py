@@ -80,6 +80,10 @@ class RunState:
         seed: root seed.
         loggers: experiment loggers that callbacks may write to.
         settings: the :func:`~lightning_sfubm.federated.settings.lasting_settings` of a configuration, where there is one.
+
+    Raises:
+        ConfigError: no client, settings that do not fit the clients, or callbacks for rounds that the exchange does not have.
+        PrivacyError: weights by number of examples, under differential privacy.
     """
 
     def __init__(
@@ -95,10 +99,17 @@ class RunState:
         if not clients:
             raise ConfigError("a federation needs at least one client: give data.domains at least one domain")
         federation.check_clients(clients)
-        if federation.sends_teacher and len(clients) > 1:
-            federation.weights.check_clients(federation.smallest_round(clients))
+        secure, callbacks = federation.secure_aggregation, list(callbacks)
+        if secure is not None and federation.weighting == "examples" and len(clients) > 1:
+            secure.check_examples({name: client.num_examples for name, client in clients.items()})
+        # with exchange: nothing they are silent on purpose: it is the control of the same settings
+        unread = sorted({type(c).__name__ for c in callbacks if getattr(c, "rounds_only", False)})
+        if unread and federation.exchange == "semantics":
+            raise ConfigError(
+                f"{', '.join(unread)}: of rounds whose teacher weights are sent, and exchange: {federation.exchange} sends "
+                "none: set trainer.federation.exchange to 'teacher' or 'both', or remove it from trainer.callbacks"
+            )
         self.federation, self.clients = federation, dict(sorted(clients.items()))
-        callbacks = list(callbacks)
         self.callbacks = [c for c in callbacks if isinstance(c, FederatedCallback)]
         self._private = any(getattr(c, "makes_private", False) for c in callbacks)
         keyed = (getattr(c, "secret_dir", None) for c in (*callbacks, federation.aggregator))

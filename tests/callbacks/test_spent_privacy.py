@@ -1,5 +1,6 @@
 """Epsilon at delta is live in the progress line and in W&B, and stands in checkpoints and in the report."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,21 @@ def test_a_resumed_run_goes_on_spending(federated_data: Any, federated_trainer: 
     assert {name: entry["epsilon"] for name, entry in spent["killed"].items()} == dict.fromkeys(
         spent["killed"], epsilon(6)
     )
+
+
+def test_what_is_spent_is_in_the_csv_file_of_each_client_after_every_epoch(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    """Rounds of fewer steps than a logger writes at: these files have no line of the federation's."""
+    pytest.importorskip("opacus")
+    private = DifferentialPrivacy(noise_multiplier=1.0, delta=DELTA, accounting="rdp")
+    trainer = federated_trainer(exchange="teacher", callbacks=[private], local_epochs=2, local_max_epochs=1)
+    trainer.fit(small_distiller(), datamodule=federated_data(num_users=USERS, batch_size=BATCH))
+    an_epoch = USERS // BATCH
+    for client in ("alpha", "beta"):
+        (path,) = (trainer.run_dir / "csv" / client).rglob("metrics.csv")
+        with open(path, newline="") as handle:
+            lines = [line for line in csv.DictReader(handle) if line["privacy/epsilon"]]
+        after = [epsilon(an_epoch * number) for number in (1, 2, 3, 4)]
+        assert [float(line["privacy/epsilon"]) for line in lines] == pytest.approx(after, rel=1e-6)
+        assert [float(line["privacy/delta"]) for line in lines] == pytest.approx([DELTA] * 4)

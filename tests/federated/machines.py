@@ -14,7 +14,7 @@ from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.membership import Patience
 from lightning_sfubm.federated.silo import Silo
 
-QUICK = Patience(start_s=5, round_s=5, finish_s=5, poll_s=0.01)
+QUICK = Patience(start_s=5, round_s=5, finish_s=5, poll_s=0.01, hello_s=1)
 HASTY = replace(QUICK, start_s=0.05)
 
 
@@ -29,9 +29,17 @@ class Machines:
         self.after: Callable[[str, Request, Reply], Reply | None] = lambda name, request, reply: reply
         self.registered: dict[int, str] = {}
         self.offline: set[int] = set()
+        self.waiting: dict[int, Reply] = {}
 
     def nodes(self) -> dict[int, str]:
         return {node: self.registered.get(node, "") for node in self.silos if node not in self.offline}
+
+    def send(self, requests: Mapping[int, Request], deadline_s: float) -> None:
+        self.waiting |= self.ask(requests, deadline_s)
+
+    def arrived(self) -> dict[int, Reply | None]:
+        arrived, self.waiting = {**self.waiting}, {}
+        return arrived
 
     def ask(self, requests: Mapping[int, Request], deadline_s: float) -> dict[int, Reply]:
         replies = {}

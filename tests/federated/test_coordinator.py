@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
+from lightning_sfubm.federated import checkpoint, ledger
 from lightning_sfubm.federated.checkpoint import find_state, read_loop, stored_states
 from lightning_sfubm.federated.envelopes import Reply, Request, describe_shapes, read_shapes
 from lightning_sfubm.federated.messages import MessageSchema, unpack
@@ -136,6 +137,29 @@ def test_messages_are_the_owners_alone_and_gone_once_delivered(machines: Any, tm
     assert outbox.stat().st_mode & 0o777 == 0o700
 
 
+def test_ledger_lines_are_on_disk_before_a_state_counts_them(
+    machines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a state that is there and lines that are not would never go on."""
+    order: list[str] = []
+    ledger_flush, state_flush = ledger.flush, checkpoint.flush
+    server = tmp_path / "server"
+
+    def noting(name: str, path: Path, real: Any) -> None:
+        if server in path.parents:
+            order.append(name)
+        real(path)
+
+    monkeypatch.setattr(ledger, "flush", lambda path: noting("ledger", path, ledger_flush))
+    monkeypatch.setattr(checkpoint, "flush", lambda path: noting("state", path, state_flush))
+    transport = machines(["alpha", "beta"], rounds=1, local_max_epochs=1)
+    coordinator(transport, tmp_path, ["alpha", "beta"], rounds=1, local_max_epochs=1).run()
+    assert "ledger" in order
+    states = [name for name, before in zip(order, ["", *order], strict=False) if name == "state" != before]
+    assert len(states) == order.count("ledger")  # each state's files come after a flush of the ledger
+    assert order[0] == "ledger"
+
+
 def test_nothing_is_deleted_while_a_state_cannot_be_read(machines: Any, tmp_path: Path) -> None:
     schedule = {"exchange": "semantics", "rounds": 1, "local_max_epochs": 1}
     transport = machines(["alpha", "beta"], **schedule)
@@ -212,3 +236,66 @@ def test_a_state_of_the_other_kind_is_refused(machines: Any, in_one_process: Any
         other.run()
     with pytest.raises(CheckpointError, match=f"{find_state(driver.checkpoints)}: .*not .* clients"):
         together.loop.resume(driver.checkpoints)
+
+
+# ------------------------------------------------------------------ who must be there, and for how many rounds
+
+
+def test_silos_that_join_later_do_not_stand_in_for_one_that_is_needed(machines: Any, tmp_path: Path) -> None:
+    names, schedule = ["alpha", "beta", "gamma"], {"rounds": 3, "joins": {"gamma": 3}}
+    transport = machines(names, **schedule)
+    transport.offline = {2}
+    with pytest.raises(ConfigError, match=r"1 silos came .* 2 of \['alpha', 'beta'\] are needed; missing: \['beta'\]"):
+        coordinator(transport, tmp_path, names, HASTY, **schedule).run()
+    assert {action for action, _, _ in transport.asked} == {"hello"}
+
+
+def test_a_silo_that_left_is_sent_the_end_when_it_comes_after_the_others(machines: Any, tmp_path: Path) -> None:
+    """Once all rounds are over, who has not finished is wanted, whether or not it would take part in one more."""
+    names, schedule = ["alpha", "beta"], {"rounds": 2, "local_max_epochs": 1, "leaves": {"alpha": 1}}
+    transport = machines(names, **schedule)
+    transport.after = lambda name, request, reply: None if (name, request.action) == ("alpha", "finish") else reply
+    coordinator(transport, tmp_path, names, **schedule).run()
+    transport.after, transport.offline = (lambda name, request, reply: reply), {2}
+    driver = coordinator(transport, tmp_path, names, HASTY, **schedule)
+    driver.run()
+    assert driver.progress.finished == names
+
+
+def test_a_finished_federation_is_not_given_other_rounds(machines: Any, tmp_path: Path) -> None:
+    """Its silos would refuse them, and the run would be called complete."""
+    names, schedule = ["alpha", "beta"], {"rounds": 2, "local_max_epochs": 1, "exchange": "teacher"}
+    transport = machines(names, **{**schedule, "rounds": 3})
+    # known to nobody: their answers are lost, and they have finished all the same
+    transport.after = lambda name, request, reply: None if request.action == "finish" else reply
+    coordinator(transport, tmp_path, names, **schedule).run()
+    asked, before = len(transport.asked), (tmp_path / "server/ledger.jsonl").read_bytes()
+    for rounds, reason in ((3, "2 rounds behind it and was finished, and rounds = 3"), (1, "rounds = 1 are asked for")):
+        with pytest.raises(CheckpointError, match=f"{reason}.*set rounds to 2, "):
+            coordinator(transport, tmp_path, names, **{**schedule, "rounds": rounds}).run()
+    assert len(transport.asked) == asked
+    assert (tmp_path / "server/ledger.jsonl").read_bytes() == before
+    transport.after = lambda name, request, reply: reply
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    assert driver.progress.finished == names
+
+
+def test_a_federation_that_was_cut_off_may_be_given_more_rounds(machines: Any, tmp_path: Path) -> None:
+    names, schedule = ["alpha", "beta"], {"rounds": 2, "local_max_epochs": 1, "exchange": "teacher"}
+    transport = machines(names, **schedule)
+
+    def kill(name: str, request: Request, reply: Reply) -> Reply:
+        if request.round == 2:
+            raise KeyboardInterrupt
+        return reply
+
+    transport.after = kill
+    with pytest.raises(KeyboardInterrupt):
+        coordinator(transport, tmp_path, names, **schedule).run()
+    with pytest.raises(CheckpointError, match=r"1 rounds behind it, and rounds = 0 .*set rounds to 1 or more"):
+        coordinator(transport, tmp_path, names, **{**schedule, "rounds": 0}).run()
+    transport.after = lambda name, request, reply: reply
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    assert (driver.progress.round, driver.progress.finished) == (2, names)

@@ -200,6 +200,22 @@ def test_a_setting_of_the_wrong_kind_is_one_sentence_that_names_it(
     assert not (tmp_path / "out").exists()
 
 
+def test_references_within_the_schedule_are_read_as_the_command_line_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of other settings may hold on the silos' machines alone."""
+    schedule = {**SCHEDULE, "patience": 2, "min_updates": "${.patience}", "rounds": "${seed_everything}"}
+    elsewhere = {"class_path": "x.Y", "init_args": {"domains": dict.fromkeys("abcde", "${oc.env:ONLY_THERE}")}}
+    config = str(shared(tmp_path, schedule, data=elsewhere))
+    flower_app(["--config", config, "--out", str(tmp_path / "out")])
+    values = app_config(tmp_path / "out")["config"]
+    assert (values["min-updates"], values["rounds"], values["silos"]) == (2, 11, "a,b,c,d,e")
+    broken = str(shared(tmp_path, {**SCHEDULE, "min_updates": "${.nope}"}))
+    with pytest.raises(SystemExit):
+        main(["flower-app", "--config", broken, "--out", str(tmp_path / "none")])
+    assert "cannot be read: Interpolation key" in capsys.readouterr().err
+
+
 def test_silos_and_an_output_folder_that_cannot_be_are_refused(tmp_path: Path) -> None:
     config = str(shared(tmp_path))
     for name in ("../a", "", "a/b"):
@@ -278,6 +294,11 @@ def test_a_silo_opens_from_its_own_configuration_files(tmp_path: Path, monkeypat
         def ask(self, requests: Any, deadline_s: float) -> dict[int, Any]:
             return {}
 
+        def send(self, requests: Any, deadline_s: float) -> None: ...
+
+        def arrived(self) -> dict[int, Any]:
+            return {}
+
     request = Coordinator(read.federation, read.silos, Nobody(), tmp_path / "server", read.seed)._request("hello", 0)
     reply = open_silo([str(common), str(own)], "alpha").answer(request)
     assert reply.silo == "alpha"
@@ -286,6 +307,12 @@ def test_a_silo_opens_from_its_own_configuration_files(tmp_path: Path, monkeypat
     start = ["--config", str(common), "--config", str(own), "--superlink", "127.0.0.1:9091", "--insecure"]
     with pytest.raises(ConfigError, match="the domain 'beta'"):
         flower_silo([*start, "--silo", "beta"])  # before anything is started
+    several = tmp_path / "several.yaml"
+    several.write_text("trainer: {devices: 2}\n")
+    with pytest.raises(
+        ConfigError, match=r"several\.yaml: a silo trains in one process, .* asks for 2: set trainer\.devices"
+    ):
+        flower_silo([*start, "--config", str(several), "--silo", "alpha"])
 
 
 def test_the_page_says_what_the_generated_commands_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
