@@ -2,18 +2,22 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.federated.settings import difference, lasting_settings
 from lightning_sfubm.safe_load import load_checkpoint
 
 #: below a run's folder: where Lightning writes without a logger, and with one, in a folder for each start
 _PLACES = ("checkpoints", "*/*/checkpoints")
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
+_OF_TRAINING = ("model.", "data.", "seed_everything")  #: the trainer's own, such as a patience, may change on the way
 log = logging.getLogger(__name__)
 
 
@@ -44,7 +48,54 @@ def resolve(trainer: L.Trainer, ckpt_path: Any, fitting: bool = False) -> Any:
         log.warning("%s; training starts from the beginning", error)
         return None
     log.info("checkpoint %s", path)
+    if fitting and path.is_file():
+        _go_on(trainer, own, path)
     return path
+
+
+def _go_on(trainer: L.Trainer, own: list[ModelCheckpoint], path: Path) -> None:
+    """Prepare a training for going on from a file: what was best so far is remembered in the folder it was written to alone.
+
+    Raises:
+        CheckpointError: more epochs are behind it than are asked for.
+    """
+    loaded = load_checkpoint(path)
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs < loaded["epoch"]:
+        raise CheckpointError(
+            f"{path}: epoch {loaded['epoch']} is behind it, and trainer.max_epochs is {trainer.max_epochs}: set it higher, or "
+            "start anew in another trainer.default_root_dir"
+        )
+    states = loaded.get("callbacks", {})
+    for callback in own:
+        if callback.dirpath is None:
+            named = states.get(callback.state_key, {}).get("dirpath")
+            same = named is not None and Path(named).exists() and Path(named).samefile(path.parent)
+            callback.dirpath = named if same else str(path.parent)
+
+
+def check_same_settings(path: Path, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a training under another model, data or seed than it was begun with, where its folder tells.
+
+    The optimiser's own settings come back with its state: another learning rate would be written down and not be used.
+
+    Args:
+        path: of the checkpoint gone on from.
+        now: settings, see :func:`~lightning_sfubm.federated.settings.lasting_settings`; empty where nothing is known.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    config = path.parent.parent / "config.yaml"
+    try:
+        stored = lasting_settings(yaml.safe_load(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        return  # none, or not one of ours
+    one, other = ({k: v for k, v in of.items() if k.startswith(_OF_TRAINING)} for of in (stored, now))
+    if changed := difference(one, other):
+        raise CheckpointError(
+            f"{path}: was trained with other settings: {changed}; set them back, or start anew in another "
+            "trainer.default_root_dir"
+        )
 
 
 def find_checkpoint(places: list[Path], which: str) -> Path:
@@ -62,7 +113,7 @@ def find_checkpoint(places: list[Path], which: str) -> Path:
     """
     if not _last_files(places):
         raise CheckpointError(
-            f"{places[0]}: no last.ckpt of an earlier run: fit with the callback ModelCheckpoint and save_last: true, or "
+            f"{places[0]}: no last.ckpt of an earlier run: fit with the callback ModelCheckpoint and filename: last, or "
             "give the path of a checkpoint"
         )
     last = _newest(places)
@@ -71,7 +122,8 @@ def find_checkpoint(places: list[Path], which: str) -> Path:
     if last.is_dir():
         raise CheckpointError(f"{last}: a checkpoint in shards names no best one: give its path")
     states = load_checkpoint(last).get("callbacks", {})
-    named = [state["best_model_path"] for state in states.values() if state.get("best_model_path")]
+    chosen = [state for state in states.values() if state.get("monitor") is not None]
+    named = [state["best_model_path"] for state in chosen if state.get("best_model_path")]
     if not named:
         raise CheckpointError(f"{last}: names no best checkpoint: give ModelCheckpoint a monitor, or a path instead")
     best = Path(named[0])

@@ -152,7 +152,7 @@ class SFUBMCLI(LightningCLI):
         """Hand a federated run its resolved configuration, and how to run it again, to be kept in its folder."""
         if self.config_init["fit"].get("experiment") is None:
             self.trainer.callbacks.append(DataCardPrinter())  # type: ignore[attr-defined]
-        if isinstance(self.trainer, FederatedTrainer) and self.trainer.federation is not None:
+        if isinstance(self.trainer, FederatedTrainer):
             self.trainer.config_text = f"# lightning-sfubm {' '.join(self._argv)}\n{self._resolved}"
             self.trainer.settings = self.lasting_settings
 

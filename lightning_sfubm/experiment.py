@@ -18,6 +18,7 @@ from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.callbacks.dashboard import log_privacy, log_results_table
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.datamodules.splits import check_subsets
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.facts import result_rows
 from lightning_sfubm.evaluation.report import build_report
@@ -176,11 +177,15 @@ class Experiment:
         if ckpt_path is None:
             refuse_folder_of_silo(run_dir)
         started = environment()
+        if not (domains := getattr(datamodule, "domains", None)):
+            raise ConfigError(
+                "an experiment compares methods in the domains of a FederatedDataModule, and data has none: a configuration of "
+                "configs/domain is for one model alone; give a pair's, or leave out the experiment"
+            )
         run_dir.mkdir(parents=True, exist_ok=True)
         with watch("data and text vectors"):
             first_prepares(datamodule)
             datamodule.setup("fit")
-        domains = getattr(datamodule, "domains", {})
         check_templates(self.methods, self.llm, self.templates, domains)
         check_needs(self.methods, model, domains)
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
@@ -195,15 +200,8 @@ class Experiment:
         else:
             trainer.prepare(model, datamodule)
             if ckpt_path is None and is_first():  # no message is sent: what lies here is of another run
-                trainer.loop.warn_of_ledger()  # type: ignore[union-attr]
-                for old in (
-                    "ledger.jsonl",
-                    "history.jsonl",
-                    "audit.json",
-                    "privacy_report.html",
-                    "privacy_report.json",
-                ):
-                    (run_dir / old).unlink(missing_ok=True)
+                trainer.loop.set_record_aside()  # type: ignore[union-attr]
+                (run_dir / "history.jsonl").unlink(missing_ok=True)
                 shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
             trainer.write_config()
         assert trainer.loop is not None

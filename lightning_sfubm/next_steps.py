@@ -23,29 +23,35 @@ def next_steps(trainer: L.Trainer, model: L.LightningModule, argv: list[str]) ->
     written = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path]
     if not written:
         return []
-    own = written[0]
+    own = next((c for c in written if c.monitor is not None), written[0])
     what = "checkpoint"
     if own.monitor is not None and own.best_model_score is not None:
         what = f"best {own.monitor} {float(own.best_model_score):.4f}"
-    last = f"; last: {own.last_model_path}" if own.last_model_path else ""
-    lines = [f"{what}: {own.best_model_path}{last}"]
+    last = _last(written)
+    lines = [f"{what}: {own.best_model_path}{f'; last: {last}' if last else ''}"]
     if is_overridden("test_step", model):
-        which = "best" if _is_found(trainer, own) else own.best_model_path
+        which = "best" if _is_found(trainer, own, last) else own.best_model_path
         command = shlex.join(["lightning-sfubm", "test", *_options(argv), "--ckpt_path", which])
         more = " (or predict in place of test)" if isinstance(model, CatalogueModule) else ""
         lines.append(f"next: {command}{more}")
     return lines
 
 
-def _is_found(trainer: L.Trainer, own: ModelCheckpoint) -> bool:
+def _last(written: list[ModelCheckpoint]) -> str:
+    """Where the newest weights are, by Lightning's own name for them or by that of a callback that keeps no others."""
+    paths = [
+        c.last_model_path or (c.best_model_path if c.monitor is None and c.filename == "last" else "") for c in written
+    ]
+    return next((path for path in paths if path), "")
+
+
+def _is_found(trainer: L.Trainer, own: ModelCheckpoint, last: str) -> bool:
     """Whether a new process with the same options finds this training's best checkpoint as ``best``."""
     try:
-        last = find_checkpoint([Path(trainer.default_root_dir)], "last")
+        found = find_checkpoint([Path(trainer.default_root_dir)], "last")
     except CheckpointError:
         return False
-    return (
-        own.monitor is not None and last.is_file() and str(last.resolve()) == str(Path(own.last_model_path).resolve())
-    )
+    return own.monitor is not None and found.is_file() and found.resolve() == Path(last).resolve()
 
 
 def _options(argv: list[str]) -> list[str]:

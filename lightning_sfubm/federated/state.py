@@ -28,6 +28,8 @@ from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
+#: what tells of the messages of a run, the ledger last
+_RECORD = (FOLDER, "audit.json", "privacy_report.html", "privacy_report.json", "ledger.jsonl")
 log = logging.getLogger(__name__)
 OF_SILO = "federation.id"  #: file that says of which run across machines a silo's folder holds its part
 NONCE = "noise_nonce"  #: file of a run's folder; see :meth:`Exchange._run_nonce`
@@ -227,10 +229,21 @@ class RunState:
         secrets = b"".join(client_secret(folder, client) for folder in self._secret_dirs)
         return hashlib.sha256(b"state of a run" + secrets).hexdigest()
 
-    def warn_of_ledger(self) -> None:
-        """Say that the record of an earlier run in the same folder is about to go, where it tells of messages."""
-        if messages := self.ledger.messages():
-            log.warning("%s holds an earlier run: its ledger is replaced (messages in it: %d)", self.run_dir, messages)
+    def set_record_aside(self) -> None:
+        """Move the record of what left in an earlier run in this folder out of the way, and say so; the one before it goes."""
+        aside, messages = self.run_dir / "record-of-the-run-before", self.ledger.messages()
+        if messages and (aside / _RECORD[-1]).exists():  # whole: the ledger is moved last
+            shutil.rmtree(aside)
+        for name in _RECORD:
+            if messages and (self.run_dir / name).exists():
+                aside.mkdir(exist_ok=True)
+                (self.run_dir / name).replace(aside / name)
+            else:
+                _remove(self.run_dir / name)
+        if messages:
+            log.warning(
+                "%s holds an earlier run: the record of its %d messages is in %s now", self.run_dir, messages, aside
+            )
 
     def _clear(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -239,14 +252,15 @@ class RunState:
             if earlier.exists():
                 shutil.rmtree(earlier)
             self.checkpoints.replace(earlier)
-        for folder in ("clients", "csv", FOLDER):
+        for folder in ("clients", "csv"):
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
-        (self.run_dir / "audit.json").unlink(missing_ok=True)
         (self.run_dir / "history.jsonl").write_text("")
         if self.goes_on and not earlier.exists():
+            for name in _RECORD[:-1]:  # of what was sent before the first state; it is sent again, and recorded so
+                _remove(self.run_dir / name)
             self.ledger.resume(0)
         else:
-            self.warn_of_ledger()
+            self.set_record_aside()
             (self.run_dir / NONCE).unlink(missing_ok=True)
             self.ledger.start()
         shutil.rmtree(earlier, ignore_errors=True)
@@ -284,3 +298,10 @@ class RunState:
         }
         self.ledger.flush()
         save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_sfubm.callbacks.data_card import DataCardPrinter
 from lightning_sfubm.callbacks.progress import LabelledProgressBar
 from lightning_sfubm.callbacks.round_logger import RoundLogger
-from lightning_sfubm.checkpoints import resolve
+from lightning_sfubm.checkpoints import check_same_settings, resolve
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.checkpoint import find_state, load_state
@@ -260,6 +260,8 @@ class FederatedTrainer(L.Trainer):
         """
         if self.federation is None:
             path = resolve(self, ckpt_path, fitting=True)
+            if path is not None and str(ckpt_path) == "last":
+                check_same_settings(Path(path), self.settings)
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, weights_only)
             return
         if str(ckpt_path) == "last" and not self.run_dir.is_dir():

@@ -127,7 +127,7 @@ def test_messages_of_an_earlier_run_are_not_told_of_one_that_sends_none(
     )
     left = {p.name for p in (tmp_path / "run").iterdir()}
     assert not left & {*earlier, "checkpoints"}
-    assert "holds an earlier run: its ledger is replaced (messages in it: 1)" in caplog.text
+    assert "holds an earlier run: the record of its 1 messages is in " in caplog.text
 
 
 def test_every_method_ranks_the_same_candidates_of_the_same_users(finished: Any) -> None:

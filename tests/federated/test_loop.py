@@ -308,7 +308,10 @@ def test_a_ledger_that_is_replaced_is_said_to_be(
     file.write_text('{"a": 1}\n{"a": 2}\n')
     trainer.prepare(small_distiller(), federated_data())
     trainer.loop._start()
-    assert f"{trainer.run_dir} holds an earlier run: its ledger is replaced (messages in it: 2)" in caplog.text
+    assert (
+        f"{trainer.run_dir} holds an earlier run: the record of its 2 messages is in {trainer.run_dir}/record-of"
+        in caplog.text
+    )
     assert file.read_text() == ""
     caplog.clear()
     trainer.loop._start()
