@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sfubm.__main__ import main
@@ -161,6 +162,48 @@ def test_a_fit_starts_from_the_beginning_where_there_is_no_last(
     ]
     main(again)
     assert load_checkpoint(find_checkpoint([tmp_path / "run"], "last"))["epoch"] == 1
+
+
+def test_a_training_that_goes_on_keeps_its_best_and_saves_every_epoch(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """With a logger each start has a folder of its own, in which Lightning would have forgotten what was best."""
+    fit = ["fit", *command, "--trainer.logger=true", "--trainer.min_epochs=1"]
+    main([*fit, "--trainer.max_epochs=2"])
+    last, best = (find_checkpoint([tmp_path / "run"], which) for which in ("last", "best"))
+    loaded = load_checkpoint(last)
+    (state,) = [state for state in loaded["callbacks"].values() if state.get("monitor")]
+    state["best_model_score"] = state["kth_value"] = torch.tensor(2.0)  # beyond any epoch's
+    state["best_k_models"] = dict.fromkeys(state["best_k_models"], torch.tensor(2.0))
+    torch.save(loaded, last)
+    capsys.readouterr()
+    main([*fit, "--trainer.max_epochs=4", "--ckpt_path=last"])
+    assert f"best val/ndcg@10 2.0000: {best}; last: {last}\n" in capsys.readouterr().out
+    assert find_checkpoint([tmp_path / "run"], "best") == best
+    assert find_checkpoint([tmp_path / "run"], "last") == last
+    assert load_checkpoint(last)["epoch"] == 3
+    assert len(list((tmp_path / "run").rglob("*.ckpt"))) == 2
+    assert not [w for w in recwarn if "dirpath has changed" in str(w.message)]
+
+
+def test_a_training_goes_on_under_the_settings_it_was_begun_with_alone(command: list[str], tmp_path: Path) -> None:
+    fit = ["fit", *command, "--trainer.logger=true", "--trainer.min_epochs=1"]
+    main([*fit, "--trainer.max_epochs=2"])
+    again = [*fit, "--ckpt_path=last", "--trainer.max_epochs=3"]
+    for other, told in (
+        ("--model.init_args.lr=0.5", r"model\.init_args\.lr was 0\.001 and is 0\.5; set them back"),
+        ("--data.batch_size=7", r"data\.init_args\.batch_size was 16 and is 7; set them back"),
+        ("--seed_everything=2", r"seed_everything was 1 and is 2; set them back"),
+        ("--trainer.max_epochs=0", r"epoch 1 is behind it, and trainer\.max_epochs is 0: set it higher"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*again, other])
+        from lightning_sfubm.cli import SFUBMCLI
+
+        with pytest.raises(CheckpointError, match=told):
+            SFUBMCLI(args=[*again, other])
+    main([*again, "--trainer.log_every_n_steps=3"])
+    assert load_checkpoint(find_checkpoint([tmp_path / "run"], "last"))["epoch"] == 2
 
 
 def test_where_the_last_one_is_looked_for(tmp_path: Path) -> None:

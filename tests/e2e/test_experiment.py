@@ -127,7 +127,21 @@ def test_messages_of_an_earlier_run_are_not_told_of_one_that_sends_none(
     )
     left = {p.name for p in (tmp_path / "run").iterdir()}
     assert not left & {*earlier, "checkpoints"}
+    aside = {p.name for p in (tmp_path / "run/record-of-the-run-before").iterdir()}
+    assert aside == earlier - {"history.jsonl"}
     assert "holds an earlier run: the record of its 1 messages is in " in caplog.text
+
+
+def test_an_experiment_in_one_domain_is_refused_in_one_sentence(
+    tmp_path: Path, federated_data: Any, federated_trainer: Any
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"and data has none: a configuration of configs/domain is for one model alone"
+    ):
+        Experiment(methods=["popularity"]).run(
+            federated_trainer(rounds=1), small_distiller(), federated_data(domains=1).domains["alpha"]
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_method_ranks_the_same_candidates_of_the_same_users(finished: Any) -> None:

@@ -299,19 +299,27 @@ def test_checkpoints_are_safe_whole_and_the_last_two(federated_data: Any, federa
         trainer.fit(small_distiller(), datamodule=federated_data(), ckpt_path=str(folder / "elsewhere"))
 
 
-def test_a_ledger_that_is_replaced_is_said_to_be(
+def test_the_record_of_an_earlier_run_is_set_aside_and_said_to_be(
     federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = federated_trainer(rounds=0)
     trainer.run_dir.mkdir()
     file = trainer.run_dir / "ledger.jsonl"
     file.write_text('{"a": 1}\n{"a": 2}\n')
+    (trainer.run_dir / "audit.json").write_text("{}")
+    (trainer.run_dir / "messages").mkdir()
+    (trainer.run_dir / "messages/ab").write_bytes(b"sent")
     trainer.prepare(small_distiller(), federated_data())
     trainer.loop._start()
     assert (
         f"{trainer.run_dir} holds an earlier run: the record of its 2 messages is in {trainer.run_dir}/record-of"
         in caplog.text
     )
+    aside = trainer.run_dir / "record-of-the-run-before"
+    assert sorted(path.name for path in aside.iterdir()) == ["audit.json", "ledger.jsonl", "messages"]
+    assert (aside / "messages/ab").read_bytes() == b"sent"
+    assert (aside / "ledger.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'
+    assert not (trainer.run_dir / "audit.json").exists()
     assert file.read_text() == ""
     caplog.clear()
     trainer.loop._start()
