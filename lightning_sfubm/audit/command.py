@@ -42,6 +42,7 @@ def audit(argv: list[str]) -> None:
 
     Raises:
         ConfigError: neither a configuration nor a run folder with one is given.
+        DataError: a run to be shown beside this one has no audit.
         PrivacyError: nothing was recorded, or ledger and messages do not agree.
         SystemExit: with code 3, after the audit, where the end of the ledger could not be checked.
     """
@@ -98,6 +99,7 @@ def audit(argv: list[str]) -> None:
         raise ConfigError("audit: the configuration has no trainer.federation, so nothing was exchanged")
     settings = AuditSettings(options.shadows, options.max_users, options.max_items, seed=trainer.seed)
     _recorded_or_raise(trainer.run_dir)
+    curve_points(options.beside)  # refused now, not after the attacks, when this run's earlier audit is gone
     trainer.settings = cli.lasting_settings
     _secrets_or_raise(trainer, getattr(cli.datamodule, "domains", {}))
     report = audit_run(trainer, trainer.build_loop(cli.model, cli.datamodule), settings, "audit " + " ".join(argv))

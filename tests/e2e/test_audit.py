@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from lightning_sfubm.__main__ import main
+from lightning_sfubm.audit import command
 from lightning_sfubm.audit.attack import AuditSettings
 from lightning_sfubm.audit.check import check_run
 from lightning_sfubm.audit.command import audit_run, schemas, write_curve
@@ -316,3 +317,22 @@ def test_what_the_command_refuses(arguments: list[str], words: str, capsys: pyte
     with pytest.raises(SystemExit):
         main(["audit", *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_a_run_to_be_shown_beside_is_looked_for_before_anything_is_attacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The attacks take long, and audit.json of the run is replaced after them."""
+
+    def attacked(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(command, "audit_run", attacked)
+    monkeypatch.setattr(command, "_recorded_or_raise", lambda run_dir: None)
+    (tmp_path / "audit.json").write_text("of before")
+    arguments = ["--config", "configs/debug/synthetic.yaml", "--run_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit:
+        main(["audit", *arguments, "--trainer.accelerator", "cpu", "--beside", str(tmp_path / "other")])
+    assert exit.value.code == 2
+    assert f"{tmp_path / 'other'}: no readable audit.json there" in capsys.readouterr().err
+    assert (tmp_path / "audit.json").read_text() == "of before"
