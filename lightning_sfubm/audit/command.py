@@ -22,7 +22,7 @@ from lightning_sfubm.federated.checkpoint import read_loop, stored_states
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
-from lightning_sfubm.federated.settings import difference
+from lightning_sfubm.federated.settings import difference, schedule_difference
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.privacy.secret import secret_path
 
@@ -189,11 +189,12 @@ def _same_run_or_raise(loop: FederatedLoop) -> None:
                 f"the run was made with other settings: {changed}; audit a run with its own configuration (--run_dir alone "
                 "takes the one in the run folder)"
             )
-        schedule = stored["schedule"]
-        if schedule != json.loads(json.dumps(loop.federation.schedule(loop.seed))):
+        if changed := schedule_difference(
+            stored["schedule"], json.loads(json.dumps(loop.federation.schedule(loop.seed)))
+        ):
             raise ConfigError(
-                f"the run was written by the schedule {schedule}, the configuration has {loop.federation.schedule(loop.seed)}: "
-                "audit a run with its own configuration (--run_dir alone takes the one in the run folder)"
+                f"the run was written by the schedule of another configuration: {changed}; audit a run with its own "
+                "configuration (--run_dir alone takes the one in the run folder)"
             )
 
 

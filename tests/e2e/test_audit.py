@@ -263,8 +263,9 @@ def test_tampering_stops_the_audit_and_shows_in_the_report(recorded: Any, what: 
 def test_another_configuration_than_the_runs_is_refused(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, data = recorded(rounds=1)
     monkeypatch.setenv("PL_GLOBAL_SEED", "4")
-    with pytest.raises(ConfigError, match="was written by the schedule"):
+    with pytest.raises(ConfigError, match="was written by the schedule") as refused:
         audited(trainer, data)
+    assert ": seed_everything was 3 and is 4; audit a run with its own configuration" in str(refused.value)
 
 
 def test_other_data_than_the_runs_are_refused(recorded: Any, federated_data: Any) -> None:
