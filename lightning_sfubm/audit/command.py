@@ -41,7 +41,7 @@ def audit(argv: list[str]) -> None:
     """Entry point.
 
     Raises:
-        ConfigError: neither a configuration nor a run folder with one is given.
+        ConfigError: there is no such run folder, or neither a configuration nor a run folder with one is given.
         DataError: a run to be shown beside this one has no audit.
         PrivacyError: nothing was recorded, or ledger and messages do not agree.
         SystemExit: with code 3, after the audit, where the end of the ledger could not be checked.
@@ -83,6 +83,10 @@ def audit(argv: list[str]) -> None:
     if options.shadows < 0 or options.shadows % 2 or options.max_users < 2 or options.max_items < 2:
         raise ConfigError("audit: --shadows must be even, --max_users and --max_items at least 2")
     run_dir: Path | None = options.run_dir
+    if run_dir is not None and not run_dir.is_dir():
+        raise ConfigError(
+            f"{run_dir}: there is no such run folder; give --config, or --run_dir of a run with a config.yaml"
+        )
     configs = list(options.config)
     if not configs:
         stored = None if run_dir is None else run_dir / "config.yaml"

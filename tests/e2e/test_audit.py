@@ -311,6 +311,11 @@ def test_the_command_audits_a_run_by_its_folder_alone(
     [
         ([], "give --config, or --run_dir"),
         (["--run_dir", "nowhere"], "give --config, or --run_dir"),
+        (["--run_dir", "nowhere"], "nowhere: there is no such run folder; give"),
+        (
+            ["--run_dir", "nowhere", "--config", "configs/debug/synthetic.yaml"],
+            "nowhere: there is no such run folder; give",
+        ),
         (["--run_dir", "nowhere", "--shadows", "3"], "--shadows must be even"),
     ],
 )
