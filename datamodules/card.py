@@ -1,5 +1,6 @@
 """The data card: what came in, which rule dropped or changed how much, what is left."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from typing import Any
@@ -28,6 +29,20 @@ RULES = {
     "items_without_interactions": "items that nobody (left) has interacted with: dropped",
     "titles_missing": "items without a title: named 'untitled <source id>'",
 }
+
+#: those that drop nothing
+_DROP_NOTHING = frozenset({"users_sorted", "titles_missing"})
+
+
+def dropped(rules: Mapping[str, int]) -> str:
+    """What the rules have dropped so far, as the end of an error that too little is left; empty where nothing was.
+
+    Args:
+        rules: count by rule, also of a reader's own, which only leave out.
+    """
+    counts = {rule: count for rule, count in rules.items() if count and rule not in _DROP_NOTHING}
+    words = [f"{count:,} {RULES.get(rule, rule.replace('_', ' ')).partition(':')[0]}" for rule, count in counts.items()]
+    return f" (dropped before: {'; '.join(words)})" if words else ""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_sfubm.assets import cache_dir
 from lightning_sfubm.contracts import Catalogue, PredictBatch, RankBatch, TextEncoder, TrainBatch, TrainHistories
 from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler, order_seed_of, shard_of
-from lightning_sfubm.datamodules.card import DataCard
+from lightning_sfubm.datamodules.card import DataCard, dropped
 from lightning_sfubm.datamodules.domain import Domain
 from lightning_sfubm.datamodules.preprocess import PreprocessSettings
 from lightning_sfubm.datamodules.ranking import CompleteRows, FixedCandidates, RankRows, RedrawnCandidates
@@ -374,7 +374,8 @@ class DomainDataModule(L.LightningDataModule):
         )
 
     def _sampler(self, domain: Domain, positions: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> CandidateSampler:
-        return CandidateSampler(self.name, domain.items[positions], domain.items, starts, ends, self._groups)
+        lost = dropped(domain.card.rules)
+        return CandidateSampler(self.name, domain.items[positions], domain.items, starts, ends, self._groups, lost)
 
     def _stored(self, split: str, num_candidates: int, domain: Domain) -> CandidateLists:
         """Lists of all users of a split; negatives lie outside the *complete* history, later items included."""

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_sfubm.datamodules.card import DataCard, Statistics
+from lightning_sfubm.datamodules.card import DataCard, Statistics, dropped
 from lightning_sfubm.datamodules.domain import Domain
 from lightning_sfubm.datamodules.item_texts import item_texts, title_statistics
 from lightning_sfubm.datamodules.readers.base import RawDomain, check_schema, dictionary_ids, order_values
@@ -106,13 +106,14 @@ def build_domain(raw: RawDomain, name: str, settings: PreprocessSettings) -> Dom
 
     keep = k_core(rows.users, rows.items, settings.k_core)
     core = rows.where(keep)
+    lost = dropped(rules)
     rules["kcore_users"] = rows.count("users") - core.count("users")
     rules["kcore_items"] = rows.count("items") - core.count("items")
     rules["kcore_interactions"] = len(keep) - len(core.users)
     if len(core.users) == 0:
         raise DataError(
             f"domain '{name}': no interaction is left after the rules and the {settings.k_core}-core "
-            f"({len(keep):,} before it); lower k_core or check the source"
+            f"({len(keep):,} before it); lower k_core or check the source{lost}"
         )
     rows = core
     if settings.max_users is not None:

@@ -24,7 +24,7 @@ examples
   lightning-sfubm fit --config configs/experiment/health_beauty.yaml --data.root DIR
   lightning-sfubm fit --config configs/experiment/demo.yaml --ckpt_path last     (go on where it stopped)
   lightning-sfubm report runs/demo
-  lightning-sfubm audit --config configs/experiment/demo.yaml      (of a run that has kept its messages)
+  lightning-sfubm audit --run_dir runs/audit_demo      (of a run that has kept its messages, as docs/privacy.md makes it)
   lightning-sfubm results --grid configs/results/demo.yaml
 
 'lightning-sfubm COMMAND --help' lists every option; any LightningModule and LightningDataModule can be named by

@@ -36,12 +36,12 @@ def unreadable(path: Path, error: Exception, where: str = "") -> DataError:
 
 @contextmanager
 def own_cache(path: Path) -> Iterator[None]:
-    """Tell an entry of the cache that is another account's from a damaged one.
+    """Tell an entry of the cache that is another account's, or has no place, from a damaged one.
 
     Prepared domains and candidate lists hold what users did, so they are kept for the account that made them.
 
     Raises:
-        DataError: something at or below ``path`` may not be read or written.
+        DataError: something at or below ``path`` may not, or cannot, be read or written.
     """
     try:
         yield
@@ -49,4 +49,9 @@ def own_cache(path: Path) -> Iterator[None]:
         raise DataError(
             f"{path}: this part of the cache belongs to {owner_of(path)} and is closed to this account; set SFUBM_CACHE "
             "to a folder of your own"
+        ) from error
+    except OSError as error:  # it would lie below a file or in a place that takes none, or the disk is full
+        raise DataError(
+            f"{path}: this part of the cache cannot be read or written ({error.strerror or error}); free some space or set "
+            "SFUBM_CACHE to a folder that can be written into"
         ) from error

@@ -9,6 +9,7 @@ import re
 import sys
 from argparse import HelpFormatter
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -24,6 +25,7 @@ from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.settings import lasting_settings
 from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.locks import check_writable
 from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.next_steps import next_steps
 from lightning_sfubm.quiet import quiet_command_line
@@ -150,6 +152,7 @@ class SFUBMCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Hand a federated run its resolved configuration, and how to run it again, to be kept in its folder."""
+        self._refuse_unwritable()
         if self.config_init["fit"].get("experiment") is None:
             self.trainer.callbacks.append(DataCardPrinter())  # type: ignore[attr-defined]
         if isinstance(self.trainer, FederatedTrainer):
@@ -157,16 +160,19 @@ class SFUBMCLI(LightningCLI):
             self.trainer.settings = self.lasting_settings
 
     def before_validate(self) -> None:
-        """Refuse a stage-1 model that nothing has trained."""
+        """Refuse a stage-1 model that nothing has trained, and a run folder that cannot be."""
         self._refuse_untrained()
+        self._refuse_unwritable()
 
     def before_test(self) -> None:
-        """Refuse a stage-1 model that nothing has trained."""
+        """Refuse a stage-1 model that nothing has trained, and a run folder that cannot be."""
         self._refuse_untrained()
+        self._refuse_unwritable()
 
     def before_predict(self) -> None:
-        """Refuse a stage-1 model that nothing has trained."""
+        """Refuse a stage-1 model that nothing has trained, and a run folder that cannot be."""
         self._refuse_untrained()
+        self._refuse_unwritable()
 
     def _refuse_untrained(self) -> None:
         # An LLM head may be evaluated as it is: a row of its own, zero-shot. A federation is refused by its trainer.
@@ -176,6 +182,12 @@ class SFUBMCLI(LightningCLI):
                 "without --ckpt_path the weights are random: give 'last' or 'best' of an earlier fit with the same "
                 "trainer.default_root_dir, or the path of a checkpoint"
             )
+
+    def _refuse_unwritable(self) -> None:
+        # Every command writes its configuration there, after the data are prepared. A federation looks after its own.
+        root = self.trainer.default_root_dir
+        if self.trainer.is_global_zero and not self._federated and "://" not in root:
+            check_writable(Path(root), "--trainer.default_root_dir")
 
     @property
     def _federated(self) -> bool:

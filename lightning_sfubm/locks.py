@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TextIO
 
 from lightning_sfubm.errors import ConfigError
@@ -34,11 +35,8 @@ def locked(folder: Path, option: str) -> Iterator[None]:
         taken = nullcontext() if folder in _held else _taken(folder / LOCK, option)
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:  # it lies below a file, nobody may write there, its name is none
-        raise ConfigError(
-            f"{str(folder)!r} cannot be written into ({getattr(error, 'strerror', None) or error}); give another folder by "
-            f"{option}"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise _unwritable(folder, error, option) from None
     if isinstance(taken, nullcontext):
         yield
         return
@@ -52,6 +50,37 @@ def locked(folder: Path, option: str) -> Iterator[None]:
             if new:
                 with suppress(OSError):  # it holds something
                     folder.rmdir()
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be made or written into; it is left as it is, and not made where it is missing.
+
+    Args:
+        folder: any.
+        option: the option that names another folder, for the error.
+
+    Raises:
+        ConfigError: it cannot be made or written into.
+    """
+    try:
+        folder = folder.resolve()
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        finally:
+            for path in missing:
+                with suppress(OSError):  # never made, or another process has written into it meanwhile
+                    path.rmdir()
+    except (OSError, ValueError) as error:
+        raise _unwritable(folder, error, option) from None
+
+
+def _unwritable(folder: Path, error: Exception, option: str) -> ConfigError:
+    """It lies below a file, nobody may write there, or its name is none."""
+    reason = getattr(error, "strerror", None) or error
+    return ConfigError(f"{str(folder)!r} cannot be written into ({reason}); give another folder by {option}")
 
 
 def _taken(path: Path, option: str) -> TextIO:

@@ -8,7 +8,8 @@ import pytest
 
 from lightning_sfubm import assets
 from lightning_sfubm.assets import IndexPackage
-from lightning_sfubm.errors import AssetError
+from lightning_sfubm.errors import AssetError, DataError
+from lightning_sfubm.federated.flower_silo import write_commands
 
 
 def write_wheel(folder, members, name="sfubm_toy"):
@@ -164,3 +165,10 @@ def test_embedded_defaults_resolve_and_verify():
     entry = assets.resolve_data("ml-100k")
     assert {"ml-100k.inter", "ml-100k.item", "ml-100k.user"} < {path.name for path in entry.iterdir()}
     assert len((entry / "ml-100k.inter").read_text().splitlines()) == 100_001
+
+
+def test_a_cache_that_takes_no_commands_of_a_silo_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"file/flower-silo/.* cannot be read or written .* set SFUBM_CACHE"):
+        write_commands()

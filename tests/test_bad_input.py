@@ -152,3 +152,52 @@ def test_a_missing_model_folder_names_the_ways_out(place: Path, capsys: pytest.C
     assert "no/model" in message
     assert "folder" in message
     assert "hub" in message
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_run_folder_that_cannot_be_is_one_sentence(
+    command: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before the data are prepared."""
+    write(good(), place)
+    (place / "file").write_text("text")
+    arguments = [
+        "--config",
+        str(ENCODER),
+        "--config",
+        str(DOMAIN),
+        "--data.root",
+        str(place),
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    if command != "fit":
+        arguments += ["--ckpt_path", "some.ckpt"]
+    with pytest.raises(SystemExit) as exit:
+        main([command, *arguments, "--trainer.default_root_dir", str(place / "file" / "run")])
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be written into (Not a directory); give another folder by --trainer.default_root_dir" in message
+    assert not list((place.parent / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("federated", [False, True])
+@pytest.mark.parametrize("cache", ["file", "/proc/cache"])
+def test_a_cache_that_cannot_be_is_one_sentence(
+    cache: str, federated: bool, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(good(), place)
+    (place.parent / "file").write_text("text")
+    monkeypatch.setenv("SFUBM_CACHE", cache if cache.startswith("/") else str(place.parent / cache))
+    config = ["--config", str(ROOT / "configs/debug/synthetic.yaml")]
+    if not federated:
+        text = "lightning_sfubm.datamodules.synthetic.HashingTextEncoder"
+        config = ["--config", str(ENCODER), "--config", str(DOMAIN), "--data.root", str(place)]
+        config += ["--data.init_args.text_encoder", text]
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", *config, "--trainer.default_root_dir", "run", "--trainer.accelerator", "cpu"])
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("lightning-sfubm: error: ")
+    assert f"{cache}/domains/" in message
+    assert message.endswith("set SFUBM_CACHE to a folder that can be written into")

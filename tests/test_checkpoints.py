@@ -241,3 +241,32 @@ def test_checkpoints_of_a_folder_of_their_own_are_found(command: list[str], tmp_
     last = find_checkpoint([tmp_path / "run", tmp_path / "own"], "last")
     assert last.parent == tmp_path / "own"
     assert load_checkpoint(last)["epoch"] == 1
+
+
+def test_a_file_that_is_no_checkpoint_is_told_from_a_damaged_and_from_a_refused_one(tmp_path: Path) -> None:
+    """In words of our own: PyTorch's advise to switch the safe reader off."""
+    torch.save({"a": torch.ones(1000)}, tmp_path / "whole.ckpt")
+    whole = (tmp_path / "whole.ckpt").read_bytes()
+    torch.save({"a": Path.touch}, tmp_path / "refused.ckpt")
+    refused = (tmp_path / "refused.ckpt").read_bytes()
+    for content, words in (
+        (b"# Read me\n\nProse.\n", "not a checkpoint file; give the path of one that fit has written"),
+        (b"", "not a checkpoint file; give the path of one that fit has written"),
+        (
+            whole[: len(whole) // 2],
+            "not a safe checkpoint of this product: it is cut off, damaged, or a file of another kind",
+        ),
+        (
+            b"\x80\x04\x95....",
+            "not a safe checkpoint of this product: it is cut off, damaged, or a file of another kind",
+        ),
+        (
+            refused,
+            "not a safe checkpoint of this product: to read it would run or build getattr, which is refused",
+        ),
+    ):
+        path = tmp_path / "file"
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(path)
+        assert str(error.value) == f"{path}: {words}"

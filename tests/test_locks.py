@@ -12,7 +12,7 @@ import pytest
 
 from lightning_sfubm.__main__ import main
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.locks import LOCK, locked
+from lightning_sfubm.locks import LOCK, check_writable, locked
 
 HOLD = """
 import sys
@@ -117,6 +117,8 @@ def test_a_folder_that_cannot_be_is_one_sentence(tmp_path: Path, place: str, rea
         locked(tmp_path / place, "--out"),
     ):
         pass
+    with pytest.raises(ConfigError, match=f"cannot be written into .*{reason}.*; give another folder by --out$"):
+        check_writable(tmp_path / place, "--out")
     assert (tmp_path / "file").read_text() == "text"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -141,3 +143,11 @@ def test_the_command_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         main(["results", "--grid", grid, "--out", str(tmp_path / "file/out")])
     assert exit.value.code == 2
     assert "file/out' cannot be written into (Not a directory)" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_only_looked_at_is_left_as_it_is(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "folder", "--out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("text")
+    check_writable(tmp_path, "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

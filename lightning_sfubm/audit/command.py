@@ -22,7 +22,7 @@ from lightning_sfubm.federated.checkpoint import read_loop, stored_states
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
-from lightning_sfubm.federated.settings import difference
+from lightning_sfubm.federated.settings import difference, schedule_difference
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.privacy.secret import secret_path
 
@@ -41,7 +41,8 @@ def audit(argv: list[str]) -> None:
     """Entry point.
 
     Raises:
-        ConfigError: neither a configuration nor a run folder with one is given.
+        ConfigError: there is no such run folder, or neither a configuration nor a run folder with one is given.
+        DataError: a run to be shown beside this one has no audit.
         PrivacyError: nothing was recorded, or ledger and messages do not agree.
         SystemExit: with code 3, after the audit, where the end of the ledger could not be checked.
     """
@@ -82,6 +83,10 @@ def audit(argv: list[str]) -> None:
     if options.shadows < 0 or options.shadows % 2 or options.max_users < 2 or options.max_items < 2:
         raise ConfigError("audit: --shadows must be even, --max_users and --max_items at least 2")
     run_dir: Path | None = options.run_dir
+    if run_dir is not None and not run_dir.is_dir():
+        raise ConfigError(
+            f"{run_dir}: there is no such run folder; give --config, or --run_dir of a run with a config.yaml"
+        )
     configs = list(options.config)
     if not configs:
         stored = None if run_dir is None else run_dir / "config.yaml"
@@ -98,6 +103,7 @@ def audit(argv: list[str]) -> None:
         raise ConfigError("audit: the configuration has no trainer.federation, so nothing was exchanged")
     settings = AuditSettings(options.shadows, options.max_users, options.max_items, seed=trainer.seed)
     _recorded_or_raise(trainer.run_dir)
+    curve_points(options.beside)  # refused now, not after the attacks, when this run's earlier audit is gone
     trainer.settings = cli.lasting_settings
     _secrets_or_raise(trainer, getattr(cli.datamodule, "domains", {}))
     report = audit_run(trainer, trainer.build_loop(cli.model, cli.datamodule), settings, "audit " + " ".join(argv))
@@ -187,11 +193,12 @@ def _same_run_or_raise(loop: FederatedLoop) -> None:
                 f"the run was made with other settings: {changed}; audit a run with its own configuration (--run_dir alone "
                 "takes the one in the run folder)"
             )
-        schedule = stored["schedule"]
-        if schedule != json.loads(json.dumps(loop.federation.schedule(loop.seed))):
+        if changed := schedule_difference(
+            stored["schedule"], json.loads(json.dumps(loop.federation.schedule(loop.seed)))
+        ):
             raise ConfigError(
-                f"the run was written by the schedule {schedule}, the configuration has {loop.federation.schedule(loop.seed)}: "
-                "audit a run with its own configuration (--run_dir alone takes the one in the run folder)"
+                f"the run was written by the schedule of another configuration: {changed}; audit a run with its own "
+                "configuration (--run_dir alone takes the one in the run folder)"
             )
 
 

@@ -107,6 +107,8 @@ class CandidateSampler:
         ends: (R,) one past the last of them. For validation and test this is the complete history of the user; for
             training samples the train part only, so that test items are not singled out by their absence.
         groups: (N + 1,) title groups, see :func:`title_groups`.
+        lost: what the domain has lost before, for errors that too little is left; see
+            :func:`~lightning_sfubm.datamodules.card.dropped`.
     """
 
     def __init__(
@@ -117,8 +119,10 @@ class CandidateSampler:
         starts: np.ndarray,
         ends: np.ndarray,
         groups: np.ndarray,
+        lost: str = "",
     ) -> None:
         self.name = name
+        self.lost = lost
         self.targets = targets.astype(np.int64)
         self.groups = groups
         self.num_items = len(groups) - 1
@@ -142,7 +146,7 @@ class CandidateSampler:
         if self.num_titles < num_candidates:
             raise DataError(
                 f"domain '{self.name}' has {self.num_titles} items with distinct titles, too few for lists of "
-                f"{num_candidates} candidates; add items or lower num_candidates"
+                f"{num_candidates} candidates; add items or lower num_candidates{self.lost}"
             )
         size = len(self.targets)
         lists = np.zeros((size, num_candidates), dtype=np.int64)
@@ -195,7 +199,7 @@ class CandidateSampler:
         if len(negatives) < num_candidates - 1:
             raise DataError(
                 f"domain '{self.name}': a user's history leaves {len(negatives)} of {self.num_items} items as negatives "
-                f"(titles distinct), too few for lists of {num_candidates} candidates; lower num_candidates"
+                f"(titles distinct), too few for lists of {num_candidates} candidates; lower num_candidates{self.lost}"
             )
         return np.concatenate([[target], negatives])
 

@@ -86,17 +86,19 @@ def _check(configs: Sequence[str], silo: str) -> None:
 
 def write_commands() -> Path:
     """The folder of commands that a SuperNode's processes are started by."""
+    from lightning_sfubm.access import own_cache
     from lightning_sfubm.assets import cache_dir
 
     folder = cache_dir() / "flower-silo" / hashlib.sha256(sys.executable.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     texts = dict.fromkeys(_REFUSED, "echo 'refused: this silo runs rounds of lightning-sfubm only' >&2\nexit 1\n")
     texts[_TASK] = f"exec '{sys.executable}' -m lightning_sfubm.federated.flower_silo \"$@\"\n"
-    for name, text in texts.items():
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_text("#!/bin/sh\n" + text)
-        temporary.chmod(stat.S_IRWXU)
-        temporary.replace(folder / name)
+    with own_cache(folder):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name, text in texts.items():
+            temporary = folder / f".{name}.{os.getpid()}"
+            temporary.write_text("#!/bin/sh\n" + text)
+            temporary.chmod(stat.S_IRWXU)
+            temporary.replace(folder / name)
     return folder
 
 

@@ -75,6 +75,21 @@ def difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return _words(stored, now, "{} was {!r} and is {!r}") if stored and now else ""
 
 
+def schedule_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings in which two schedules differ, as words and by the names they are set by; empty where they do not.
+
+    Args:
+        stored: the :meth:`~lightning_sfubm.federated.federation.Federation.schedule` of a state.
+        now: of this run.
+    """
+    one, other = ({_name(key): value for key, value in schedule.items()} for schedule in (stored, now))
+    return named_difference(one, other, "{} was {!r} and is {!r}")
+
+
+def _name(key: str) -> str:
+    return "seed_everything" if key == "seed" else f"trainer.federation.{key}"
+
+
 def named_difference(one: Mapping[str, Any], other: Mapping[str, Any], words: str) -> str:
     """The settings in which two nested mappings differ, by dotted key; empty where they do not.
 

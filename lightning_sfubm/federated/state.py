@@ -22,7 +22,7 @@ from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.messages import ReplayGuard
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
-from lightning_sfubm.federated.settings import difference
+from lightning_sfubm.federated.settings import difference, schedule_difference
 from lightning_sfubm.federated.workers import WorkerPool
 from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.ranks import is_first, wait_for_all
@@ -169,9 +169,10 @@ class RunState:
                 f"{state}: was not written by a run that holds its clients: give this one another trainer.default_root_dir"
             )
         stored = load_state(state, self.server, self.clients)
-        if stored["schedule"] != self.federation.schedule(self.seed):
+        if changed := schedule_difference(stored["schedule"], self.federation.schedule(self.seed)):
             raise CheckpointError(
-                f"{path}: was written by the schedule {stored['schedule']}, this run has {self.federation.schedule(self.seed)}"
+                f"{path}: was written by the schedule of another run: {changed}; set it back, or start anew in another "
+                "trainer.default_root_dir"
             )
         if changed := difference(stored["settings"], self.settings):
             raise CheckpointError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_sfubm.__main__ import main
+from lightning_sfubm.__main__ import _HELP, main
 from lightning_sfubm.evaluation import report_plots
 from tests.test_configs import ROOT, command, prepared
 
@@ -22,6 +22,7 @@ def test_the_guide_starts_with_this_configuration_and_it_holds_users_out() -> No
     assert fit == ["lightning-sfubm", *command(CONFIG)]
     ours, demo = (yaml.safe_load(path.read_text()) for path in (CONFIG, ROOT / "configs" / "experiment" / "demo.yaml"))
     assert audit == ["lightning-sfubm", "audit", "--run_dir", ours["trainer"]["default_root_dir"]]
+    assert f"\n  {shlex.join(audit)} " in _HELP
     domains = ours["data"]["init_args"]["domains"]
     assert set(domains) == set(demo["data"]["init_args"]["domains"])
     assert all(domain["init_args"]["train_users"] for domain in domains.values())

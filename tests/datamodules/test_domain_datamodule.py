@@ -268,6 +268,25 @@ def test_domains_without_enough_distinct_titles(raw_domain, titles: dict, words:
         ready(Given(raw_domain(rows, titles)), k_core=0)
 
 
+def test_too_few_items_are_said_to_be_so_by_what_was_dropped(raw_domain) -> None:
+    """Most interactions name items that the items table lacks."""
+    rows = [(user, (user + place) % 90, place) for user in range(90) for place in range(18)]
+    titles = {item: f"title {item}" for item in range(30)}
+    with pytest.raises(
+        DataError,
+        match=r"leaves \d+ of 30 items .*; lower num_candidates \(dropped before: 1,080 interactions with items",
+    ) as error:
+        ready(Given(raw_domain(rows, titles)), k_core=0)
+    assert str(error.value).endswith(
+        "1,080 interactions with items that are not in the items table; "
+        "43 users whose every interaction was dropped by the rules before the k-core)"
+    )
+    with pytest.raises(
+        DataError, match=r"30 items with distinct titles.*; add items or lower num_candidates \(dropped bef"
+    ):
+        ready(Given(raw_domain(rows, titles)), k_core=0, num_candidates=40)
+
+
 def test_odd_titles_and_short_users_end_in_a_result(raw_domain) -> None:
     titles = {item: f"title {item}" for item in range(40)} | {0: "", 1: "x" * 2000, 2: "新しい本", 3: None}
     rows = [(user, (user * 3 + step) % 40, step) for user in range(40) for step in range(6)] + [("one", 5, 0)]

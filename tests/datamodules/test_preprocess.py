@@ -125,6 +125,18 @@ def test_user_range_comes_before_the_core(raw_domain) -> None:
         build_domain(raw_domain([("u1", "a", 1)]), "x", PreprocessSettings(user_range=(0, 3)))
 
 
+def test_an_empty_core_says_what_was_dropped_before(raw_domain) -> None:
+    rows = [(user, item, item) for user in range(10) for item in range(8)]
+    with pytest.raises(
+        DataError,
+        match=r"the 5-core \(40 before it\); lower k_core or check the source \(dropped before: "
+        r"40 interactions with items that are not in the items table\)$",
+    ):
+        build_domain(raw_domain(rows, {item: f"t{item}" for item in range(4)}), "x", PreprocessSettings(k_core=5))
+    with pytest.raises(DataError, match=r"check the source$"):
+        build_domain(raw_domain(rows[:32]), "x", PreprocessSettings(k_core=5))
+
+
 def test_user_range_speaks_of_users_that_have_interactions(raw_domain) -> None:
     """An id of rows that are left out (no item, say) is nobody's."""
     rows = [(str(user), item, 1) for user in range(4) for item in "ab"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_sfubm.datamodules.synthetic import HashingTextEncoder
 from lightning_sfubm.datamodules.text import HFTextEncoder, _key, _read_store, encode_cached
 from lightning_sfubm.errors import AssetError, ConfigError, DataError
 from lightning_sfubm.modules.llm.tiny import write_tiny_text_encoder
@@ -248,3 +249,12 @@ def test_a_folder_without_a_tokenizer_is_refused(folder: str, tmp_path: Path) ->
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
     with pytest.raises(AssetError, match="holds no tokenizer; save it there too"):
         HFTextEncoder(str(bare)).encode(["alien"])
+
+
+def test_a_cache_that_has_no_place_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(
+        DataError, match=r"file/text/.* cannot be read or written \(Not a directory\).* set SFUBM_CACHE"
+    ):
+        encode_cached(HashingTextEncoder(dim=8), ["one"])

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from lightning_sfubm.__main__ import main
+from lightning_sfubm.audit import command
 from lightning_sfubm.audit.attack import AuditSettings
 from lightning_sfubm.audit.check import check_run
 from lightning_sfubm.audit.command import audit_run, schemas, write_curve
@@ -262,8 +263,9 @@ def test_tampering_stops_the_audit_and_shows_in_the_report(recorded: Any, what: 
 def test_another_configuration_than_the_runs_is_refused(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, data = recorded(rounds=1)
     monkeypatch.setenv("PL_GLOBAL_SEED", "4")
-    with pytest.raises(ConfigError, match="was written by the schedule"):
+    with pytest.raises(ConfigError, match="was written by the schedule") as refused:
         audited(trainer, data)
+    assert ": seed_everything was 3 and is 4; audit a run with its own configuration" in str(refused.value)
 
 
 def test_other_data_than_the_runs_are_refused(recorded: Any, federated_data: Any) -> None:
@@ -309,6 +311,11 @@ def test_the_command_audits_a_run_by_its_folder_alone(
     [
         ([], "give --config, or --run_dir"),
         (["--run_dir", "nowhere"], "give --config, or --run_dir"),
+        (["--run_dir", "nowhere"], "nowhere: there is no such run folder; give"),
+        (
+            ["--run_dir", "nowhere", "--config", "configs/debug/synthetic.yaml"],
+            "nowhere: there is no such run folder; give",
+        ),
         (["--run_dir", "nowhere", "--shadows", "3"], "--shadows must be even"),
     ],
 )
@@ -316,3 +323,22 @@ def test_what_the_command_refuses(arguments: list[str], words: str, capsys: pyte
     with pytest.raises(SystemExit):
         main(["audit", *arguments])
     assert words in capsys.readouterr().err
+
+
+def test_a_run_to_be_shown_beside_is_looked_for_before_anything_is_attacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The attacks take long, and audit.json of the run is replaced after them."""
+
+    def attacked(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(command, "audit_run", attacked)
+    monkeypatch.setattr(command, "_recorded_or_raise", lambda run_dir: None)
+    (tmp_path / "audit.json").write_text("of before")
+    arguments = ["--config", "configs/debug/synthetic.yaml", "--run_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit:
+        main(["audit", *arguments, "--trainer.accelerator", "cpu", "--beside", str(tmp_path / "other")])
+    assert exit.value.code == 2
+    assert f"{tmp_path / 'other'}: no readable audit.json there" in capsys.readouterr().err
+    assert (tmp_path / "audit.json").read_text() == "of before"

@@ -88,7 +88,9 @@ def test_a_run_that_may_not_go_on_leaves_what_is_there(
     assert b"local_epochs: 1" in before["config.yaml"]
     with pytest.raises(SystemExit):
         main([*command, "--ckpt_path", "last", f"{FED}local_epochs", "2"])
-    assert "was written by the schedule" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "was written by the schedule" in message
+    assert ": trainer.federation.local_epochs was 1 and is 2; set it back, or start anew in another" in message
     assert contents(tmp_path / "run") == before
 
 

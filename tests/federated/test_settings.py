@@ -8,7 +8,8 @@ import pytest
 from lightning_sfubm.__main__ import main
 from lightning_sfubm.cli import SFUBMCLI
 from lightning_sfubm.errors import CheckpointError
-from lightning_sfubm.federated.settings import difference, lasting_settings
+from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.settings import difference, lasting_settings, schedule_difference
 from tests.conftest import small_distiller
 
 SYNTHETIC = Path(__file__).resolve().parents[2] / "configs/debug/synthetic.yaml"
@@ -144,3 +145,13 @@ def test_data_of_equal_shape_are_told_apart_without_a_configuration(
             domain.reader.seed += 1
         with pytest.raises(CheckpointError, match="other data"):
             getattr(federated_trainer(rounds=1), action)(small_distiller(), datamodule=other, ckpt_path="last")
+
+
+def test_schedules_are_told_apart_by_the_names_of_their_settings() -> None:
+    federation = Federation(rounds=1, client_epochs={"a": 2})
+    assert schedule_difference(federation.schedule(1), federation.schedule(1)) == ""
+    changed = Federation(rounds=3, client_epochs={"a": 3, "b": 1})
+    assert schedule_difference(federation.schedule(1), changed.schedule(2)) == (
+        "seed_everything was 1 and is 2; trainer.federation.client_epochs.a was 2 and is 3; "
+        "trainer.federation.client_epochs.b was None and is 1"
+    )
