@@ -6,8 +6,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+import torch
+
+from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.sequential import SequentialRecommender
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,6 +67,21 @@ def test_the_plug_in_encoder_keeps_the_contract_and_trains_from_outside(tmp_path
     again = run(["report", "runs/synthetic"], tmp_path)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "report.html" in again.stdout
+
+
+def test_the_passage_on_a_trained_model_loads_one(tmp_path: Path, federated_data: Any) -> None:
+    data = federated_data(domains=1).domains["alpha"]
+    data.setup("fit")
+    module = SequentialRecommender(SASRec(hidden_dim=8, num_layers=1, num_heads=1)).eval()
+    module.bind(data.catalogue)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "best.ckpt", weights_only=True)
+    source = next(b for b in blocks("python") if "load_from_checkpoint" in b)
+    seen: dict[str, Any] = {}
+    exec(source.replace("best.ckpt", str(tmp_path / "best.ckpt")), seen)
+    assert seen["scores"].shape == (1, data.catalogue.num_items + 1)
+    assert torch.equal(seen["scores"], module.score_all({"history": seen["history"]}))
 
 
 def test_every_command_names_files_that_exist() -> None:
