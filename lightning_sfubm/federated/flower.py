@@ -105,9 +105,8 @@ class FlowerTransport:
 
     def send(self, requests: Mapping[int, Request], deadline_s: float) -> None:
         """One message to each SuperNode, for whose reply nobody waits."""
-        ids = list(
-            self._grid.push_messages(_messages(requests, deadline_s))
-        )  # none where it is too large, None where it failed
+        # No ids at all where a message is too large, None for one that could not be sent.
+        ids = list(self._grid.push_messages(_messages(requests, deadline_s)))
         sent = {message_id: node for message_id, node in zip(ids, sorted(requests), strict=False) if message_id}
         self._sent |= sent
         self._unsent += sorted(set(requests) - set(sent.values()))

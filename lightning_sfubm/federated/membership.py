@@ -123,11 +123,8 @@ class Membership:
         Returns:
             Whether a silo is missing.
         """
-        nodes, now, allowed = (
-            self.transport.nodes(),
-            time.monotonic(),
-            max(self.patience.start_s, self.patience.round_s),
-        )
+        nodes, now = self.transport.nodes(), time.monotonic()
+        allowed = max(self.patience.start_s, self.patience.round_s)
         self._mute &= set(nodes)  # one that was away is another process, and new
         self._asked = {n: asked for n, asked in self._asked.items() if n in nodes and now - asked < allowed}
         refused = {node for node, when in self._refused.items() if now - when < self.patience.retry_s}
