@@ -42,10 +42,8 @@ def _plain(value: Any, depth: int) -> Any:
         return value
     if isinstance(value, Integral):
         return int(value)
-    if isinstance(value, Real):
-        return (
-            float(value) if math.isfinite(value) else str(float(value))
-        )  # JSON has no others, and nan differs from nan
+    if isinstance(value, Real):  # JSON has neither infinity nor nan
+        return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(entry, depth) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
