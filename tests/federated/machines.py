@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lightning_sfubm.errors import SFUBMError
@@ -65,3 +66,17 @@ def coordinator(
     settings = {"exchange": "both", "rounds": 2, "local_max_epochs": 2, "local_min_epochs": 1, "patience": 1}
     schedule = Federation(**{**settings, **federation})
     return Coordinator(schedule, names, transport, tmp_path / "server", seed=3, patience=patience)
+
+
+def cut_off_in_round(transport: Machines, number: int, driver: Coordinator) -> None:
+    """Run a coordinator that is killed as the first reply of a round comes in; the next one is not."""
+
+    def kill(name: str, request: Request, reply: Reply) -> Reply:
+        if request.round == number:
+            raise KeyboardInterrupt
+        return reply
+
+    whole, transport.after = transport.after, kill
+    with pytest.raises(KeyboardInterrupt):
+        driver.run()
+    transport.after = whole

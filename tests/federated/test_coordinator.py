@@ -13,7 +13,7 @@ from lightning_sfubm.federated import checkpoint, ledger
 from lightning_sfubm.federated.checkpoint import find_state, read_loop, stored_states
 from lightning_sfubm.federated.envelopes import Reply, Request, describe_shapes, read_shapes
 from lightning_sfubm.federated.messages import MessageSchema, unpack
-from tests.federated.machines import HASTY, coordinator
+from tests.federated.machines import HASTY, coordinator, cut_off_in_round
 
 
 def with_nonce(schema: MessageSchema, payload: bytes, nonce: str) -> bytes:
@@ -284,18 +284,9 @@ def test_a_finished_federation_is_not_given_other_rounds(machines: Any, tmp_path
 def test_a_federation_that_was_cut_off_may_be_given_more_rounds(machines: Any, tmp_path: Path) -> None:
     names, schedule = ["alpha", "beta"], {"rounds": 2, "local_max_epochs": 1, "exchange": "teacher"}
     transport = machines(names, **schedule)
-
-    def kill(name: str, request: Request, reply: Reply) -> Reply:
-        if request.round == 2:
-            raise KeyboardInterrupt
-        return reply
-
-    transport.after = kill
-    with pytest.raises(KeyboardInterrupt):
-        coordinator(transport, tmp_path, names, **schedule).run()
+    cut_off_in_round(transport, 2, coordinator(transport, tmp_path, names, **schedule))
     with pytest.raises(CheckpointError, match=r"1 rounds behind it, and rounds = 0 .*set rounds to 1 or more"):
         coordinator(transport, tmp_path, names, **{**schedule, "rounds": 0}).run()
-    transport.after = lambda name, request, reply: reply
     driver = coordinator(transport, tmp_path, names, **schedule)
     driver.run()
     assert (driver.progress.round, driver.progress.finished) == (2, names)

@@ -11,7 +11,7 @@ import torch
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.federated.aggregation import KMeans, KNNMix, NoAggregation
 from lightning_sfubm.federated.describe import describe
-from lightning_sfubm.federated.envelopes import Reply, Request, read_terms, terms
+from lightning_sfubm.federated.envelopes import read_terms, terms
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.robust import CoordinateMedian, Krum, TrimmedMean
 from lightning_sfubm.federated.run_config import build_federation
@@ -19,7 +19,7 @@ from lightning_sfubm.federated.secure import SecureAggregation
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.server_optimizers import FedAdam, FedYogi
 from lightning_sfubm.federated.weights import FedAvg
-from tests.federated.machines import coordinator
+from tests.federated.machines import coordinator, cut_off_in_round
 from tests.federated.test_silo import hello  # noqa: F401
 
 AGG = "lightning_sfubm.federated."
@@ -124,15 +124,7 @@ def test_terms_that_are_nested_without_end_are_refused_in_one_sentence(hello: An
 def test_a_server_does_not_go_on_with_another_aggregation(machines: Any, tmp_path: Path) -> None:
     names, schedule = ["alpha", "beta"], {"rounds": 2, "local_max_epochs": 1}
     transport = machines(names, **schedule)
-
-    def kill(name: str, request: Request, reply: Reply) -> Reply:
-        if request.round == 2:
-            raise KeyboardInterrupt
-        return reply
-
-    transport.after = kill
-    with pytest.raises(KeyboardInterrupt):
-        coordinator(transport, tmp_path, names, **schedule).run()
+    cut_off_in_round(transport, 2, coordinator(transport, tmp_path, names, **schedule))
     for change, named in (
         ({"aggregator": KMeans()}, "aggregation.aggregator.class_path was '.*KNNMix' and is '.*KMeans'"),
         ({"weights": FedAdam()}, "aggregation.weights.class_path was '.*FedAvg' and is '.*FedAdam'"),
