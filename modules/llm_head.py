@@ -28,8 +28,8 @@ from lightning_sfubm.seeds import step_of, torch_generator
 RANK_MODES = {"branch": ("head", "score"), "list": ("score", "generate", "constrained")}
 
 
-def _check_candidates(batch: RankBatch, doing: str) -> None:
-    if "candidates" not in batch:
+def _check_candidates(batch: RankBatch, doing: str, entry: str = "target_index") -> None:
+    if entry not in batch:
         raise ConfigError(
             f"an LLM {doing} among candidates, which these data do not give: use lightning_sfubm.datamodules."
             "ranking_datamodule.RankingDataModule over the domain"
@@ -311,13 +311,18 @@ class LLMHead(RankingLM):
         return mean_over_ranks(loss, terms)
 
     def _evaluate(self, stage: str, batch: RankBatch) -> None:
+        _check_candidates(batch, "is evaluated")
         scores, _, _ = self._rank(batch)
         metrics: Any = self.metrics[stage]
         metrics.update(candidate_ranks(scores, batch["target_index"]))  # an invalid answer has equal scores: a miss
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(scores))
 
     def validation_step(self, batch: RankBatch, batch_idx: int) -> None:
-        """Log ``val/hit@1``, ``val/ndcg@10`` and the like over the candidates."""
+        """Log ``val/hit@1``, ``val/ndcg@10`` and the like over the candidates.
+
+        Raises:
+            ConfigError: the batch has no candidates.
+        """
         self._evaluate("val", batch)
 
     def test_step(self, batch: RankBatch, batch_idx: int) -> None:
@@ -330,7 +335,7 @@ class LLMHead(RankingLM):
         Raises:
             ConfigError: the batch has no candidates: an LLM scores those it is given.
         """
-        _check_candidates(batch, "predicts")
+        _check_candidates(batch, "predicts", "candidates")
         return self.rank(batch)
 
     def configure_optimizers(self) -> Any:

@@ -102,7 +102,16 @@ class PromptProjector(L.LightningModule):
             self.attach_stage1(load_stage1(self.settings.stage1_checkpoint, catalogue), catalogue)
 
     def training_step(self, items: Tensor, batch_idx: int) -> Tensor:
-        """InfoNCE of the item parts plus InfoNCE of the user part, over a batch of item ids (B,)."""
+        """InfoNCE of the item parts plus InfoNCE of the user part, over a batch of item ids (B,).
+
+        Raises:
+            ConfigError: the batch is none of item ids.
+        """
+        if not isinstance(items, Tensor):
+            raise ConfigError(
+                "PromptProjector is trained on item ids, which these data do not give: use lightning_sfubm.datamodules."
+                "item_datamodule.ItemDataModule over the domain"
+            )
         assert self.tokens is not None
         ids, titles = self.id_table[items], self.title_table[items]
         soft = self.tokens.items(ids, self.semantic_table[items])

@@ -11,6 +11,7 @@ from torchmetrics.classification import BinaryAUROC
 from lightning_sfubm.contracts import RankBatch
 from lightning_sfubm.datamodules.preference_datamodule import PreferenceBatch
 from lightning_sfubm.datamodules.prompt_templates import load_template
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.baselines.published_head import PublishedHead
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 
@@ -212,12 +213,26 @@ class TALLRecBinary(_Instructed):
         return F.cross_entropy(self.lm.logits(self._answer_states(batch)).flatten(0, 1), answers.flatten())
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
-        """Loss of a batch."""
+        """Loss of a batch.
+
+        Raises:
+            ConfigError: the batch has no labels.
+        """
+        _check_labels(batch)
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["user"]))
         return mean_over_ranks(loss, len(batch["user"]))
 
     def _evaluate(self, stage: str, batch: Any) -> None:
+        _check_labels(batch)
         metric: Any = self.auc[stage]
         metric.update(self.rank(batch).flatten(), batch["labels"].flatten())
         self.log(f"{stage}/auc", metric, on_step=False, on_epoch=True, batch_size=len(batch["user"]))
+
+
+def _check_labels(batch: PreferenceBatch) -> None:
+    if "labels" not in batch:
+        raise ConfigError(
+            "TALLRecBinary judges titles by Yes and No, which these data do not label: use lightning_sfubm.datamodules."
+            "preference_datamodule.PreferenceDataModule over the domain"
+        )

@@ -158,3 +158,10 @@ def test_processes_share_the_items_of_an_epoch_and_a_run_that_goes_on_shuffles_a
     first, second = batches(0, 0, 2), batches(0, 1, 2)
     assert len(first) == len(second)
     assert torch.equal(torch.cat([*first, *second]).unique(), everything)
+
+
+def test_batches_of_sequences_are_refused_in_a_sentence(llm, catalogue):
+    projector = PromptProjector(llm)
+    projector.attach_stage1(Informative(catalogue.titles), catalogue)
+    with pytest.raises(ConfigError, match=r"PromptProjector is trained on item ids, .* use .*ItemDataModule"):
+        projector.training_step({"history": torch.ones(2, 3), "user": torch.arange(2)}, 0)

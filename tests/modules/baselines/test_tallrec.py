@@ -315,3 +315,11 @@ def test_binary_task_on_the_command_line(tiny_llm, tmp_path, monkeypatch):
     (live,) = trainer.test(fitted.model, datamodule=data, verbose=False)
     assert logged == live
     assert again.rank(next(iter(data.source.rank_dataloader("val", 8, max_users=8)))).shape == (8, 20)
+
+
+def test_binary_on_rows_without_labels_is_refused_in_a_sentence(tiny_llm, films):
+    head, batch = make(TALLRecBinary, tiny_llm, films), judged(0, rows=2)
+    del batch["labels"]
+    for step in (head.training_step, head.validation_step, head.test_step):
+        with pytest.raises(ConfigError, match=r"TALLRecBinary judges titles .* use .*PreferenceDataModule"):
+            step(batch, 0)

@@ -554,3 +554,14 @@ def test_training_without_candidates_is_refused_in_a_sentence(llm, catalogue, ma
     sequences = {key: make_batch()[key] for key in ("history", "user")}
     with pytest.raises(ConfigError, match=r"an LLM is tuned among candidates, .* use .*RankingDataModule"):
         train(make(llm, None, catalogue), [{**sequences, "targets": sequences["history"]}])
+
+
+def test_judgements_of_single_titles_are_refused_in_a_sentence(llm, catalogue, make_batch):
+    judged = {key: make_batch()[key] for key in ("history", "user", "candidates")}
+    judged["labels"] = torch.zeros_like(judged["candidates"])
+    head = make(llm, None, catalogue)
+    with pytest.raises(ConfigError, match=r"an LLM is tuned among candidates, .* use .*RankingDataModule"):
+        train(head, [judged])
+    for step in (head.validation_step, head.test_step):
+        with pytest.raises(ConfigError, match="an LLM is evaluated among candidates, which these data do not give"):
+            step(judged, 0)
