@@ -40,6 +40,9 @@ class BucketBatchSampler(Sampler[BatchIndex]):
         rank: of this process.
         world_size: number of processes.
         bucket_batches: batches a bucket; more = less padding, less mixing.
+        even: cut a bucket into batches of about equal total length, of fewer rows where these are long; ``batch_size`` is
+            then the mean. For losses that are means over the positions of a batch: with as many rows in each, a position
+            of a short row would weigh more than one of a long row, as their batches have fewer.
     """
 
     def __init__(
@@ -52,8 +55,10 @@ class BucketBatchSampler(Sampler[BatchIndex]):
         rank: int = 0,
         world_size: int = 1,
         bucket_batches: int = 50,
+        even: bool = False,
     ) -> None:
         _check(batch_size, rank, world_size)
+        self.even = even
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
@@ -77,8 +82,14 @@ class BucketBatchSampler(Sampler[BatchIndex]):
         step = self.batch_size * self.world_size
         bucket = np.arange(total) // (step * self.bucket_batches)
         rows = rows[np.lexsort((self.lengths[rows], bucket))]
+        bounds = np.append(np.arange(0, total, step), total)
+        if self.even:
+            for start in range(0, total, step * self.bucket_batches):
+                part = self.lengths[rows[start : start + step * self.bucket_batches]]
+                inner = np.flatnonzero((bounds > start) & (bounds < start + len(part)))
+                bounds[inner] = start + _even_cuts(part, len(inner) + 1, self.world_size)
         for number in generator.permutation(len(self)):
-            batch = rows[number * step : (number + 1) * step]
+            batch = rows[bounds[number] : bounds[number + 1]]
             own = batch[self.rank :: self.world_size]
             yield BatchIndex(self.epoch, own if len(own) else batch[:1])
 
@@ -133,6 +144,16 @@ class SortedBatchSampler(Sampler[BatchIndex]):
 
     def __iter__(self) -> Iterator[BatchIndex]:
         return (BatchIndex(0, rows) for rows in self.batches)
+
+
+def _even_cuts(lengths: np.ndarray, count: int, least: int) -> np.ndarray:
+    """Where to cut rows (n,) into ``count`` <= n pieces of about equal total length, each of ``least`` rows if there are enough."""
+    pieces = np.arange(1, count)
+    least = min(least, len(lengths) // count)
+    reached = np.cumsum(lengths)
+    cuts = np.searchsorted(reached, reached[-1] * pieces / count) + 1
+    cuts = np.maximum.accumulate(cuts - least * pieces) + least * pieces
+    return np.minimum(cuts, len(lengths) - least * (count - pieces))
 
 
 def _check(batch_size: int, rank: int, world_size: int) -> None:

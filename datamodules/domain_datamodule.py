@@ -49,6 +49,9 @@ class DomainDataModule(L.LightningDataModule):
         max_length: L, longest history.
         windows: ``"last"`` trains on the latest L + 1 items of a user, ``"all"`` on consecutive windows over all.
         batch_size: training sequences a batch.
+        even_batches: a batch of long sequences holds fewer of them, so that batches have about equally many positions and
+            ``batch_size`` sequences on average; otherwise each has as many sequences, and its loss, a mean over positions,
+            weighs a position of a long sequence less than one of a short one. [choice: figures in docs/results.md]
         eval_batch_size: users a validation or test batch.
         num_candidates: C of validation and test.
         stage2_users: users whose last train positions are kept for stage 2; ``None`` = all with enough items.
@@ -76,6 +79,7 @@ class DomainDataModule(L.LightningDataModule):
         max_length: int = 50,
         windows: Windows = "last",
         batch_size: int = 128,
+        even_batches: bool = True,
         eval_batch_size: int = 512,
         num_candidates: int = 20,
         stage2_users: int | None = None,
@@ -94,6 +98,7 @@ class DomainDataModule(L.LightningDataModule):
         self.max_length = max_length
         self.windows: Windows = windows
         self.batch_size = batch_size
+        self.even_batches = even_batches
         self.eval_batch_size = eval_batch_size
         self.num_candidates = num_candidates
         self.stage2_users = stage2_users
@@ -236,7 +241,13 @@ class DomainDataModule(L.LightningDataModule):
         rows = TrainSequences(self.domain, self.splits, self.max_length, self.windows)
         rank, world_size = shard_of(self)
         sampler = BucketBatchSampler(
-            rows.lengths, self.batch_size, seed=order_seed_of(self), name=self.name, rank=rank, world_size=world_size
+            rows.lengths,
+            self.batch_size,
+            seed=order_seed_of(self),
+            name=self.name,
+            rank=rank,
+            world_size=world_size,
+            even=self.even_batches,
         )
         return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 

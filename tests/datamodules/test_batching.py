@@ -60,6 +60,45 @@ def test_buckets_cut_padding_and_epochs_differ() -> None:
 
 @given(*SIZES)
 @settings(derandomize=True, deadline=None)
+def test_even_batches_hold_every_row_on_all_ranks_together(total: int, size: int, world: int) -> None:
+    lengths = np.random.default_rng(total).integers(1, 50, total)
+    samplers = [
+        BucketBatchSampler(lengths, size, seed=3, rank=rank, world_size=world, bucket_batches=2, even=True)
+        for rank in range(world)
+    ]
+    ranks = [rows_of(sampler) for sampler in samplers]
+    assert {len(batches) for batches in ranks} == {len(samplers[0])}
+    assert all(batch for batches in ranks for batch in batches)
+    assert set(chain.from_iterable(chain.from_iterable(ranks))) == set(range(total))
+    if total >= size * world * 2 and total % (size * world) == 0:  # no short batch at the end
+        assert sum(len(batch) for batches in ranks for batch in batches) == total
+
+
+def test_even_batches_have_equal_positions_in_the_buckets_of_the_others() -> None:
+    lengths = np.minimum(np.random.default_rng(0).zipf(1.7, 10_000), 50)
+    plain, even = (BucketBatchSampler(lengths, 128, seed=1, even=even) for even in (False, True))
+    assert len(plain) == len(even) == len(rows_of(even))
+    positions = np.array([lengths[rows].sum() for _, rows in even])
+    assert positions.max() < 1.2 * positions.min()
+    assert max(lengths[rows].sum() for _, rows in plain) > 20 * min(lengths[rows].sum() for _, rows in plain)
+    assert sum(len(rows) * lengths[rows].max() for _, rows in even) < 1.1 * lengths.sum()  # padding
+    short, long = (np.mean([len(rows) for _, rows in even if holds(lengths[rows])]) for holds in (is_short, is_long))
+    assert short > 300
+    assert long < 30
+    two = [rows_of(BucketBatchSampler(lengths, 64, seed=1, rank=rank, world_size=2, even=True)) for rank in (0, 1)]
+    assert [set(a) | set(b) for a, b in zip(*two, strict=True)] == [set(rows) for rows in rows_of(even)]
+
+
+def is_short(lengths: np.ndarray) -> bool:
+    return int(lengths.max()) == 1
+
+
+def is_long(lengths: np.ndarray) -> bool:
+    return int(lengths.min()) == 50
+
+
+@given(*SIZES)
+@settings(derandomize=True, deadline=None)
 def test_sorted_ranks_cover_every_row_once(total: int, size: int, world: int) -> None:
     lengths = np.random.default_rng(total).integers(1, 50, total)
     ranks = [rows_of(SortedBatchSampler(lengths, size, rank=rank, world_size=world)) for rank in range(world)]
