@@ -217,13 +217,24 @@ class RunState:
         Args:
             stored: hashes of the secrets that a state was written with, by client.
         """
-        changed = [name for name in sorted(stored) if stored[name] != self._secrets_hash(name)]
-        if changed:
+        if changed := self.changed_secrets(stored):
             raise PrivacyError(
-                f"the secrets of {changed} in {', '.join(self._secret_dirs) or 'no secret_dir'} are not those that this run "
-                "was begun with: put the files back, run in the folder that it was begun in, or start anew in another "
-                "trainer.default_root_dir"
+                f"the secrets of {changed} in {self.secret_places} are not those that this run was begun with: put the files "
+                "back, run in the folder that it was begun in, or start anew in another trainer.default_root_dir"
             )
+
+    def changed_secrets(self, stored: Mapping[str, str]) -> list[str]:
+        """Clients whose secrets are not those of a state; one that has none yet is given one, which is another.
+
+        Args:
+            stored: hashes of the secrets that the state was written with, by client.
+        """
+        return [name for name in sorted(stored) if stored[name] != self._secrets_hash(name)]
+
+    @property
+    def secret_places(self) -> str:
+        """The folders of the secrets, as words."""
+        return ", ".join(self._secret_dirs) or "no secret_dir"
 
     def _secrets_hash(self, client: str) -> str:
         """Of a client's secrets, made where there are none yet; it discloses nothing of 32 random bytes."""
