@@ -188,17 +188,21 @@ class Experiment:
             datamodule.setup("fit")
         check_templates(self.methods, self.llm, self.templates, domains)
         check_needs(self.methods, model, domains)
+        trains = any(METHODS[key].needs_stage1 for key in self.methods)
+        trainer.prepare(model, datamodule)
+        if trains:
+            trainer.check_start(ckpt_path)
+        wait_for_all()  # none is refused
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
             set_all_aside(run_dir / "results", console)
             for old in ("results", "local", "local-*", "models", "data"):
                 for folder in run_dir.glob(old):
                     shutil.rmtree(folder, ignore_errors=True)
         self._write_cards(datamodule, run_dir, console)
-        if any(METHODS[key].needs_stage1 for key in self.methods):
+        if trains:
             console.print(f"\n[bold]Stage 1[/bold]: {len(domains)} domains, federated rounds, then FKD locally")
-            trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+            trainer.run_rounds()
         else:
-            trainer.prepare(model, datamodule)
             if ckpt_path is None and is_first():  # no message is sent: what lies here is of another run
                 trainer.loop.set_record_aside()  # type: ignore[union-attr]
                 (run_dir / "history.jsonl").unlink(missing_ok=True)

@@ -33,6 +33,27 @@ class Exchange(RunState):
             self.exchange_semantics(round)
         self._checkpoint()
 
+    def check_exchange(self) -> None:
+        """Refuse exchanges of semantics that are sure to be refused, before there is one.
+
+        Raises:
+            PrivacyError: no callback protects item semantics, or a client has too few items for sums to hide them.
+            MessageError: a client has more items than are agreed to.
+        """
+        if not self.federation.sends_semantics or len(self.clients) < 2:
+            return
+        self._check_protected()
+        aggregator, vectors = self.federation.aggregator, self.server.semantics.tensors["vectors"]
+        for name, client in self.clients.items():
+            rows = len(client.module.semantics())
+            if isinstance(aggregator, SecureKMeans):
+                aggregator.check_items(name, rows)
+            elif rows > vectors.max_rows:
+                raise MessageError(
+                    f"client '{name}' would send {rows} rows of item vectors, at most {vectors.max_rows} are "
+                    f"accepted{vectors.way_out}"
+                )
+
     def exchange_semantics(self, round: int = 0) -> None:
         """Perturbed item vectors up, aggregated vectors down, among the clients of a round.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
@@ -56,6 +56,14 @@ def test_a_run_that_is_refused_leaves_the_results_of_the_one_before(finished: An
     broken.setup = lambda stage=None: broken.absent  # type: ignore[method-assign, attr-defined]
     with pytest.raises(AttributeError, match="absent"):
         experiment(tmp_path).run(again, small_distiller(), broken)
+    for row, settings, words in (
+        ("stage1", {"joins": {"alhpa": 2}}, "joins names 'alhpa'"),
+        ("popularity", {"joins": {"alhpa": 2}}, "joins names 'alhpa'"),
+        ("stage1", {"callbacks": []}, "item semantics would leave unprotected"),
+    ):
+        refused: Any = quiet_trainer(trainer.run_dir, rounds=1, **settings)  # type: ignore[arg-type]
+        with pytest.raises(SFUBMError, match=words):
+            Experiment(methods=[row]).run(refused, small_distiller(), small_federation())
     assert {p: p.read_bytes() for p in trainer.run_dir.rglob("*") if p.is_file()} == before
 
 
