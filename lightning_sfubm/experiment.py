@@ -194,11 +194,13 @@ class Experiment:
             trainer.check_start(ckpt_path)
         wait_for_all()  # none is refused
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
-            set_all_aside(run_dir / "results", console)
-            for old in ("results", "local", "local-*", "models", "data"):
+            set_all_aside(run_dir / "results")
+            for old in ("local", "local-*", "models"):
                 for folder in run_dir.glob(old):
                     shutil.rmtree(folder, ignore_errors=True)
-        self._write_cards(datamodule, run_dir, console)
+        cards: dict[str, Any] = datamodule.data_cards  # type: ignore[attr-defined]  # one that has domains has them
+        for card in cards.values():
+            console.print(card)
         if trains:
             console.print(f"\n[bold]Stage 1[/bold]: {len(domains)} domains, federated rounds, then FKD locally")
             trainer.run_rounds()
@@ -209,6 +211,8 @@ class Experiment:
                 shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
             trainer.write_config()
         assert trainer.loop is not None
+        for name, card in cards.items():  # now that those of the run before are set aside
+            _write_json(run_dir / "data" / f"{name}.json", card.to_dict())
         with watch("privacy figures"):
             figures = self._privacy(trainer.loop)
         _write_json(run_dir / "privacy.json", figures)
@@ -275,11 +279,6 @@ class Experiment:
                 everyone = domain.evaluate(ranker, key, method, order, extra, all_users=True)
                 save_row(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
             save_row(few, path)  # last: where it is, the row is whole
-
-    def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:
-        for name, card in datamodule.data_cards.items():
-            _write_json(run_dir / "data" / f"{name}.json", card.to_dict())
-            console.print(card)
 
     def _privacy(self, loop: FederatedLoop) -> dict[str, Any]:
         noise = next((c for c in loop.callbacks if isinstance(c, PrivacyNoise)), None)

@@ -24,12 +24,15 @@ from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.settings import difference, schedule_difference
 from lightning_sfubm.federated.workers import WorkerPool
+from lightning_sfubm.kept_rows import set_all_aside
 from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
-#: what tells of the messages of a run, the ledger last
-_RECORD = (FOLDER, "audit.json", "privacy_report.html", "privacy_report.json", "ledger.jsonl")
+#: what was found out of the messages of a run
+_AUDIT = ("audit.json", "privacy_curve.json", "privacy_report.html", "privacy_report.json")
+#: what tells of a run beside its results
+_RECORD = (FOLDER, *_AUDIT, "privacy.json", "run.json", "report.html", "report.json", "data", "ledger.jsonl")
 log = logging.getLogger(__name__)
 OF_SILO = "federation.id"  #: file that says of which run across machines a silo's folder holds its part
 NONCE = "noise_nonce"  #: file of a run's folder; see :meth:`Exchange._run_nonce`
@@ -242,17 +245,19 @@ class RunState:
         return hashlib.sha256(b"state of a run" + secrets).hexdigest()
 
     def set_record_aside(self) -> None:
-        """Move the record of what left in an earlier run in this folder out of the way, and say so; the one before it goes."""
-        aside, messages = self.run_dir / "record-of-the-run-before", self.ledger.messages()
-        if messages and (aside / _RECORD[-1]).exists():  # whole: the ledger is moved last
-            shutil.rmtree(aside)
-        for name in _RECORD:
-            if messages and (self.run_dir / name).exists():
-                aside.mkdir(exist_ok=True)
-                (self.run_dir / name).replace(aside / name)
-            else:
-                _remove(self.run_dir / name)
-        if messages:
+        """Move what tells of an earlier run in this folder out of the way, and say so; what was set aside before it goes."""
+        set_all_aside(self.run_dir / "results")
+        aside, moving = self.run_dir / "record-of-the-run-before", self.run_dir / ".record-of-the-run-before"
+        for path in (self.run_dir / name for name in _RECORD):
+            if _tells(path):
+                moving.mkdir(exist_ok=True)
+                _remove(moving / path.name)
+                path.replace(moving / path.name)
+        self.ledger.path.unlink(missing_ok=True)  # it has no line
+        if moving.exists():  # a process killed in between may have left it, with a part: then the rest is in it now
+            _remove(aside)
+            moving.replace(aside)
+            messages = Ledger(aside / self.ledger.path.name).messages()
             log.warning(
                 "%s holds an earlier run: the record of its %d messages is in %s now", self.run_dir, messages, aside
             )
@@ -268,7 +273,7 @@ class RunState:
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
         (self.run_dir / "history.jsonl").write_text("")
         if self.goes_on and not earlier.exists():
-            for name in _RECORD[:-1]:  # of what was sent before the first state; it is sent again, and recorded so
+            for name in (FOLDER, *_AUDIT):  # of what was sent before the first state; it is sent again, and recorded so
                 _remove(self.run_dir / name)
             self.ledger.resume(0)
         else:
@@ -310,6 +315,14 @@ class RunState:
         }
         self.ledger.flush()
         save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)
+
+
+def _tells(path: Path) -> bool:
+    """Whether an entry of :data:`_RECORD` is there; a folder ``data`` with more than data cards is not the run's."""
+    if not path.is_dir():
+        return path.is_file() and (path.name != "ledger.jsonl" or Ledger(path).messages() > 0)
+    files = list(path.iterdir())
+    return bool(files) and (path.name == FOLDER or all(file.suffix == ".json" for file in files))
 
 
 def _remove(path: Path) -> None:
