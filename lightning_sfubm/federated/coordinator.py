@@ -216,11 +216,13 @@ class Coordinator:
         self._greet()
         left = [name for name in self.silos if name not in self.progress.finished]
         number = self.federation.rounds + 1
+        if not self.progress.closed and set(left) & set(self.members.known):
+            self.progress.closed = True
+            self._checkpoint()  # before they are asked: their answers may take a day, and a later process must know of it
         replies = self._ask(
             number, {name: self._request("finish", number, name) for name in left}, self.patience.finish_s
         )
         self.progress.finished = sorted({*self.progress.finished, *replies})
-        self.progress.closed = self.progress.closed or bool(set(left) & set(self.members.known))
         if self._checkpoint():
             self._checkpoint()  # no later state would take the place of the one that refers to what is now delivered
         missing = sorted(set(self.silos) - set(self.progress.finished))
