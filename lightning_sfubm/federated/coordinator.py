@@ -98,7 +98,7 @@ class Coordinator:
         return self.run_dir / "checkpoints"
 
     def run(self) -> None:
-        """Run to the end, from the newest whole state where there is one.
+        """Run to the end, from the newest whole state where there is one; nobody is waited for where all have finished.
 
         Raises:
             ConfigError: too few silos came, or another coordinator is at work in this folder.
@@ -116,6 +116,9 @@ class Coordinator:
         if any(self.checkpoints.glob("state-*")):
             self._resume()
             progress = self.progress
+            if progress.round >= federation.rounds and set(self.silos) <= set(progress.finished):
+                log.info("all silos finished after %d rounds before: nothing is left to do", progress.round)
+                return
             log.info("going on after round %d of %d", progress.round, federation.rounds)
         else:
             self.ledger.resume(0)
