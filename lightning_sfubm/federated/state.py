@@ -273,7 +273,7 @@ class RunState:
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
         (self.run_dir / "history.jsonl").write_text("")
         if self.goes_on and not earlier.exists():
-            for name in (FOLDER, *_AUDIT):  # of what was sent before the first state; it is sent again, and recorded so
+            for name in _AUDIT:  # of what was sent before the first state, whose lines and messages stay
                 _remove(self.run_dir / name)
             self.ledger.resume(0)
         else:
