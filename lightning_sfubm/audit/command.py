@@ -203,7 +203,8 @@ def _same_run_or_raise(loop: FederatedLoop) -> None:
         if others := loop.changed_secrets(stored.get("secrets", {})):
             raise PrivacyError(
                 f"the secrets of {others} in {loop.secret_places} are not those that the run was made with, so every attack "
-                "would miss: run the audit in the folder that fit was run in, or put the files back"
+                "would miss: run the audit in the folder that fit was run in, put the files back, or set secret_dir to where "
+                "they are now"
             )
 
 
@@ -216,7 +217,7 @@ def _secrets_or_raise(trainer: FederatedTrainer, clients: Iterable[str]) -> None
                 if not path.is_file():
                     raise PrivacyError(
                         f"{path.absolute()}, the secret the run was made with, is not there: run the audit in the folder that "
-                        f"fit was run in, or set the secret_dir of {type(holder).__name__}"
+                        f"fit was run in, or set the secret_dir of {type(holder).__name__} to where it is now"
                     )
 
 

@@ -111,12 +111,13 @@ class Exchange(RunState):
 
         Raises:
             PrivacyError: what is kept there is no such number.
-            CheckpointError: it is that of a run with other settings or data.
+            CheckpointError: it is that of a run with other settings, data or secrets.
         """
         path = self.run_dir / NONCE
         data = {name: client.datamodule.state_dict() for name, client in self.clients.items()}
-        about = json.dumps([self.federation.schedule(self.seed), self.settings, data], sort_keys=True, default=str)
-        of = hashlib.sha256(about.encode()).hexdigest()
+        about: list[Any] = [self.federation.schedule(self.seed), self.settings, data]
+        about += [self._secrets_hash(name) for name in self.clients if self._secret_dirs]
+        of = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
         if is_first() and not path.exists():
             write_atomically(path, f"{secrets.token_hex(16)} {of}".encode(), durable=True)
         wait_for_all()
@@ -128,7 +129,7 @@ class Exchange(RunState):
             )
         if kept != of:
             raise CheckpointError(
-                f"{path}: messages of a run with other settings or data have left from here: start anew in another "
+                f"{path}: messages of a run with other settings, data or secrets have left from here: start anew in another "
                 "trainer.default_root_dir"
             )
         return nonce

@@ -223,7 +223,8 @@ class RunState:
         if changed := self.changed_secrets(stored):
             raise PrivacyError(
                 f"the secrets of {changed} in {self.secret_places} are not those that this run was begun with: put the files "
-                "back, run in the folder that it was begun in, or start anew in another trainer.default_root_dir"
+                "back, run in the folder that it was begun in, set secret_dir to where they are now, or start anew in another "
+                "trainer.default_root_dir"
             )
 
     def changed_secrets(self, stored: Mapping[str, str]) -> list[str]:
