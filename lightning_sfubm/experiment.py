@@ -195,9 +195,9 @@ class Experiment:
         wait_for_all()  # none is refused
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
             set_all_aside(run_dir / "results")
-            for old in ("local", "local-*", "models"):
-                for folder in run_dir.glob(old):
-                    shutil.rmtree(folder, ignore_errors=True)
+            twins = [p.parent for of in ("local", "local-[0-9]") for p in run_dir.glob(f"{of}/ledger.jsonl")]
+            for folder in (*twins, *(run_dir / "models" / name for name in domains)):
+                shutil.rmtree(folder, ignore_errors=True)
         cards: dict[str, Any] = datamodule.data_cards  # type: ignore[attr-defined]  # one that has domains has them
         for card in cards.values():
             console.print(card)

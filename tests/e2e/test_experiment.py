@@ -88,6 +88,19 @@ def test_results_of_an_earlier_run_are_set_aside_and_told(
     assert "Results of an earlier run lay here" in capsys.readouterr().out
 
 
+def test_files_of_the_users_own_in_the_run_folder_stay(federated_data: Any, federated_trainer: Any) -> None:
+    """By default it is the folder that the command is run in."""
+    trainer = federated_trainer(rounds=1)
+    own = [trainer.run_dir / name for name in ("data/ratings.csv", "models/llm/w", "local/notes", "results/a.csv")]
+    old = [trainer.run_dir / name for name in ("local-2/ledger.jsonl", "models/alpha/sfubm.ckpt")]
+    for path in (*own, *old):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    Experiment(methods=["popularity"], sigmas=[]).run(trainer, small_distiller(), federated_data())
+    assert all(path.is_file() for path in own)
+    assert not any(path.exists() for path in old)
+
+
 @pytest.mark.parametrize("row", ["stage1_with_teacher", "stage1_pooled"])
 def test_a_row_of_a_branch_that_stage_1_lacks_is_refused_before_anything_is_trained(
     row: str, federated_data: Any, federated_trainer: Any
