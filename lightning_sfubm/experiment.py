@@ -188,23 +188,31 @@ class Experiment:
             datamodule.setup("fit")
         check_templates(self.methods, self.llm, self.templates, domains)
         check_needs(self.methods, model, domains)
+        trains = any(METHODS[key].needs_stage1 for key in self.methods)
+        trainer.prepare(model, datamodule)
+        if trains:
+            trainer.check_start(ckpt_path)
+        wait_for_all()  # none is refused
         if ckpt_path is None and is_first():  # not before the run is sure to start: the results may be another's
-            set_all_aside(run_dir / "results", console)
-            for old in ("results", "local", "local-*", "models", "data"):
-                for folder in run_dir.glob(old):
-                    shutil.rmtree(folder, ignore_errors=True)
-        self._write_cards(datamodule, run_dir, console)
-        if any(METHODS[key].needs_stage1 for key in self.methods):
+            set_all_aside(run_dir / "results")
+            twins = [p.parent for of in ("local", "local-[0-9]") for p in run_dir.glob(f"{of}/ledger.jsonl")]
+            for folder in (*twins, *(run_dir / "models" / name for name in domains)):
+                shutil.rmtree(folder, ignore_errors=True)
+        cards: dict[str, Any] = datamodule.data_cards  # type: ignore[attr-defined]  # one that has domains has them
+        for card in cards.values():
+            console.print(card)
+        if trains:
             console.print(f"\n[bold]Stage 1[/bold]: {len(domains)} domains, federated rounds, then FKD locally")
-            trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+            trainer.run_rounds()
         else:
-            trainer.prepare(model, datamodule)
             if ckpt_path is None and is_first():  # no message is sent: what lies here is of another run
                 trainer.loop.set_record_aside()  # type: ignore[union-attr]
                 (run_dir / "history.jsonl").unlink(missing_ok=True)
                 shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
             trainer.write_config()
         assert trainer.loop is not None
+        for name, card in cards.items():  # now that those of the run before are set aside
+            _write_json(run_dir / "data" / f"{name}.json", card.to_dict())
         with watch("privacy figures"):
             figures = self._privacy(trainer.loop)
         _write_json(run_dir / "privacy.json", figures)
@@ -271,11 +279,6 @@ class Experiment:
                 everyone = domain.evaluate(ranker, key, method, order, extra, all_users=True)
                 save_row(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
             save_row(few, path)  # last: where it is, the row is whole
-
-    def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:
-        for name, card in datamodule.data_cards.items():
-            _write_json(run_dir / "data" / f"{name}.json", card.to_dict())
-            console.print(card)
 
     def _privacy(self, loop: FederatedLoop) -> dict[str, Any]:
         noise = next((c for c in loop.callbacks if isinstance(c, PrivacyNoise)), None)

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.ranks import is_first
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from lightning_sfubm.methods.base import DomainRun
 
 
@@ -42,13 +42,13 @@ def set_aside(results: Path, runs: Mapping[str, "DomainRun"], config_hash: str) 
                     file.replace(aside / path.parent.name / file.name)
 
 
-def set_all_aside(results: Path, console: "Console") -> None:
+def set_all_aside(results: Path) -> None:
     """Move the results of the run that lies here out of the way of one that begins anew, and say so; those before it go."""
     if any(results.glob("*/*.parquet")):
         aside = results.with_name("results-of-the-run-before")
         shutil.rmtree(aside, ignore_errors=True)
         results.replace(aside)
-        console.print(
+        Console(highlight=False).print(
             f"Results of an earlier run lay here; they are in {aside} now (--ckpt_path last goes on with a run)"
         )
 

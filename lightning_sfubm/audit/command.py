@@ -129,8 +129,8 @@ def audit_run(trainer: FederatedTrainer, loop: FederatedLoop, settings: AuditSet
 
     Raises:
         ConfigError: the configuration is not that of the run.
-        PrivacyError: nothing was recorded; or ledger and messages do not agree: then nothing is attacked, and audit.json and
-            the report say what is wrong.
+        PrivacyError: nothing was recorded; or the secrets are not those of the run; or ledger and messages do not agree: then
+            nothing is attacked, and audit.json and the report say what is wrong.
     """
     from lightning_sfubm.audit.report import build_privacy_report
 
@@ -185,7 +185,7 @@ def schemas(loop: FederatedLoop) -> Schemas:
 
 
 def _same_run_or_raise(loop: FederatedLoop) -> None:
-    """Initial weights and private orders follow from seed and schedule, members from the data: others make attacks miss."""
+    """Weights begin as the seed says, members are the data's, noise and orders the secrets': with others attacks miss."""
     for state in stored_states(loop.checkpoints)[-1:]:
         stored = read_loop(state)["stored"]
         if changed := difference(stored.get("settings", {}), loop.settings):
@@ -200,17 +200,24 @@ def _same_run_or_raise(loop: FederatedLoop) -> None:
                 f"the run was written by the schedule of another configuration: {changed}; audit a run with its own "
                 "configuration (--run_dir alone takes the one in the run folder)"
             )
+        if others := loop.changed_secrets(stored.get("secrets", {})):
+            raise PrivacyError(
+                f"the secrets of {others} in {loop.secret_places} are not those that the run was made with, so every attack "
+                "would miss: run the audit in the folder that fit was run in, put the files back, or set secret_dir to where "
+                "they are now"
+            )
 
 
 def _secrets_or_raise(trainer: FederatedTrainer, clients: Iterable[str]) -> None:
     """A secret made anew gives another order of items and another noise: every attack would miss, and the report would calm."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if folder := getattr(callback, "secret_dir", None):
+    assert trainer.federation is not None
+    for holder in (*trainer.callbacks, trainer.federation.aggregator):  # type: ignore[attr-defined]
+        if folder := getattr(holder, "secret_dir", None):
             for path in (secret_path(folder, name) for name in clients):
                 if not path.is_file():
                     raise PrivacyError(
                         f"{path.absolute()}, the secret the run was made with, is not there: run the audit in the folder that "
-                        f"fit was run in, or set the secret_dir of {type(callback).__name__}"
+                        f"fit was run in, or set the secret_dir of {type(holder).__name__} to where it is now"
                     )
 
 

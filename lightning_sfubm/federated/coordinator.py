@@ -98,7 +98,7 @@ class Coordinator:
         return self.run_dir / "checkpoints"
 
     def run(self) -> None:
-        """Run to the end, from the newest whole state where there is one.
+        """Run to the end, from the newest whole state where there is one; nobody is waited for where all have finished.
 
         Raises:
             ConfigError: too few silos came, or another coordinator is at work in this folder.
@@ -116,6 +116,9 @@ class Coordinator:
         if any(self.checkpoints.glob("state-*")):
             self._resume()
             progress = self.progress
+            if progress.round >= federation.rounds and set(self.silos) <= set(progress.finished):
+                log.info("all silos finished after %d rounds before: nothing is left to do", progress.round)
+                return
             log.info("going on after round %d of %d", progress.round, federation.rounds)
         else:
             self.ledger.resume(0)
@@ -216,11 +219,13 @@ class Coordinator:
         self._greet()
         left = [name for name in self.silos if name not in self.progress.finished]
         number = self.federation.rounds + 1
+        if not self.progress.closed and set(left) & set(self.members.known):
+            self.progress.closed = True
+            self._checkpoint()  # before they are asked: their answers may take a day, and a later process must know of it
         replies = self._ask(
             number, {name: self._request("finish", number, name) for name in left}, self.patience.finish_s
         )
         self.progress.finished = sorted({*self.progress.finished, *replies})
-        self.progress.closed = self.progress.closed or bool(set(left) & set(self.members.known))
         if self._checkpoint():
             self._checkpoint()  # no later state would take the place of the one that refers to what is now delivered
         missing = sorted(set(self.silos) - set(self.progress.finished))

@@ -33,6 +33,27 @@ class Exchange(RunState):
             self.exchange_semantics(round)
         self._checkpoint()
 
+    def check_exchange(self) -> None:
+        """Refuse exchanges of semantics that are sure to be refused, before there is one.
+
+        Raises:
+            PrivacyError: no callback protects item semantics, or a client has too few items for sums to hide them.
+            MessageError: a client has more items than are agreed to.
+        """
+        if not self.federation.sends_semantics or len(self.clients) < 2:
+            return
+        self._check_protected()
+        aggregator, vectors = self.federation.aggregator, self.server.semantics.tensors["vectors"]
+        for name, client in self.clients.items():
+            rows = len(client.module.semantics())
+            if isinstance(aggregator, SecureKMeans):
+                aggregator.check_items(name, rows)
+            elif rows > vectors.max_rows:
+                raise MessageError(
+                    f"client '{name}' would send {rows} rows of item vectors, at most {vectors.max_rows} are "
+                    f"accepted{vectors.way_out}"
+                )
+
     def exchange_semantics(self, round: int = 0) -> None:
         """Perturbed item vectors up, aggregated vectors down, among the clients of a round.
 
@@ -90,12 +111,13 @@ class Exchange(RunState):
 
         Raises:
             PrivacyError: what is kept there is no such number.
-            CheckpointError: it is that of a run with other settings or data.
+            CheckpointError: it is that of a run with other settings, data or secrets.
         """
         path = self.run_dir / NONCE
         data = {name: client.datamodule.state_dict() for name, client in self.clients.items()}
-        about = json.dumps([self.federation.schedule(self.seed), self.settings, data], sort_keys=True, default=str)
-        of = hashlib.sha256(about.encode()).hexdigest()
+        about: list[Any] = [self.federation.schedule(self.seed), self.settings, data]
+        about += [self._secrets_hash(name) for name in self.clients if self._secret_dirs]
+        of = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
         if is_first() and not path.exists():
             write_atomically(path, f"{secrets.token_hex(16)} {of}".encode(), durable=True)
         wait_for_all()
@@ -107,7 +129,7 @@ class Exchange(RunState):
             )
         if kept != of:
             raise CheckpointError(
-                f"{path}: messages of a run with other settings or data have left from here: start anew in another "
+                f"{path}: messages of a run with other settings, data or secrets have left from here: start anew in another "
                 "trainer.default_root_dir"
             )
         return nonce

@@ -82,18 +82,21 @@ class Ledger:
             entries: lines there were when the state was written that the run goes on from.
 
         Raises:
-            CheckpointError: the ledger is shorter than that, or its chain is broken.
+            CheckpointError: the ledger is shorter than that, not there, or its chain is broken.
         """
         if not is_first():
             return
         if not self.path.exists() and entries == 0:
             self.start()
             return
-        _drop_torn_line(self.path)
-        lines = read_ledger(self.path)
+        lines: list[Entry] = []
+        if self.path.exists():
+            _drop_torn_line(self.path)
+            lines = read_ledger(self.path)
         if len(lines) < entries:
             raise CheckpointError(
-                f"{self.path} has {len(lines)} entries, the checkpoint was written after {entries}: put the file back"
+                f"{self.path} has {len(lines)} entries, the checkpoint was written after {entries}: put the file back; a run "
+                "goes on in the folder that it was begun in"
             )
         if self.store is not None:  # a message is kept before its line is written: without a line it never left
             self.store.keep_only({str(line["sha256"]) for line in lines})

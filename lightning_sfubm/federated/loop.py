@@ -104,6 +104,18 @@ class FederatedLoop(Exchange):
             f"rounds and {finished} of {phases} local phases are done"
         )
 
+    def check_start(self) -> None:
+        """Refuse a run from the beginning that is sure to end at its first step: it would have cleared an earlier one's place.
+
+        Raises:
+            ConfigError: the folder is a silo's.
+            PrivacyError: see :meth:`check_exchange`.
+            MessageError: likewise.
+        """
+        if self.counters.step == 0:
+            refuse_folder_of_silo(self.run_dir)
+            self.check_exchange()
+
     def run(self) -> None:
         """Run to the end from wherever the counters stand."""
         try:
@@ -114,8 +126,8 @@ class FederatedLoop(Exchange):
 
     def _run(self) -> None:
         federation = self.federation
+        self.check_start()
         if self.counters.step == 0:
-            refuse_folder_of_silo(self.run_dir)
             self._start()
         if self.counters.exchanged is None and len(federation.active(self.clients, 0)) > 1:
             self._exchange_semantics(0)

@@ -105,9 +105,13 @@ def run_config(
         "finish-s": patience.finish_s,
     }
     for key in _SCHEDULE:
-        plain = getattr(federation, key)
-        own = settings.get(key)
-        values[_kebab(key)] = plain if isinstance(plain, (bool, int, float, str)) else json.dumps(own) if own else ""
+        plain, own = getattr(federation, key), settings.get(key)
+        if isinstance(plain, (bool, int, float, str)):
+            values[_kebab(key)] = plain
+        elif isinstance(own, str):  # the path of a class, with its defaults
+            values[_kebab(key)] = own
+        else:
+            values[_kebab(key)] = json.dumps(own) if own else ""
     return values
 
 

@@ -115,6 +115,23 @@ class SecureKMeans:
         if epsilon is not None:
             gaussian_sigma(epsilon, delta)  # checks them
 
+    def check_items(self, name: str, items: int) -> None:
+        """Refuse a client with more items than the fixed-point form has room for, or too few to hide among.
+
+        Raises:
+            MessageError: there are more than ``max_items``.
+            PrivacyError: there are fewer than ``min_members``, and no noise is added.
+        """
+        if items > self.max_items:
+            raise MessageError(
+                f"client '{name}' has {items} items, SecureKMeans.max_items = {self.max_items} admits no more"
+            )
+        if self.epsilon is None and items < self.min_members:
+            raise PrivacyError(
+                f"client '{name}' has {items} items, and SecureKMeans.min_members = {self.min_members}: a sum over so few "
+                "gives them away to whoever takes part; leave the client out, lower min_members, or set epsilon"
+            )
+
     def aggregate(self, uploads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`~lightning_sfubm.federated.aggregation.SemanticAggregator`; runs the protocol in this process."""
         if len(uploads) < 2:
@@ -189,15 +206,7 @@ class SecureKMeans:
         names = sorted(vectors)
         rows = {name: normalize(vectors[name].float(), dim=1) for name in names}
         for name in names:
-            if len(rows[name]) > self.max_items:
-                raise MessageError(
-                    f"client '{name}' has {len(rows[name])} items, SecureKMeans.max_items = {self.max_items} admits no more"
-                )
-            if self.epsilon is None and len(rows[name]) < self.min_members:
-                raise PrivacyError(
-                    f"client '{name}' has {len(rows[name])} items, and SecureKMeans.min_members = {self.min_members}: a sum "
-                    "over so few gives them away to whoever takes part; leave the client out, lower min_members, or set epsilon"
-                )
+            self.check_items(name, len(rows[name]))
         # All that changes what is released is in the names, and a client's own sums (content_hash): the same noise on two
         # different sums would give one away, and so would that of the others where one client changes or is not there.
         settings = (

@@ -56,6 +56,7 @@ def lasting_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a resolved configuration that stage 1 depends on, by dotted key.
 
     Left out are places, outputs and hardware, the number of rounds, and ``experiment``, whose rows have a hash of their own.
+    Of a ``secret_dir`` is kept that there is one: states have a hash of the secrets.
 
     Args:
         config: as the command line resolves it: ``model``, ``data``, ``trainer``, ``seed_everything``.
@@ -67,12 +68,20 @@ def lasting_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = dict(_flatten("", kept))
     flat |= {key: value for key, value in _flatten("data", config.get("data")) if key.rpartition(".")[2] not in _DATA}
     schedule = "trainer.federation."
-    return {k: v for k, v in flat.items() if not (k.startswith(schedule) and k.rpartition(".")[2] in _SCHEDULE)}
+    flat = {k: v for k, v in flat.items() if not (k.startswith(schedule) and k.rpartition(".")[2] in _SCHEDULE)}
+    return _without_places_of_secrets(flat)
+
+
+def _without_places_of_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: "a folder" if k.rpartition(".")[2] == "secret_dir" else v for k, v in settings.items()}
 
 
 def difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The settings that differ, as words; empty where none does or where one side was made without a configuration."""
-    return _words(stored, now, "{} was {!r} and is {!r}") if stored and now else ""
+    if not (stored and now):
+        return ""
+    # states of an earlier version hold the place
+    return _words(_without_places_of_secrets(stored), _without_places_of_secrets(now), "{} was {!r} and is {!r}")
 
 
 def schedule_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:

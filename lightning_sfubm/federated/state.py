@@ -24,12 +24,15 @@ from lightning_sfubm.federated.recording import FOLDER, MessageStore
 from lightning_sfubm.federated.server import Server
 from lightning_sfubm.federated.settings import difference, schedule_difference
 from lightning_sfubm.federated.workers import WorkerPool
+from lightning_sfubm.kept_rows import set_all_aside
 from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
-#: what tells of the messages of a run, the ledger last
-_RECORD = (FOLDER, "audit.json", "privacy_report.html", "privacy_report.json", "ledger.jsonl")
+#: what was found out of the messages of a run
+_AUDIT = ("audit.json", "privacy_curve.json", "privacy_report.html", "privacy_report.json")
+#: what tells of a run beside its results
+_RECORD = (FOLDER, *_AUDIT, "privacy.json", "run.json", "report.html", "report.json", "data", "ledger.jsonl")
 log = logging.getLogger(__name__)
 OF_SILO = "federation.id"  #: file that says of which run across machines a silo's folder holds its part
 NONCE = "noise_nonce"  #: file of a run's folder; see :meth:`Exchange._run_nonce`
@@ -217,13 +220,25 @@ class RunState:
         Args:
             stored: hashes of the secrets that a state was written with, by client.
         """
-        changed = [name for name in sorted(stored) if stored[name] != self._secrets_hash(name)]
-        if changed:
+        if changed := self.changed_secrets(stored):
             raise PrivacyError(
-                f"the secrets of {changed} in {', '.join(self._secret_dirs) or 'no secret_dir'} are not those that this run "
-                "was begun with: put the files back, run in the folder that it was begun in, or start anew in another "
+                f"the secrets of {changed} in {self.secret_places} are not those that this run was begun with: put the files "
+                "back, run in the folder that it was begun in, set secret_dir to where they are now, or start anew in another "
                 "trainer.default_root_dir"
             )
+
+    def changed_secrets(self, stored: Mapping[str, str]) -> list[str]:
+        """Clients whose secrets are not those of a state; one that has none yet is given one, which is another.
+
+        Args:
+            stored: hashes of the secrets that the state was written with, by client.
+        """
+        return [name for name in sorted(stored) if stored[name] != self._secrets_hash(name)]
+
+    @property
+    def secret_places(self) -> str:
+        """The folders of the secrets, as words."""
+        return ", ".join(self._secret_dirs) or "no secret_dir"
 
     def _secrets_hash(self, client: str) -> str:
         """Of a client's secrets, made where there are none yet; it discloses nothing of 32 random bytes."""
@@ -231,17 +246,19 @@ class RunState:
         return hashlib.sha256(b"state of a run" + secrets).hexdigest()
 
     def set_record_aside(self) -> None:
-        """Move the record of what left in an earlier run in this folder out of the way, and say so; the one before it goes."""
-        aside, messages = self.run_dir / "record-of-the-run-before", self.ledger.messages()
-        if messages and (aside / _RECORD[-1]).exists():  # whole: the ledger is moved last
-            shutil.rmtree(aside)
-        for name in _RECORD:
-            if messages and (self.run_dir / name).exists():
-                aside.mkdir(exist_ok=True)
-                (self.run_dir / name).replace(aside / name)
-            else:
-                _remove(self.run_dir / name)
-        if messages:
+        """Move what tells of an earlier run in this folder out of the way, and say so; what was set aside before it goes."""
+        set_all_aside(self.run_dir / "results")
+        aside, moving = self.run_dir / "record-of-the-run-before", self.run_dir / ".record-of-the-run-before"
+        for path in (self.run_dir / name for name in _RECORD):
+            if _tells(path):
+                moving.mkdir(exist_ok=True)
+                _remove(moving / path.name)
+                path.replace(moving / path.name)
+        self.ledger.path.unlink(missing_ok=True)  # it has no line
+        if moving.exists():  # a process killed in between may have left it, with a part: then the rest is in it now
+            _remove(aside)
+            moving.replace(aside)
+            messages = Ledger(aside / self.ledger.path.name).messages()
             log.warning(
                 "%s holds an earlier run: the record of its %d messages is in %s now", self.run_dir, messages, aside
             )
@@ -257,7 +274,7 @@ class RunState:
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
         (self.run_dir / "history.jsonl").write_text("")
         if self.goes_on and not earlier.exists():
-            for name in _RECORD[:-1]:  # of what was sent before the first state; it is sent again, and recorded so
+            for name in _AUDIT:  # of what was sent before the first state, whose lines and messages stay
                 _remove(self.run_dir / name)
             self.ledger.resume(0)
         else:
@@ -299,6 +316,14 @@ class RunState:
         }
         self.ledger.flush()
         save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)
+
+
+def _tells(path: Path) -> bool:
+    """Whether an entry of :data:`_RECORD` is there; a folder ``data`` with more than data cards is not the run's."""
+    if not path.is_dir():
+        return path.is_file() and (path.name != "ledger.jsonl" or Ledger(path).messages() > 0)
+    files = list(path.iterdir())
+    return bool(files) and (path.name == FOLDER or all(file.suffix == ".json" for file in files))
 
 
 def _remove(path: Path) -> None:

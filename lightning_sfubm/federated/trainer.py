@@ -221,9 +221,29 @@ class FederatedTrainer(L.Trainer):
             write_atomically(self.run_dir / "config.yaml", self.config_text.encode())
 
     def prepare(self, model: L.LightningModule, datamodule: Any) -> None:
-        """Set up clients and loop without running it, for methods that take part in no federation."""
+        """Set up clients and loop without running it, and refuse what does not fit them; the run folder stays as it is."""
         quiet_lightning()
         self.loop = self.build_loop(model, datamodule)
+
+    def check_start(self, ckpt_path: str | Path | None) -> None:
+        """After :meth:`prepare`: read the state to go on from, and refuse what could not start. Nothing is written before.
+
+        Args:
+            ckpt_path: as of :meth:`fit`.
+
+        Raises:
+            SFUBMError: see :meth:`~lightning_sfubm.federated.loop.FederatedLoop.go_on`, and its ``check_start``.
+        """
+        assert self.loop is not None
+        if ckpt_path is not None:
+            self.loop.go_on(ckpt_path)
+        self.loop.check_start()
+
+    def run_rounds(self) -> None:
+        """After :meth:`check_start`: keep the configuration, and run the loop to its end."""
+        assert self.loop is not None
+        self.write_config()
+        self.loop.run()
 
     def local_twin(self, model: L.LightningModule, client: str, number: int = 1) -> Client:
         """The client as trained without any message, the "no transfer" control; trained at first use.
@@ -279,14 +299,11 @@ class FederatedTrainer(L.Trainer):
 
     def _fit_federation(self, model: L.LightningModule, datamodule: Any, ckpt_path: str | Path | None) -> None:
         self.prepare(model, datamodule)
-        assert self.loop is not None
-        if ckpt_path is not None:
-            self.loop.go_on(ckpt_path)
+        self.check_start(ckpt_path)
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, DataCardPrinter):
                 callback.show(self, datamodule)
-        self.write_config()
-        self.loop.run()
+        self.run_rounds()
 
     def validate(
         self,

@@ -179,8 +179,11 @@ def test_many_problems_are_summed_up(run_dir: Path) -> None:
     assert problems[-1] == "and 21 more problems"
 
 
-def test_an_audit_without_the_secrets_of_the_run_is_refused_and_makes_none(tmp_path: Path) -> None:
-    trainer = SimpleNamespace(callbacks=[PrivacyNoise(0.05, secret_dir=str(tmp_path / "secrets")), PrivacyNoise(0.05)])
+@pytest.mark.parametrize("holder", ["callback", "aggregator"])
+def test_an_audit_without_the_secrets_of_the_run_is_refused_and_makes_none(holder: str, tmp_path: Path) -> None:
+    keyed, plain = SimpleNamespace(secret_dir=str(tmp_path / "secrets")), PrivacyNoise(0.05)
+    callbacks, aggregator = ([keyed, plain], None) if holder == "callback" else ([plain], keyed)
+    trainer = SimpleNamespace(callbacks=callbacks, federation=SimpleNamespace(aggregator=aggregator))
     client_secret(tmp_path / "secrets", "alpha")
     _secrets_or_raise(trainer, ["alpha"])  # type: ignore[arg-type]
     with pytest.raises(PrivacyError, match=r"beta\.key, the secret the run was made with, is not there"):

@@ -274,6 +274,26 @@ def test_other_data_than_the_runs_are_refused(recorded: Any, federated_data: Any
         audited(trainer, federated_data(num_users=300, num_items=90, train_users=40))
 
 
+@pytest.mark.parametrize("how", ["made anew", "of another folder"])
+def test_other_secrets_than_the_runs_are_refused(
+    recorded: Any, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another noise and another order of items every attack misses, and the report would be calm."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trainer, data = recorded(rounds=1, callbacks=[PrivacyNoise(0.05, "secrets")])
+    if how == "made anew":
+        (tmp_path / "here/secrets/beta.key").write_bytes(bytes(32))
+    else:
+        monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(
+        PrivacyError, match=r"the secrets of \[.*'beta'\] in secrets are not those that the run was made"
+    ):
+        audited(trainer, data)
+    assert not (trainer.run_dir / "audit.json").exists()
+
+
 # ---------------------------------------------------------------------- the command
 
 

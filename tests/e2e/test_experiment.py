@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
@@ -56,6 +56,14 @@ def test_a_run_that_is_refused_leaves_the_results_of_the_one_before(finished: An
     broken.setup = lambda stage=None: broken.absent  # type: ignore[method-assign, attr-defined]
     with pytest.raises(AttributeError, match="absent"):
         experiment(tmp_path).run(again, small_distiller(), broken)
+    for row, settings, words in (
+        ("stage1", {"joins": {"alhpa": 2}}, "joins names 'alhpa'"),
+        ("popularity", {"joins": {"alhpa": 2}}, "joins names 'alhpa'"),
+        ("stage1", {"callbacks": []}, "item semantics would leave unprotected"),
+    ):
+        refused: Any = quiet_trainer(trainer.run_dir, rounds=1, **settings)  # type: ignore[arg-type]
+        with pytest.raises(SFUBMError, match=words):
+            Experiment(methods=[row]).run(refused, small_distiller(), small_federation())
     assert {p: p.read_bytes() for p in trainer.run_dir.rglob("*") if p.is_file()} == before
 
 
@@ -78,6 +86,19 @@ def test_results_of_an_earlier_run_are_set_aside_and_told(
     assert [p.stem for p in trainer.run_dir.glob("results/alpha/*.parquet")] == ["random"]
     assert [p.stem for p in trainer.run_dir.glob("results-of-the-run-before/alpha/*.parquet")] == ["popularity"]
     assert "Results of an earlier run lay here" in capsys.readouterr().out
+
+
+def test_files_of_the_users_own_in_the_run_folder_stay(federated_data: Any, federated_trainer: Any) -> None:
+    """By default it is the folder that the command is run in."""
+    trainer = federated_trainer(rounds=1)
+    own = [trainer.run_dir / name for name in ("data/ratings.csv", "models/llm/w", "local/notes", "results/a.csv")]
+    old = [trainer.run_dir / name for name in ("local-2/ledger.jsonl", "models/alpha/sfubm.ckpt")]
+    for path in (*own, *old):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    Experiment(methods=["popularity"], sigmas=[]).run(trainer, small_distiller(), federated_data())
+    assert all(path.is_file() for path in own)
+    assert not any(path.exists() for path in old)
 
 
 @pytest.mark.parametrize("row", ["stage1_with_teacher", "stage1_pooled"])

@@ -116,9 +116,9 @@ def test_a_coordinator_that_is_killed_goes_on(cut: int, machines: Any, in_one_pr
         coordinator(transport, tmp_path, names).run()
     coordinator(transport, tmp_path, names).run()
     assert_equal_runs(together, tmp_path, names)
-    transport.offline, again = {2}, len(transport.asked)  # a finished run needs nobody in particular
-    coordinator(transport, tmp_path, names, HASTY).run()
-    assert {(action, name) for action, name, _ in transport.asked[again:]} == {("hello", "alpha")}
+    again = len(transport.asked)
+    coordinator(transport, tmp_path, names).run()
+    assert len(transport.asked) == again  # a finished run needs nobody
 
 
 def test_a_silo_that_dies_while_it_trains_has_dropped_out_of_the_round(

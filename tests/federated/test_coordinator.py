@@ -281,6 +281,36 @@ def test_a_finished_federation_is_not_given_other_rounds(machines: Any, tmp_path
     assert driver.progress.finished == names
 
 
+def test_nobody_is_waited_for_once_all_have_finished(
+    machines: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same command again: silos have ended, and nothing is left to deliver."""
+    names, schedule = ["alpha", "beta"], {"rounds": 1, "local_max_epochs": 1, "exchange": "teacher"}
+    transport = machines(names, **schedule)
+    coordinator(transport, tmp_path, names, **schedule).run()
+    asked, states = len(transport.asked), stored_states(tmp_path / "server/checkpoints")
+    transport.offline = {1, 2}
+    with caplog.at_level("INFO", "lightning_sfubm"):
+        coordinator(transport, tmp_path, names, HASTY, **schedule).run()
+    assert "all silos finished after 1 rounds before: nothing is left to do" in caplog.text
+    assert (len(transport.asked), stored_states(tmp_path / "server/checkpoints")) == (asked, states)
+
+
+def test_a_coordinator_killed_while_silos_finish_knows_that_they_were_asked(machines: Any, tmp_path: Path) -> None:
+    """They learn from no further round, and would drop out of each."""
+    names, schedule = ["alpha", "beta"], {"rounds": 1, "local_max_epochs": 1, "exchange": "teacher"}
+    transport = machines(names, **{**schedule, "rounds": 3})
+    cut_off_in_round(transport, 2, coordinator(transport, tmp_path, names, **schedule))  # they finish in the one after
+    assert transport.asked[-1][0] == "finish"
+    asked = len(transport.asked)
+    with pytest.raises(CheckpointError, match="1 rounds behind it and was finished, and rounds = 2 are asked for"):
+        coordinator(transport, tmp_path, names, **{**schedule, "rounds": 2}).run()
+    assert len(transport.asked) == asked
+    driver = coordinator(transport, tmp_path, names, **schedule)
+    driver.run()
+    assert driver.progress.finished == names
+
+
 def test_a_federation_that_was_cut_off_may_be_given_more_rounds(machines: Any, tmp_path: Path) -> None:
     names, schedule = ["alpha", "beta"], {"rounds": 2, "local_max_epochs": 1, "exchange": "teacher"}
     transport = machines(names, **schedule)

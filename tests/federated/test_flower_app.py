@@ -87,6 +87,13 @@ def test_the_server_app_reads_the_schedule_that_the_configuration_holds(tmp_path
     assert changed.federation.rounds == 3
 
 
+def test_classes_may_be_named_by_their_path_alone(tmp_path: Path) -> None:
+    named = {key: SCHEDULE[key]["class_path"] for key in ("aggregator", "weights")}
+    app = app_config(generate(tmp_path, schedule={**SCHEDULE, **named}))
+    federation = RunConfig.read(app["config"]).federation
+    assert (type(federation.aggregator), type(federation.weights)) == (KMeans, TrimmedMean)
+
+
 def test_the_demo_config_makes_an_app_that_holds_nothing_of_its_data(tmp_path: Path) -> None:
     demo = str(ROOT / "configs/experiment/demo.yaml")
     flower_app(["--config", demo, "--config", str(ROOT / "configs/federated/both.yaml"), "--out", str(tmp_path)])

@@ -299,31 +299,51 @@ def test_checkpoints_are_safe_whole_and_the_last_two(federated_data: Any, federa
         trainer.fit(small_distiller(), datamodule=federated_data(), ckpt_path=str(folder / "elsewhere"))
 
 
+@pytest.mark.parametrize("messages", [2, 0])
 def test_the_record_of_an_earlier_run_is_set_aside_and_said_to_be(
-    federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
+    messages: int, federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """All that a report of the new run would take for its own; of a run that sent nothing too."""
     trainer = federated_trainer(rounds=0)
-    trainer.run_dir.mkdir()
-    file = trainer.run_dir / "ledger.jsonl"
-    file.write_text('{"a": 1}\n{"a": 2}\n')
-    (trainer.run_dir / "audit.json").write_text("{}")
-    (trainer.run_dir / "messages").mkdir()
-    (trainer.run_dir / "messages/ab").write_bytes(b"sent")
+    aside, file = trainer.run_dir / "record-of-the-run-before", trainer.run_dir / "ledger.jsonl"
+    lines = "".join(f'{{"a": {number}}}\n' for number in range(messages))
+    reports = {f"{name}.{end}": "{}" for name in ("report", "privacy_report") for end in ("html", "json")}
+    facts = {f"{name}.json": "{}" for name in ("audit", "privacy", "privacy_curve", "run", "data/alpha")}
+    earlier = {**reports, **facts, "messages/ab": "sent", **({"ledger.jsonl": lines} if messages else {})}
+    for name, text in {**earlier, "ledger.jsonl": lines, "results/alpha/random.parquet": ""}.items():
+        (trainer.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (trainer.run_dir / name).write_text(text)
     trainer.prepare(small_distiller(), federated_data())
     trainer.loop._start()
-    assert (
-        f"{trainer.run_dir} holds an earlier run: the record of its 2 messages is in {trainer.run_dir}/record-of"
-        in caplog.text
-    )
-    aside = trainer.run_dir / "record-of-the-run-before"
-    assert sorted(path.name for path in aside.iterdir()) == ["audit.json", "ledger.jsonl", "messages"]
-    assert (aside / "messages/ab").read_bytes() == b"sent"
-    assert (aside / "ledger.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'
-    assert not (trainer.run_dir / "audit.json").exists()
+    said = f"{trainer.run_dir} holds an earlier run: the record of its {messages} messages is in {aside} now"
+    assert said in caplog.text
+    assert contents(aside) == {name: text.encode() for name, text in earlier.items()}
+    results = trainer.run_dir / "results-of-the-run-before"
+    assert (results / "alpha/random.parquet").is_file()
+    left = {path.name for path in trainer.run_dir.iterdir()}
+    assert left == {aside.name, results.name, "ledger.jsonl", "history.jsonl"}
     assert file.read_text() == ""
     caplog.clear()
+    (trainer.run_dir / "data").mkdir()
+    (trainer.run_dir / "data/ratings.csv").write_text("a user's own, where the run folder is where commands are run")
     trainer.loop._start()
     assert caplog.text == ""
+    assert contents(aside) == {name: text.encode() for name, text in earlier.items()}
+    assert (trainer.run_dir / "data/ratings.csv").is_file()
+
+
+def test_a_record_that_was_set_aside_in_part_is_whole_in_the_end(federated_data: Any, federated_trainer: Any) -> None:
+    """The process was killed between two files."""
+    trainer = federated_trainer(rounds=0)
+    for name in ("record-of-the-run-before/audit.json", ".record-of-the-run-before/audit.json", "ledger.jsonl"):
+        (trainer.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (trainer.run_dir / name).write_text(f"{name}\n")
+    trainer.prepare(small_distiller(), federated_data())
+    trainer.loop._start()
+    assert contents(trainer.run_dir / "record-of-the-run-before") == {
+        "audit.json": b".record-of-the-run-before/audit.json\n",
+        "ledger.jsonl": b"ledger.jsonl\n",
+    }
 
 
 def test_resume_refuses_other_clients_models_and_schedules(federated_data: Any, federated_trainer: Any) -> None:
@@ -386,7 +406,7 @@ def test_a_catalogue_larger_than_agreed_is_refused_before_it_leaves(
     small = federated_trainer("small", rounds=0, max_items=count - 1)
     with pytest.raises(MessageError, match=rf"{count} rows.*trainer\.federation\.max_items = {count - 1}"):
         small.fit(small_distiller(), datamodule=federated_data())
-    assert ledger(small) == []
+    assert not small.run_dir.exists()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,33 @@ def test_a_resumed_run_keeps_one_message_for_every_line(federated_data: Any, fed
     assert {entry["sha256"] for entry in entries} == orphan.names()
 
 
+def test_a_run_cut_off_before_its_first_state_keeps_what_it_had_sent(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    """Its line stays in the ledger, and an audit asks for the message of every line."""
+    from lightning_sfubm.audit.check import check_run
+    from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+
+    class DieAtOnce(FederatedCallback):
+        def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+            if client == "beta":
+                raise KeyboardInterrupt
+            return tensors
+
+    settings = {"rounds": 0, "local_max_epochs": 1, "keep_messages": True}
+    cut = federated_trainer(callbacks=[PrivacyNoise(0.05), DieAtOnce()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit(small_distiller(), datamodule=federated_data())
+    (sent,) = lines(cut.run_dir)
+    (cut.run_dir / "audit.json").write_text("of what was sent until then")
+    trainer = federated_trainer(**settings)
+    trainer.fit(small_distiller(), datamodule=federated_data(), ckpt_path="last")
+    check = check_run(trainer.run_dir)
+    assert lines(trainer.run_dir)[0] == sent
+    assert (check.problems, check.unchecked, check.recorded) == ([], [], check.lines)
+    assert not (trainer.run_dir / "audit.json").exists()
+
+
 def test_a_changed_or_missing_message_is_not_handed_out(tmp_path: Path) -> None:
     store = MessageStore(tmp_path / "messages")
     assert store.names() == set()

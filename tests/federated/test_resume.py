@@ -158,6 +158,15 @@ def test_the_ledger_says_what_was_sent_again_and_shows_every_change(
     assert read_ledger(path) == entries
 
 
+def test_a_run_goes_on_in_the_folder_of_its_ledger_alone(federated_data: Any, federated_trainer: Any) -> None:
+    first = federated_trainer("run", rounds=0, local_max_epochs=1)
+    first.fit(small_distiller(), datamodule=federated_data())
+    other = federated_trainer("other", rounds=1, local_max_epochs=1)
+    with pytest.raises(CheckpointError, match=r"other/ledger\.jsonl has 0 entries, .* after 4: .* it was begun in"):
+        other.fit(small_distiller(), datamodule=federated_data(), ckpt_path=str(first.run_dir / "checkpoints"))
+    assert not other.run_dir.exists()
+
+
 class StopIn(FederatedCallback):
     """Die while the messages of a round travel."""
 

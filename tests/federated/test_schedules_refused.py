@@ -10,7 +10,7 @@ import pytest
 from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_sfubm.callbacks.fedprox import FedProx
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
-from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.robust import CoordinateMedian
 from lightning_sfubm.federated.secure import SecureAggregation
@@ -103,3 +103,34 @@ def test_settings_of_a_teacher_that_is_not_sent_are_named_in_a_warning(caplog: p
         assert not caplog.records
         Federation(exchange="semantics", **given)
     assert "federation: weights, weighting, min_updates: for the weights of a shared teacher" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"callbacks": []}, "item semantics would leave unprotected"),
+        ({"callbacks": [], "joins": {"beta": 2}}, "item semantics would leave unprotected"),
+        ({"max_items": 5}, r"client 'alpha' would send \d+ rows .* at most 5 are accepted"),
+        ({"secure": {"max_items": 5}}, r"SecureKMeans\.max_items = 5 admits no more"),
+        ({"secure": {"min_members": 500}}, r"SecureKMeans\.min_members = 500: a sum over so few"),
+    ],
+    ids=str,
+)
+def test_a_refused_run_leaves_an_earlier_one_as_it_was(
+    settings: dict[str, Any], words: str, federated_data: Any, federated_trainer: Any
+) -> None:
+    """States, record and configuration: it would be found out at the first exchange, after all of them were gone."""
+    given = dict(settings)
+    if "secure" in given:
+        pytest.importorskip("cryptography")
+        given["aggregator"] = SecureKMeans(num_clusters=2, **given.pop("secure"))
+    trainer = federated_trainer(**given)
+    for name in ("config.yaml", "ledger.jsonl", "checkpoints/state-0001/loop.json", "clients/alpha/trained.ckpt"):
+        (trainer.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (trainer.run_dir / name).write_text("of before")
+    trainer.config_text = "of the refused run"
+    with pytest.raises(SFUBMError, match=words):
+        trainer.fit(small_distiller(), datamodule=federated_data(num_users=30))
+    left = [path for path in trainer.run_dir.rglob("*") if path.is_file()]
+    assert len(left) == 4
+    assert all(path.read_text() == "of before" for path in left)

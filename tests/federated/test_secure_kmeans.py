@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,16 +234,22 @@ def test_no_noise_is_added_to_two_sums_that_differ() -> None:
         assert float((drawn() - other).abs().min()) > 1e-3
 
 
-def test_a_run_begun_again_keeps_its_number_unless_settings_or_data_are_others(
-    federated_data: Any, federated_trainer: Any
+def test_a_run_begun_again_keeps_its_number_unless_settings_data_or_secrets_are_others(
+    federated_data: Any, federated_trainer: Any, tmp_path: Path
 ) -> None:
-    trainer = federated_trainer()
+    trainer = federated_trainer(callbacks=[PrivacyNoise(0.05, str(tmp_path / "secrets"))])
     loop = trainer.build_loop(small_distiller(), federated_data(num_users=20))
     number = loop._run_nonce()
     assert loop._run_nonce() == number
-    loop.settings = {"trainer": "another"}
-    with pytest.raises(CheckpointError, match="noise_nonce: messages of a run with other settings or data have left"):
-        loop._run_nonce()
+    key = tmp_path / "secrets/beta.key"
+    kept = key.read_bytes()
+    for settings, secret in (({"trainer": "another"}, kept), ({}, bytes(32))):
+        loop.settings = settings
+        key.write_bytes(secret)
+        with pytest.raises(
+            CheckpointError, match="noise_nonce: messages of a run with other settings, data or secrets"
+        ):
+            loop._run_nonce()
     for torn in ("", number[:-1], "../" + number):
         (trainer.run_dir / "noise_nonce").write_text(torn)
         with pytest.raises(PrivacyError, match="noise_nonce: holds no number of a run"):

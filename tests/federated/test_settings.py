@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from lightning_sfubm.__main__ import main
+from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.cli import SFUBMCLI
-from lightning_sfubm.errors import CheckpointError
+from lightning_sfubm.errors import CheckpointError, PrivacyError
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.settings import difference, lasting_settings, schedule_difference
 from tests.conftest import small_distiller
@@ -133,6 +134,41 @@ def test_what_may_change_changes_neither_the_settings_nor_the_hash_of_rows(
         other = parsed(flag, value)
         assert difference(plain.lasting_settings, other.lasting_settings), flag
         assert plain._config_hash() != other._config_hash(), flag
+
+
+def test_secrets_may_move_and_not_be_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whether they are the same is told by their hash; states of an earlier version name their folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def parsed(*more: str) -> SFUBMCLI:
+        return SFUBMCLI(args=["--config", str(SYNTHETIC), "--trainer.accelerator", "cpu", *more], run=False)
+
+    none, here, there = parsed(), *(parsed("--trainer.callbacks.secret_dir", folder) for folder in ("a", "b"))
+    assert difference(here.lasting_settings, there.lasting_settings) == ""
+    assert here._config_hash() == there._config_hash() != none._config_hash()
+    key = "trainer.callbacks.0.init_args.secret_dir"
+    assert difference(none.lasting_settings, here.lasting_settings) == f"{key} was None and is 'a folder'"
+    assert difference({**none.lasting_settings, key: "a"}, there.lasting_settings) == ""
+
+
+def test_a_run_goes_on_with_secrets_that_were_moved_and_no_others(
+    federated_data: Any, federated_trainer: Any, tmp_path: Path
+) -> None:
+    def run(folder: str, **flags: Any) -> None:
+        callback = {"class_path": "PrivacyNoise", "init_args": {"secret_dir": folder}}
+        noise = PrivacyNoise(0.05, str(tmp_path / folder))
+        trainer = federated_trainer(callbacks=[noise], rounds=0, local_max_epochs=1)
+        trainer.settings = lasting_settings({"trainer": {"callbacks": [callback]}})
+        trainer.fit(small_distiller(), datamodule=federated_data(num_users=30), **flags)
+
+    run("here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    run("there", ckpt_path="last")
+    (tmp_path / "there/alpha.key").write_bytes(bytes(32))
+    with pytest.raises(
+        PrivacyError, match=r"secrets of \['alpha'\] in .*/there are not those .* set secret_dir to where"
+    ):
+        run("there", ckpt_path="last")
 
 
 def test_data_of_equal_shape_are_told_apart_without_a_configuration(
