@@ -58,6 +58,14 @@ def test_noise_differs_by_item_and_by_secret() -> None:
     assert float(gram.abs().max()) < 0.35  # independent draws: sd 1 / sqrt(384) = .05
 
 
+@pytest.mark.parametrize("place", [0, 7, 31, 63])
+def test_every_byte_of_the_secret_counts(place: int) -> None:
+    secret, x = bytearray(64), items(5)
+    plainly = GaussianPerturbation(0.1, bytes(secret))(x)
+    secret[place] = 1
+    assert not torch.isclose(GaussianPerturbation(0.1, bytes(secret))(x), plainly).all(dim=1).any()
+
+
 @pytest.mark.parametrize("sigma", [-0.1, float("nan"), float("inf")])
 def test_a_bad_sigma_is_refused(sigma: float) -> None:
     with pytest.raises(ConfigError, match="sigma"):
