@@ -76,6 +76,17 @@ def test_unit_of_whole_second_times_changes_nothing(raw_domain) -> None:
         assert (domain.fingerprint, domain.card) == (expected.fingerprint, expected.card)
 
 
+def test_times_within_a_second_keep_their_order_and_are_told_rounded_down(raw_domain) -> None:
+    rows = [("u", "a", 1999), ("u", "b", 1500), ("u", "b", 1501), ("u", "c", -500), ("v", "a", 7), ("v", "b", 7)]
+    raw = raw_domain(rows)
+    table = raw.interactions.set_column(2, "order", raw.interactions.column("order").cast(pa.timestamp("ms")))
+    domain = build_domain(RawDomain(table, raw.items, "timestamp"), "x", NO_CORE)
+    assert [domain.item_keys[item] for item in domain.sequence(0)] == ["c", "b", "b", "a"]
+    assert domain.times.tolist() == [-1, 1, 1, 1, 0, 0]
+    assert domain.card.rules["duplicates"] == 0
+    assert domain.card.tied_share == 1 / 6  # of the second user's alone
+
+
 def test_position_order_is_sorted_and_times_are_absent(raw_domain) -> None:
     domain = build_domain(raw_domain([("u", "b", 1), ("u", "a", 0), ("u", "b", 1)], order="position"), "x", NO_CORE)
     assert domain.sequence(0).tolist() == [1, 2]
