@@ -42,6 +42,18 @@ def test_a_limit_draws_as_many_of_both(data: Any) -> None:
     assert not np.array_equal(who.users, subjects(data, 20, seed=2).users)
 
 
+def test_users_with_nothing_to_predict_are_not_asked_about(federated_data: Any) -> None:
+    domain = federated_data(domains=1, num_users=60, num_items=96, train_users=30, item_share=0.3).domains["alpha"]
+    domain.setup("fit")
+    lengths = np.diff(domain.domain.offsets)
+    before_validation = np.where(lengths >= 3, lengths - 2, lengths)
+    left = before_validation - (before_validation >= 3) * (lengths >= 3)  # one is held out where two remain
+    assert 0 < (left < 2).sum() < len(left)
+    who = subjects(domain, 1000, seed=1)
+    assert sorted(who.users) == np.flatnonzero(left >= 2).tolist()
+    assert (who.targets != 0).any(dim=1).all()
+
+
 def test_without_held_out_users_there_is_nobody_to_compare_with(federated_data: Any) -> None:
     domain = federated_data(domains=1).domains["alpha"]
     domain.setup("fit")
