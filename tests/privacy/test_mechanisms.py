@@ -105,6 +105,9 @@ def test_report_shows_that_fresh_noise_could_be_averaged_away() -> None:
     report = perturbation_report(x, sent, sent, 0.5, seed=1, max_items=200)
     curve = report["averaging"]["linkage"]  # type: ignore[index]
     assert curve[-1] > curve[0] + 0.2
+    for uploads, success in zip(report["averaging"]["uploads"], curve, strict=True):  # type: ignore[index]
+        quieter = GaussianPerturbation(0.5 / math.sqrt(uploads), b"t")(x)  # the mean's noise falls with the root
+        assert success == pytest.approx(linkage(quieter, x, torch.arange(300)), abs=0.1)
     assert 1 / 300 < report["linkage_with_replacement"] < 1  # type: ignore[operator]
     assert report["cosine_min"] <= report["cosine_mean"] <= report["cosine_max"]  # type: ignore[operator]
     assert report["attacked_items"] == 200
