@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_sfubm.audit.attack import _labels
 from lightning_sfubm.audit.subjects import sequence_losses, subjects, trained_items
 from lightning_sfubm.errors import DataError
 from tests.conftest import small_distiller
@@ -69,6 +70,16 @@ def test_trained_items_are_those_of_the_training_batches(data: Any) -> None:
         seen[batch["targets"].flatten()] = True
     assert torch.equal(trained_items(data), seen[1:])
     assert 0 < int(trained_items(data).sum()) < data.num_items
+
+
+def test_popularity_is_told_in_thirds_of_the_items(data: Any) -> None:
+    thirds = _labels(data, 10)["popularity, in thirds"]
+    counts = data.catalogue.train_counts[1:]
+    sizes = torch.bincount(thirds)
+    assert len(sizes) == 3
+    assert sizes.max() - sizes.min() <= 1
+    for lower, upper in ((0, 1), (1, 2)):
+        assert counts[thirds == lower].max() <= counts[thirds == upper].min()
 
 
 def test_the_loss_of_a_sequence_is_that_of_a_plain_loop(data: Any) -> None:
