@@ -59,6 +59,25 @@ def test_ties_keep_source_order_and_numbering_ignores_row_order(raw_domain) -> N
     assert swapped.fingerprint == domain.fingerprint
 
 
+def test_the_fingerprint_follows_all_that_a_domain_is_made_of(raw_domain) -> None:
+    """Caches, candidate lists and checkpoints are told apart by it."""
+    rows, titles = [("u", "a", 1), ("u", "b", 2), ("v", "a", 3)], {"a": "Alien", "b": "Heat"}
+    renamed = [(user, {"a": "c"}.get(item, item), order) for user, item, order in rows]
+    raws = [
+        raw_domain(rows, titles),
+        raw_domain([("u", "b", 1), ("u", "a", 2), ("v", "a", 3)], titles),
+        raw_domain([("u", "a", 1), ("u", "b", 2), ("v", "a", 4)], titles),
+        raw_domain([("u", "a", 1), ("u", "b", 2), ("w", "a", 3)], titles),
+        raw_domain(renamed, {"b": "Heat", "c": "Alien"}),
+        raw_domain(rows, titles | {"b": "Up"}),
+        raw_domain(rows, titles, brand=["x", "y"]),
+    ]
+    prints = [build_domain(raw, "x", NO_CORE).fingerprint for raw in raws]
+    assert len(set(prints)) == len(prints)
+    assert build_domain(raws[0], "another name", NO_CORE).fingerprint == prints[0]
+    assert build_domain(raws[0], "x", PreprocessSettings(k_core=1)).fingerprint != prints[0]
+
+
 @pytest.mark.parametrize("order", [[float("inf"), 0.0], [2.0**63, 0.0]])
 def test_order_beyond_64_bits_is_refused(raw_domain, order: list[float]) -> None:
     with pytest.raises(DataError, match="in row 1, which is beyond 64-bit integers"):
