@@ -53,6 +53,21 @@ def test_products_that_both_sell_come_back_almost_as_they_are() -> None:
     assert first["cosine_mean"] > 0.99
 
 
+def test_products_are_counted_once_and_where_they_are_named() -> None:
+    both = units(40, 0)
+    clean, aggregator = {"a": torch.cat([both, both]), "b": torch.cat([both, units(60, 1)])}, KNNMix(tau=0.01)
+    messages = exchange(clean, aggregator)
+    answer = next(message for line, message in messages if (line["direction"], line["client"]) == ("down", "a"))
+    received = answer.tensors["vectors"].flip(0)
+    received[:10] *= -1  # what comes back says nothing of the first ten products
+    received[40:50] *= -1
+    answer.tensors["vectors"] = received.flip(0)
+    rows, _ = answers(messages, {name: client(vectors) for name, vectors in clean.items()}, aggregator, 100, seed=1)
+    first = next(row for row in rows if row["client"] == "a")
+    assert (first["with_replacement"]["value"], first["with_replacement"]["n"]) == (0.75, 80)
+    assert first["products_named"] == 30
+
+
 def test_an_even_mixture_hides_more_than_a_peaked_one() -> None:
     clean = {"a": units(200, 2), "b": units(300, 3), "c": units(100, 4)}
     (even, *_), (peaked, *_) = (measured(clean, KNNMix(k=50, tau=tau))[0] for tau in (100.0, 0.01))

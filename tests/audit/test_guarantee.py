@@ -3,15 +3,19 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from lightning_sfubm.audit.attack import AuditSettings, _member_facts
 from lightning_sfubm.audit.facts import mechanisms, rests_on_seed
 from lightning_sfubm.audit.guarantee import content_of, coverage, guarantee
-from lightning_sfubm.audit.replay import replay
+from lightning_sfubm.audit.replay import Update, replay
 from lightning_sfubm.audit.report import build_privacy_report
 from lightning_sfubm.federated.ledger import INITIAL_WEIGHTS, TEXTS_ALONE, UNTRAINED, Ledger
+from lightning_sfubm.privacy.attacks import area_limit, rate_limit
 from tests.audit.test_report import checkpoint, in_words
 
 SECURE = {"secure aggregation": "threshold 0.6"}
@@ -166,6 +170,7 @@ def test_numbers_of_examples_beside_the_weights_are_not_covered() -> None:
     "lines",
     [
         [up("a", 1, private(2.0)), up("a", 2, private(1.0))],
+        [up("a", 1, private(1.0)), up("a", 2, private(3.0)), up("a", 3, private(2.0))],
         [up("a", 1, private()), up("a", 2, private(delta=1e-6))],
         [up("a", 1, private()), up("a", 2, private(neighbours="one interaction"))],
         [up("a", 1, private(adversary="the server")), up("a", 2, private())],
@@ -210,6 +215,15 @@ def test_no_limit_stands_beside_an_attack_where_an_earlier_message_had_no_bound(
 
     assert privacy(private(1.0)) == [2.0, 2.0]  # the client's own, and the aggregated one
     assert privacy({}) == [None, None]
+
+
+@pytest.mark.parametrize("bound", [{"epsilon": 0.5, "delta": 1e-3}, {}])
+def test_the_limit_beside_an_attack_is_that_of_the_attacked_update(bound: dict[str, float]) -> None:
+    who: Any = SimpleNamespace(member=torch.arange(40) < 20)
+    row = _member_facts("a", Update("a", 1, {}, {}, {}, bound), "loss", torch.arange(40.0), who, AuditSettings())
+    expected = {"auc": area_limit(**bound), "tpr": rate_limit(**bound, false_positives=0.01)} if bound else None
+    assert row["limit"] == expected
+    assert (row["members"], row["others"], row["auc"]["value"]) == (20, 20, 0.0)
 
 
 def test_two_messages_of_the_same_steps_are_no_bound_for_both() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_sfubm.audit.attack import _labels
 from lightning_sfubm.audit.subjects import sequence_losses, subjects, trained_items
 from lightning_sfubm.errors import DataError
 from tests.conftest import small_distiller
@@ -42,6 +43,18 @@ def test_a_limit_draws_as_many_of_both(data: Any) -> None:
     assert not np.array_equal(who.users, subjects(data, 20, seed=2).users)
 
 
+def test_users_with_nothing_to_predict_are_not_asked_about(federated_data: Any) -> None:
+    domain = federated_data(domains=1, num_users=60, num_items=96, train_users=30, item_share=0.3).domains["alpha"]
+    domain.setup("fit")
+    lengths = np.diff(domain.domain.offsets)
+    before_validation = np.where(lengths >= 3, lengths - 2, lengths)
+    left = before_validation - (before_validation >= 3) * (lengths >= 3)  # one is held out where two remain
+    assert 0 < (left < 2).sum() < len(left)
+    who = subjects(domain, 1000, seed=1)
+    assert sorted(who.users) == np.flatnonzero(left >= 2).tolist()
+    assert (who.targets != 0).any(dim=1).all()
+
+
 def test_without_held_out_users_there_is_nobody_to_compare_with(federated_data: Any) -> None:
     domain = federated_data(domains=1).domains["alpha"]
     domain.setup("fit")
@@ -57,6 +70,16 @@ def test_trained_items_are_those_of_the_training_batches(data: Any) -> None:
         seen[batch["targets"].flatten()] = True
     assert torch.equal(trained_items(data), seen[1:])
     assert 0 < int(trained_items(data).sum()) < data.num_items
+
+
+def test_popularity_is_told_in_thirds_of_the_items(data: Any) -> None:
+    thirds = _labels(data, 10)["popularity, in thirds"]
+    counts = data.catalogue.train_counts[1:]
+    sizes = torch.bincount(thirds)
+    assert len(sizes) == 3
+    assert sizes.max() - sizes.min() <= 1
+    for lower, upper in ((0, 1), (1, 2)):
+        assert counts[thirds == lower].max() <= counts[thirds == upper].min()
 
 
 def test_the_loss_of_a_sequence_is_that_of_a_plain_loop(data: Any) -> None:

@@ -204,6 +204,15 @@ def test_a_step_past_the_budget_is_refused_where_the_plan_has_no_end(domain: Any
     assert callback.accountant.epsilon() > 6.0
 
 
+def test_a_plan_is_no_longer_than_the_first_of_its_two_ends(domain: Any) -> None:
+    accountant = PrivacyAccountant("rdp", delta=1e-3)
+    accountant.step(1.0, 50 / USERS, 6)
+    for ends in ({"epochs": 1, "max_steps": 1000}, {"epochs": 100, "max_steps": 6}):
+        callback = private(target_epsilon=accountant.epsilon())
+        fit(callback, domain(), limit_val_batches=0, **ends)
+        assert callback.accountant.steps == 6
+
+
 # ---------------------------------------------------------------------- sampling, noise, what the optimiser sees
 
 
@@ -243,6 +252,56 @@ def test_noise_differs_by_step_client_and_seed_and_repeats_with_them(domain: Any
     everything = torch.nn.functional.normalize(torch.stack([*first, *client, *seed]), dim=1)
     overlap = (everything @ everything.T - torch.eye(len(everything))).abs().max()
     assert float(overlap) < 6 / math.sqrt(everything.shape[1])  # independent directions: sd 1 / sqrt(n)
+
+
+class Change(Callback):
+    """Another item in the place of the first one of a batch, in the tensor of a name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        place = tuple(batch["targets"].nonzero()[0])
+        batch[self.name][place] = batch[self.name][place] % 40 + 1
+
+
+def test_no_noise_is_added_to_two_sums_that_differ(domain: Any) -> None:
+    """A step taken again from another teacher, on other data or under another bound: the difference would have no noise."""
+
+    def step(*more: Callback, module_seed: int = 0, **settings: Any) -> torch.Tensor:
+        """Gradient of the first step, a thousand times more noise than gradient."""
+        spy, loud = Spy(), private(**{"seed": 1, "clip_norm": 1e-3, "noise_multiplier": 1e3, **settings})
+        trainer(loud, spy, *more, max_steps=1).fit(distiller(seed=module_seed), datamodule=domain())
+        return torch.cat([g.flatten() for g in spy.gradients[0].values()])
+
+    first = step()
+    assert torch.equal(first, step())
+    others = [
+        step(Change("history")),
+        step(Change("targets")),
+        step(module_seed=1),
+        step(clip_norm=2e-3),
+        step(noise_multiplier=2e3),
+        step(expected_batch_size=60),
+    ]
+    noise = torch.nn.functional.normalize(torch.stack([first, *others]), dim=1)
+    overlap = (noise @ noise.T - torch.eye(len(noise))).abs().max()
+    assert float(overlap) < 6 / math.sqrt(noise.shape[1])  # independent directions: sd 1 / sqrt(n)
+
+
+def test_dropout_differs_by_step_and_seed_and_repeats_with_them(domain: Any) -> None:
+    def steps(seed: int) -> list[torch.Tensor]:
+        """Gradients of two steps over all users, without noise and all but without movement."""
+        spy, callback = Spy(), private(seed=seed, noise_multiplier=0.0, expected_batch_size=USERS)
+        run = trainer(callback, spy, epochs=2, limit_val_batches=0)
+        run.fit(distiller(lr=1e-12), datamodule=domain())
+        return [torch.cat([g.flatten() for g in gradient.values()]) for gradient in spy.gradients]
+
+    (first, second), again, (other, _) = steps(1), steps(1), steps(2)
+    assert torch.equal(first, again[0])
+    assert torch.equal(second, again[1])
+    for different in (second, other):
+        assert 0.05 < float((first - different).norm() / first.norm()) < 1  # the same users, other units left out
 
 
 class Collect(Callback):
@@ -323,7 +382,7 @@ def test_a_resumed_fit_equals_one_that_never_stopped(secret: bool, domain: Any, 
 
 
 def test_steps_that_were_not_private_are_not_passed_over(domain: Any, tmp_path: Path) -> None:
-    run = trainer(epochs=1)
+    run = trainer(epochs=1, limit_train_batches=1)  # one is enough
     run.fit(distiller(), datamodule=domain())
     run.save_checkpoint(tmp_path / "open.ckpt")
     spy = Spy()

@@ -60,6 +60,11 @@ def test_canary_items_never_reach_training(raw_domain) -> None:
     assert not canaries & items_of(data.train_dataloader(), "history", "targets")
     assert data.catalogue.train_counts[[stage2, val, test]].tolist() == [0, 0, 0]
     assert data.catalogue.train_counts.sum() == 30 * 5 + 4 + 40
+    histories = data.catalogue.histories  # what is counted of which items stand near each other
+    assert histories is not None
+    counted = [histories.items[start:end] for start, end in zip(histories.starts, histories.ends, strict=True)]
+    counts = np.bincount(np.concatenate(counted), minlength=data.num_items + 1)
+    assert counts.tolist() == data.catalogue.train_counts.tolist()
     ranking = RankingDataModule(data, train_candidates=5)
     ranking.setup("fit")
     assert not {val, test} & items_of(ranking.train_dataloader(), "history", "target")
@@ -161,6 +166,19 @@ def test_candidates_are_the_same_for_every_subset_and_loader() -> None:
     assert data.candidate_hash["val"] != data.candidate_hash["test"]
 
 
+def test_subsets_of_users_and_rows_are_drawn_and_not_the_first_ones() -> None:
+    data = ready(stage2_positions=1)
+    users, rows = (
+        [set(data.rank_rows(split, 5, seed=seed, **{limit: 20}).users.tolist()) for seed in (1, 1, 2)]
+        for split, limit in (("test", "max_users"), ("train2", "max_rows"))
+    )
+    for first, again, other in (users, rows):
+        assert len(first) == 20
+        assert first == again
+        assert first != other
+        assert max(first) > 39  # of 80
+
+
 def test_seen_is_the_complete_known_history_beyond_max_length() -> None:
     data = ready(max_length=4)
     for batch in data.test_dataloader():
@@ -169,6 +187,8 @@ def test_seen_is_the_complete_known_history_beyond_max_length() -> None:
             sequence = data.domain.sequence(user)
             assert seen[seen > 0].tolist() == sequence[:-1].tolist()
             assert target == sequence[-1]
+        for user, history in zip(batch["user"].tolist(), batch["history"], strict=True):
+            assert history[history > 0].tolist() == data.domain.sequence(user)[:-1][-4:].tolist()
 
 
 def test_predictions_follow_the_complete_sequence_of_every_user(raw_domain) -> None:

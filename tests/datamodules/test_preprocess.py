@@ -59,6 +59,25 @@ def test_ties_keep_source_order_and_numbering_ignores_row_order(raw_domain) -> N
     assert swapped.fingerprint == domain.fingerprint
 
 
+def test_the_fingerprint_follows_all_that_a_domain_is_made_of(raw_domain) -> None:
+    """Caches, candidate lists and checkpoints are told apart by it."""
+    rows, titles = [("u", "a", 1), ("u", "b", 2), ("v", "a", 3)], {"a": "Alien", "b": "Heat"}
+    renamed = [(user, {"a": "c"}.get(item, item), order) for user, item, order in rows]
+    raws = [
+        raw_domain(rows, titles),
+        raw_domain([("u", "b", 1), ("u", "a", 2), ("v", "a", 3)], titles),
+        raw_domain([("u", "a", 1), ("u", "b", 2), ("v", "a", 4)], titles),
+        raw_domain([("u", "a", 1), ("u", "b", 2), ("w", "a", 3)], titles),
+        raw_domain(renamed, {"b": "Heat", "c": "Alien"}),
+        raw_domain(rows, titles | {"b": "Up"}),
+        raw_domain(rows, titles, brand=["x", "y"]),
+    ]
+    prints = [build_domain(raw, "x", NO_CORE).fingerprint for raw in raws]
+    assert len(set(prints)) == len(prints)
+    assert build_domain(raws[0], "another name", NO_CORE).fingerprint == prints[0]
+    assert build_domain(raws[0], "x", PreprocessSettings(k_core=1)).fingerprint != prints[0]
+
+
 @pytest.mark.parametrize("order", [[float("inf"), 0.0], [2.0**63, 0.0]])
 def test_order_beyond_64_bits_is_refused(raw_domain, order: list[float]) -> None:
     with pytest.raises(DataError, match="in row 1, which is beyond 64-bit integers"):
@@ -74,6 +93,17 @@ def test_unit_of_whole_second_times_changes_nothing(raw_domain) -> None:
         table = raw.interactions.set_column(2, "order", order.cast(kind))
         domain = build_domain(RawDomain(table, raw.items, "timestamp"), "x", NO_CORE)
         assert (domain.fingerprint, domain.card) == (expected.fingerprint, expected.card)
+
+
+def test_times_within_a_second_keep_their_order_and_are_told_rounded_down(raw_domain) -> None:
+    rows = [("u", "a", 1999), ("u", "b", 1500), ("u", "b", 1501), ("u", "c", -500), ("v", "a", 7), ("v", "b", 7)]
+    raw = raw_domain(rows)
+    table = raw.interactions.set_column(2, "order", raw.interactions.column("order").cast(pa.timestamp("ms")))
+    domain = build_domain(RawDomain(table, raw.items, "timestamp"), "x", NO_CORE)
+    assert [domain.item_keys[item] for item in domain.sequence(0)] == ["c", "b", "b", "a"]
+    assert domain.times.tolist() == [-1, 1, 1, 1, 0, 0]
+    assert domain.card.rules["duplicates"] == 0
+    assert domain.card.tied_share == 1 / 6  # of the second user's alone
 
 
 def test_position_order_is_sorted_and_times_are_absent(raw_domain) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.candidates import (
@@ -124,6 +125,18 @@ def test_stored_once_and_named_by_data_split_and_seed(tmp_path: Path) -> None:
     assert len({lists.sha256 for lists in (first, *others)}) == 4
     assert len(list(tmp_path.iterdir())) == 4
     assert store(tmp_path / "elsewhere").sha256 == first.sha256  # drawn again, the same
+
+
+def test_the_hash_covers_where_the_target_stands(tmp_path: Path) -> None:
+    lists = store(tmp_path)
+    moved = CandidateLists(lists.candidates, (lists.target_index + 1) % 20)
+    assert moved.sha256 != lists.sha256
+    assert CandidateLists(lists.candidates.copy(), lists.target_index.copy()).sha256 == lists.sha256
+    path = next(tmp_path.iterdir())
+    tensors = {"candidates": lists.candidates, "target_index": moved.target_index}
+    path.write_bytes(save(tensors, {"sha256": lists.sha256}))
+    with pytest.raises(DataError, match="sha256"):
+        store(tmp_path)
 
 
 def test_tampered_or_torn_file_is_refused(tmp_path: Path) -> None:

@@ -178,6 +178,19 @@ def test_bf16_runs_the_ranker_under_autocast(catalogue):
     assert set(seen) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_scores_that_bf16_makes_equal_are_told_apart(catalogue, precision):
+    model = ByPriceEverywhere()
+    model.price.weight.data = 1 + 1e-4 * torch.arange(N + 1.0)[:, None]  # in bf16 all are 1
+    batches = make_batches()
+    result = run(model, batches, catalogue, precision=precision)
+    rows = [(batch, b) for batch in batches for b in range(len(batch["user"]))]
+    for row, (batch, b) in enumerate(rows):
+        target, seen = int(batch["target"][b]), batch["seen"][b].tolist()
+        assert result.rank[row] == 1 + int((batch["candidates"][b] > target).sum())
+        assert result.full_rank[row] == 1 + len({*range(target + 1, N + 1)} - {*seen})
+
+
 def test_broken_rankers_get_one_clear_error(catalogue):
     class Wide(ByPrice):
         def rank(self, batch):

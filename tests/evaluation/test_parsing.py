@@ -39,6 +39,7 @@ def test_cases(titles, text, expected):
 def test_removed_spans_do_not_join_their_neighbours():
     assert TitleParser(["star x wars", "ab"]).matches("a star x wars b") == [0]
     assert TitleParser(["long one", "a b"]).matches("a long one b") == [0]
+    assert TitleParser(["!!!", "ab"]).matches("a!!!b") == [0]
 
 
 @pytest.mark.parametrize(

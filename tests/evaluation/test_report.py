@@ -291,6 +291,14 @@ def test_ledger_facts_sum_per_client_direction_and_kind():
     assert facts["totals"] == {"up": 20, "down": 10}
 
 
+def test_what_was_sent_again_is_told_and_counts_once():
+    line = {"client": "a", "kind": "teacher", "bytes": 10, "direction": "up", "round": 1}
+    facts = ledger_facts([line, line | {"resent": True}, line | {"round": 2}, line | {"round": 2, "resent": True}])
+    (row,) = facts["rows"]
+    assert (row["messages"], row["bytes"], row["rounds"]) == (2, 20, [1, 2])
+    assert (facts["totals"], facts["messages"], facts["resent"]) == ({"up": 20, "down": 0}, 2, 2)
+
+
 def test_a_guarantee_is_told_as_it_stands_at_the_last_message():
     def spent(epsilon, delta=1e-5):
         privacy = {"mechanism": "DP-SGD over users", "epsilon": epsilon, "delta": delta, "steps": int(epsilon * 10)}

@@ -126,3 +126,14 @@ def test_kmeans_merges_clusters_with_too_few_members_of_a_domain() -> None:
     free = KMeans(num_clusters=2, min_members=0).aggregate(uploads)["b"]
     assert float((free[-1] * lone[0]).sum()) > 0.99
     assert float((merged[-1] * lone[0]).sum()) < 0.5
+
+
+@pytest.mark.parametrize(("of_b", "kept"), [(4, False), (5, True)])
+def test_a_cluster_of_kmeans_needs_enough_members_of_every_domain(of_b: int, kept: bool) -> None:
+    crowd, group = (
+        normalize(torch.eye(4)[place].repeat(n, 1) + 0.01 * vectors(n, 1, 4)) for place, n in ((0, 20), (3, 8))
+    )
+    uploads = {"a": torch.cat([crowd, group]), "b": torch.cat([crowd, group[:of_b]])}
+    views = KMeans(num_clusters=2, min_members=5).aggregate(uploads)
+    for name in "ab":  # a's eight would suffice alone
+        assert (float(views[name][-1] @ group[0]) > 0.9) == kept

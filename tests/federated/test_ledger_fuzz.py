@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_sfubm.errors import CheckpointError
-from lightning_sfubm.federated.ledger import Ledger, read_ledger
+from lightning_sfubm.federated.ledger import PRIVATE, Ledger, read_ledger
 
 COUNT = 10_000
 
@@ -102,3 +102,37 @@ def test_mutated_ledgers_are_refused_or_say_what_was_written(path: Path) -> None
 def test_a_ledger_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"ledger.jsonl.*cannot be read"):
         read_ledger(tmp_path / "ledger.jsonl")
+
+
+def test_sent_again_is_what_says_the_same_after_the_state_that_a_run_goes_on_from(path: Path) -> None:
+    ledger = Ledger(path)
+    ledger.resume(4)
+    assert [line["round"] for line in ledger.since] == [4, 5]
+
+    def record(client: str, direction: str, kind: str, round: int, payload: bytes) -> None:
+        ledger.record_bytes(client, direction, kind, round, payload, {})
+
+    record("beauté", "up", "teacher", 4, bytes([4]))
+    record("beauté", "up", "teacher", 5, b"other content")
+    record("beauté", "up", "semantics", 5, bytes([5]))
+    record("beauté", "down", "teacher", 5, bytes([5]))
+    record("books", "up", "teacher", 5, bytes([5]))
+    record("beauté", "up", "teacher", 3, bytes([3]))  # the state knows of the first one
+    assert [line.get("resent", False) for line in read_ledger(path)[6:]] == [True] + 5 * [False]
+
+
+def test_private_steps_that_a_state_does_not_know_of_are_those_not_sent_again(tmp_path: Path) -> None:
+    def record(ledger: Ledger, round: int, mechanism: dict[str, object]) -> None:
+        ledger.record_bytes("a", "up", "teacher", round, bytes([round]), mechanism)
+
+    begun = Ledger(tmp_path / "ledger.jsonl")
+    begun.start()
+    for round in range(1, 4):
+        record(begun, round, {PRIVATE: {"steps": 4 * round}})
+    record(begun, 4, {"sigma": 0.1})
+    resumed = Ledger(begun.path)
+    resumed.resume(1)
+    assert resumed.private_since("a") == {2: 8, 3: 12}
+    assert resumed.private_since("b") == {}
+    record(resumed, 2, {PRIVATE: {"steps": 8}})
+    assert resumed.private_since("a") == {3: 12}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError, PrivacyError
@@ -14,6 +15,7 @@ from lightning_sfubm.federated.checkpoint import find_state
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.state import RunState
+from lightning_sfubm.modules.fkd import FKDDistiller
 from tests.conftest import small_distiller
 from tests.federated.hard_run import data, finished_state, make
 from tests.federated.hard_run import same as equal
@@ -110,6 +112,45 @@ def test_the_teacher_is_averaged_and_id_parameters_are_not(federated_data: Any, 
     assert not any(
         torch.equal(shared[f"encoder.{name}"], p) for name, p in alpha.encoder.named_parameters() if p.dim() > 1
     )
+
+
+class LayerOfItsOwn(FKDDistiller):
+    """Initialises a shared part from torch's own generator, as a plug-in may."""
+
+    def build(self, num_items: int, text_dim: int) -> None:
+        super().build(num_items, text_dim)
+        self.teacher.more = torch.nn.Linear(4, 4)
+
+
+def test_a_shared_teacher_starts_equal_whatever_draws_its_weights(federated_data: Any, federated_trainer: Any) -> None:
+    encoder = small_distiller().encoder
+    clients = federated_trainer().build_clients(LayerOfItsOwn(encoder, num_experts=1), federated_data())
+    alpha, beta = (clients[name].module.shared_state() for name in ("alpha", "beta"))
+    assert "more.weight" in alpha
+    assert same(alpha, beta)
+
+
+class Seeds(Callback):
+    """What torch was seeded with when a training began, by client; their trainers get copies of the callback."""
+
+    seen: dict[str, list[int]] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.setdefault(trainer.datamodule.name, []).append(torch.initial_seed())
+
+
+def test_every_round_and_phase_of_every_client_draws_from_a_stream_of_its_own(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    drawn = []
+    for folder in ("first", "again"):
+        Seeds.seen = {}
+        trainer = federated_trainer(folder, rounds=2, exchange="teacher", local_max_epochs=1, callbacks=[Seeds()])
+        trainer.fit(small_distiller(), datamodule=federated_data(num_users=30))
+        drawn.append(Seeds.seen)
+    assert drawn[0] == drawn[1]
+    assert {name: len(seeds) for name, seeds in drawn[0].items()} == {"alpha": 4, "beta": 4}  # two rounds, two phases
+    assert len({seed for seeds in drawn[0].values() for seed in seeds}) == 8
 
 
 def test_what_leaves_is_vectors_and_teacher_weights_only(federated_data: Any, federated_trainer: Any) -> None:

@@ -71,6 +71,26 @@ def test_tensors_outside_the_schema_never_leave_and_are_never_taken(tensors: dic
         unpack(semantics_schema(4), save({k: v.clone() for k, v in tensors.items()}, metadata=header()))
 
 
+@pytest.mark.parametrize("length", [0.998, 1.002])
+def test_the_length_of_a_vector_says_nothing(length: float) -> None:
+    """What a silo has counted could travel in it."""
+    vectors = unit()
+    vectors[3] *= length
+    with pytest.raises(MessageError, match="unit"):
+        pack(semantics_schema(4), "a", 0, {"vectors": vectors})
+    rounded = unit() * (1 + (length - 1) / 4)  # as rounding may leave it
+    assert torch.equal(pack(semantics_schema(4), "a", 0, {"vectors": rounded}).tensors["vectors"], rounded)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_weights_are_bounded_on_either_side(sign: int) -> None:
+    schema = teacher_schema({"w": torch.zeros(3)}, with_weight=False)
+    largest = sign * torch.tensor([1.0, 1e4, 0.0])
+    assert torch.equal(unpack(schema, pack(schema, "a", 0, {"w": largest}).payload).tensors["w"], largest)
+    with pytest.raises(MessageError, match="beyond"):
+        pack(schema, "a", 0, {"w": 1.01 * largest})
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -162,8 +182,9 @@ def test_weight_travels_only_where_it_was_asked_for() -> None:
 
 def test_replay_foreign_round_and_foreign_sender_are_refused() -> None:
     guard, message = ReplayGuard(), pack(semantics_schema(4), "a", 2, {"vectors": unit()})
-    with pytest.raises(MessageError, match="round"):
-        guard.accept(message, 1, "a")
+    for round in (1, 3):
+        with pytest.raises(MessageError, match="round"):
+            guard.accept(message, round, "a")
     with pytest.raises(MessageError, match="channel"):
         guard.accept(message, 2, "b")
     guard.accept(message, 2, "a")

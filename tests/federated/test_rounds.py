@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_sfubm.callbacks.fedprox import FedProx
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
-from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.errors import ConfigError, MessageError
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import ClientDropped, FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
@@ -102,6 +102,40 @@ def test_a_round_without_enough_updates_changes_nothing_and_is_logged(
     assert trainer.loop.clients["beta"].rounds_done == 3
 
 
+def test_whoever_was_not_drawn_has_the_last_teacher_before_its_local_phases(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    class Stop(FederatedCallback):
+        def on_round_end(self, loop: Any, round: int, metrics: Any) -> None:
+            self.trained = set(metrics)
+            if round == 2:
+                raise KeyboardInterrupt
+
+    stop = Stop()
+    trainer = federated_trainer(rounds=2, exchange="teacher", participation=0.5, callbacks=[stop])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(small_distiller(), datamodule=federated_data(domains=3, num_users=30))
+    assert len(stop.trained) == 2
+    for name, client in trainer.loop.clients.items():
+        assert same(client.module.shared_state(), trainer.loop.server.global_teacher), name
+        assert trainer.loop.counters.versions[name] == 2
+
+
+def test_who_has_left_for_good_is_sent_nothing_more(federated_data: Any, federated_trainer: Any) -> None:
+    class Stop(FederatedCallback):
+        def on_round_end(self, loop: Any, round: int, metrics: Any) -> None:
+            if round == 2:
+                raise KeyboardInterrupt
+
+    trainer = federated_trainer(rounds=2, exchange="teacher", leaves={"gamma": 1}, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(small_distiller(), datamodule=federated_data(domains=3, num_users=30))
+    lines = read_ledger(trainer.run_dir / "ledger.jsonl")
+    sent = {name: [line["round"] for line in lines if line["client"] == name] for name in trainer.loop.clients}
+    assert sent == {"alpha": [1, 1, 2, 2], "beta": [1, 1, 2, 2], "gamma": [1, 1]}
+    assert trainer.loop.counters.versions == {"alpha": 2, "beta": 2, "gamma": 1}
+
+
 class WatchedFedProx(FedProx):
     """Notes in which trainings it is there, and that it pulls; trainers get copies, so the notes are the class's."""
 
@@ -178,6 +212,24 @@ def test_secure_rounds_give_the_plain_mean_and_send_nothing_in_the_clear(
     assert {e["kind"] for e in up} == {"secagg keys", "secagg shares", "secagg masked input", "secagg unmask"}
     assert all(e["tensors"] == {} and "secure aggregation" in e["mechanism"] for e in up)
     assert "__weight__" not in (runs["secure"].run_dir / "ledger.jsonl").read_text()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_weight_beyond_the_clip_range_is_found_on_either_side(sign: int) -> None:
+    secure = SecureAggregation(clip=2.0)
+    secure.check({"w": sign * torch.tensor([2.0, 0.0]), "nothing": torch.zeros(0)})
+    with pytest.raises(MessageError, match=r"'w' holds a value beyond the clip range \+-2"):
+        secure.check({"w": sign * torch.tensor([2.01, 0.0])})
+
+
+def test_where_all_weigh_the_same_the_largest_weight_takes_no_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    updates = {name: {"w": torch.rand(5, generator=generator)} for name in "abc"}
+    secure = SecureAggregation(modulus_bits=32, max_weight=1e6)
+    mean = secure.mean(1, updates, None, lambda *message: None)["w"]
+    torch.testing.assert_close(mean, torch.stack([update["w"] for update in updates.values()]).mean(0))
+    with pytest.raises(ConfigError, match="could wrap"):
+        secure.mean(1, updates, dict.fromkeys("abc", 1.0), lambda *message: None)
 
 
 def test_a_secure_round_with_one_client_left_leaves_the_teacher_as_it_was(

@@ -48,6 +48,16 @@ def test_planted_clusters_are_found_as_by_k_means_on_the_union() -> None:
         assert len(views[name].unique(dim=0)) >= 4
 
 
+@pytest.mark.parametrize("epsilon", [None, 1e9])
+def test_only_without_noise_do_settled_centroids_end_the_steps(epsilon: float | None) -> None:
+    """How many steps there are would tell of the vectors."""
+    sent: list[object] = []
+    aggregator = SecureKMeans(num_clusters=4, min_members=1, iterations=20, epsilon=epsilon)
+    aggregator.views(0, {"a": planted(1), "b": planted(2)}, 0, 1, silent, lambda *message: sent.append(message))
+    most = 2 * (20 + 1)  # centroids for each step and the answer, for two clients
+    assert len(sent) < most if epsilon is None else len(sent) == most
+
+
 def test_where_no_cluster_suffices_all_items_get_the_mean_of_all() -> None:
     uploads = {"a": torch.eye(4, 8), "b": torch.eye(8)[4:]}
     views = SecureKMeans(num_clusters=8, min_members=2).aggregate(uploads)
@@ -153,6 +163,10 @@ def test_more_items_than_agreed_are_refused_before_anything_wraps() -> None:
 
 def test_a_client_with_too_few_items_is_refused_before_its_moments_leave() -> None:
     """The sum over one vector is that vector: of two clients the other one would have it. Noise covers it."""
+    few = SecureKMeans(num_clusters=2, min_members=5)
+    with pytest.raises(PrivacyError, match="client 'a' has 4 items"):
+        few.aggregate({"a": units(4, 1), "b": units(20, 2)})
+    assert len(few.aggregate({"a": units(5, 1), "b": units(20, 2)})["a"]) == 5
     uploads = {"a": units(1, 1), "b": units(20, 2)}
     sent: list[object] = []
     settings = SecureKMeans(num_clusters=2, min_members=5)

@@ -183,9 +183,9 @@ def test_a_fit_goes_on_from_what_a_silo_holds_whatever_the_schedule_says_of_othe
     assert trainer.build_loop(small_distiller(), data).federation.leaves == {"alpha": 2}
 
 
-def private(folder: Path) -> DifferentialPrivacy:
+def private(folder: Path, users: int = 8) -> DifferentialPrivacy:
     return DifferentialPrivacy(
-        noise_multiplier=1.0, expected_batch_size=8, secret_dir=str(folder / "secrets"), accounting="rdp"
+        noise_multiplier=1.0, expected_batch_size=users, secret_dir=str(folder / "secrets"), accounting="rdp"
     )
 
 
@@ -222,10 +222,11 @@ def test_weights_without_the_guarantee_they_were_trained_with_do_not_leave(hello
         silo._train_round(1)
 
 
+@pytest.mark.parametrize("users", [8, 30])  # four steps a round, and a single one
 def test_a_silo_that_lost_its_newest_state_does_not_spend_uncounted(
-    hello: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    users: int, hello: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, request = hello([private(tmp_path)], exchange="teacher", rounds=3)
+    make, request = hello([private(tmp_path, users)], exchange="teacher", rounds=3)
     train = replace(request, action="train")
     make().answer(request)
     make().answer(replace(train, round=1))

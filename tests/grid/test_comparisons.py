@@ -40,3 +40,23 @@ def test_where_one_row_ranks_candidates_only_full_ranking_is_not_compared(tmp_pa
     assert [facts[name]["difference"] for name in ("a", "b", "pooled")] == pytest.approx([0.5] * 3)
     lines = markdown(grid, tables, list(facts.values())).splitlines()
     assert [line.split(" | ")[6] for line in lines if "Stage1 − Popularity" in line][::2] == ["–", "–"]
+
+
+def test_users_at_hand_come_before_a_published_difference_of_as_many_seeds(tmp_path: Path) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    stored(tmp_path, "popularity", [0, 0, 1, 0])
+    stored(tmp_path, "stage1", [1, 1, 1, 0])
+    tables = ordered(grid, all_cells(tmp_path))
+    facts = comparisons(grid, tables)
+    published = [{**fact, "low": -1.0, "p_mcnemar": 0.01} for fact in facts]
+    assert comparisons(grid, tables, published) == facts
+
+
+def test_users_that_lack_a_seed_are_not_compared(tmp_path: Path) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    for seed, users in ((1, 4), (2, 3)):
+        stored(tmp_path, "popularity", [0, 0, 1, 0][:users], seed=seed)
+        stored(tmp_path, "stage1", [1, 1, 1, 1][:users], seed=seed)
+    (fact,) = comparisons(grid, ordered(grid, all_cells(tmp_path)))
+    assert (fact["users"], fact["seeds"]) == (3, 2)
+    assert fact["difference"] == pytest.approx(2 / 3)

@@ -173,6 +173,13 @@ def test_a_cell_keeps_every_users_result_and_loses_them_when_published(tmp_path:
     assert "per_user" not in without_users(cell)
 
 
+def test_ranks_that_a_row_does_not_have_are_missing_in_its_cell_too(tmp_path: Path) -> None:
+    cell = read_cell(stored(tmp_path, "popularity", [0, 1, 1], catalogue=False))
+    assert cell is not None
+    assert np.isnan(results_of(cell).full_rank).all()
+    assert results_of(cell).rank.tolist() == [3.0, 1.0, 1.0]
+
+
 def test_a_torn_cell_counts_as_missing(tmp_path: Path) -> None:
     path = stored(tmp_path, "stage1", [1, 0, 1])
     path.write_text(path.read_text()[:100])

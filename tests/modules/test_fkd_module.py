@@ -13,8 +13,10 @@ from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors
 from lightning_sfubm.modules.layers.text_affinity import text_affinities
+from lightning_sfubm.modules.losses import fkd
 from lightning_sfubm.modules.losses.fkd import prefixes
 from lightning_sfubm.modules.sequential import SequentialRecommender
+from lightning_sfubm.seeds import torch_generator
 
 
 def build(catalogue: Catalogue, phase: str = "student", **kwargs) -> FKDDistiller:
@@ -72,6 +74,65 @@ def test_terms_add_up_and_are_logged_by_name(catalogue: Catalogue, train_batch: 
         + 0.2 * terms["align"]
     )
     torch.testing.assert_close(loss, expected)
+
+
+def test_each_term_is_its_definition(catalogue: Catalogue, train_batch: TrainBatch) -> None:
+    """Over the pool of what a position's history, swapped or not, does not hold; the teacher's logits are cosines."""
+    module = build(catalogue, counter="both", temperature=2.0, tau=0.3).eval()
+    _, terms = logged_step(module, train_batch)
+    ids, z = module.item_tables()
+    history, predicting = train_batch["history"], train_batch["targets"] != 0
+    targets = train_batch["targets"][predicting]
+
+    def logits(history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The student's, the teacher's, and the columns outside the pool, one position after the other."""
+        student, teacher, outside = [], [], torch.zeros(len(targets), catalogue.num_items + 1, dtype=torch.bool)
+        for row, place in predicting.nonzero().tolist():
+            known = history[row : row + 1, : place + 1]
+            outside[len(student), known[0]] = True
+            student.append(module.encoder(ids[known], known != 0)[0, -1] @ ids.T)
+            state = module.teacher.encoder(z[known], known != 0)[0, -1]
+            teacher.append(torch.cosine_similarity(state, z, dim=-1) / 0.3)
+        return torch.stack(student), torch.stack(teacher), fkd.pool_mask(outside, targets)
+
+    swapped = fkd.swap_items(history, fkd.nearest_items(z, 10), 0.3, torch_generator(0, "what_if", 0))
+    assert not torch.equal(swapped, history)
+    items = torch.cat([history.flatten(), targets]).unique()[1:]
+    student, teacher, outside = logits(history)
+    expected = {
+        "ce": torch.nn.functional.cross_entropy(student[:, 1:], targets - 1),
+        "fact": fkd.fact(student, teacher, targets, outside, 2.0).mean(),
+        "counter_non_target": fkd.non_target(student, teacher, targets, outside, 2.0).mean(),
+        "counter_what_if": fkd.what_if(*logits(swapped), 2.0).mean(),
+        "align": fkd.align(module.align_projection(ids[items]), z[items], 0.3),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("phase", "weight"), [("teacher", 1.0), ("joint", 0.4)])
+def test_the_teacher_s_loss_is_weighed_beside_the_student_s_alone(
+    catalogue: Catalogue, train_batch: TrainBatch, phase: str, weight: float
+) -> None:
+    module = build(catalogue, phase, alpha=0.4, w_fact=0.0, w_counter=0.0, w_align=0.0).eval()
+    loss, terms = logged_step(module, train_batch)
+    torch.testing.assert_close(loss, weight * terms["teacher_ce"] + terms.get("ce", 0.0))
+
+
+def test_neighbours_to_swap_for_follow_the_teacher_by_epoch(catalogue: Catalogue, train_batch: TrainBatch) -> None:
+    module = build(catalogue, "joint", counter="what_if").eval()
+    module.on_train_epoch_start()
+    generator = torch_generator(0, "another teacher")
+    shared = module.shared_state()
+    module.load_shared_state({n: v + torch.randn(v.shape, generator=generator) for n, v in shared.items()})
+    fresh = build(catalogue, "joint", counter="what_if").eval()
+    fresh.load_state_dict(module.state_dict())
+    expected = logged_step(fresh, train_batch)[1]["counter_what_if"]
+    assert not torch.isclose(logged_step(module, train_batch)[1]["counter_what_if"], expected), (
+        "still of the last epoch"
+    )
+    module.on_train_epoch_start()
+    torch.testing.assert_close(logged_step(module, train_batch)[1]["counter_what_if"], expected)
 
 
 def test_zero_weights_are_the_plain_id_encoder(catalogue: Catalogue, train_batch: TrainBatch) -> None:

@@ -1,14 +1,17 @@
 import copy
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from lightning_sfubm.contracts import Catalogue, CatalogueRanker, RankBatch, TrainBatch
+from lightning_sfubm.contracts import Catalogue, CatalogueRanker, PredictBatch, RankBatch, TrainBatch
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.errors import CheckpointError, ConfigError
+from lightning_sfubm.evaluation.metrics import catalogue_ranks
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES
@@ -43,6 +46,21 @@ def test_training_step_moves_all_parameters(catalogue: Catalogue, train_batch: T
     assert [name for name, p in module.named_parameters() if p.grad is None] == []
 
 
+def test_negatives_are_drawn_by_the_counts_of_the_catalogue_bound_last(
+    catalogue: Catalogue, train_batch: TrainBatch
+) -> None:
+    settings = {"loss": "sampled", "num_negatives": 10, "negative_power": 1.0}
+    counts = torch.zeros(catalogue.num_items + 1)
+    counts[3] = 1000
+    other = dataclasses.replace(catalogue, train_counts=counts)
+    module = build(catalogue, **settings)
+    before = module.training_step(train_batch, 0)
+    module.bind(other)
+    after = module.training_step(train_batch, 0)
+    assert not torch.isclose(before, after)
+    torch.testing.assert_close(after, build(other, **settings).training_step(train_batch, 0))
+
+
 @pytest.mark.parametrize("kwargs", VARIANTS)
 def test_candidates_permuted_scores_permuted(catalogue: Catalogue, rank_batch: RankBatch, kwargs: dict) -> None:
     """T13, and rank == score_all at the candidates."""
@@ -55,6 +73,37 @@ def test_candidates_permuted_scores_permuted(catalogue: Catalogue, rank_batch: R
     everything = module.score_all(rank_batch)
     assert everything.shape == (5, 31)
     torch.testing.assert_close(module.rank(rank_batch), everything.gather(1, rank_batch["candidates"]))
+
+
+def test_what_a_user_has_had_before_the_history_is_neither_ranked_nor_recommended(
+    catalogue: Catalogue, rank_batch: RankBatch
+) -> None:
+    module = build(catalogue)
+    module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    scores = module.score_all(rank_batch)
+    best = scores[:, 1:].topk(4).indices + 1
+    batch = copy.copy(rank_batch)
+    batch["seen"] = torch.cat([best, rank_batch["history"]], 1)
+    module.validation_step(batch, 0)
+    found = module.catalogue_metrics["val"].compute()["val/full_mrr"]
+    expected = [catalogue_ranks(scores, batch["target"], seen) for seen in (batch["seen"], batch["history"])]
+    torch.testing.assert_close(found, expected[0].reciprocal().mean())
+    assert not torch.equal(*expected)
+    answers = module.predict_step(PredictBatch(history=batch["history"], user=batch["user"], seen=batch["seen"]), 0)
+    for row, items in enumerate(answers["items"].tolist()):
+        allowed = set(range(1, catalogue.num_items + 1)) - set(batch["seen"][row].tolist())
+        assert items == sorted(allowed, key=lambda item, row=row: -scores[row, item])[:10]  # type: ignore[misc]
+
+
+def test_the_learning_rate_rises_by_equal_steps_from_the_first(catalogue: Catalogue) -> None:
+    made: Any = build(catalogue, lr=0.1, warmup_steps=4).configure_optimizers()
+    rates = []
+    for _ in range(6):
+        rates.append(made["optimizer"].param_groups[0]["lr"])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert made["lr_scheduler"]["interval"] == "step"
 
 
 def test_input_scale_leaves_states_and_makes_logits_small(catalogue: Catalogue, rank_batch: RankBatch) -> None:

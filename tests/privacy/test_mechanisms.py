@@ -58,6 +58,14 @@ def test_noise_differs_by_item_and_by_secret() -> None:
     assert float(gram.abs().max()) < 0.35  # independent draws: sd 1 / sqrt(384) = .05
 
 
+@pytest.mark.parametrize("place", [0, 7, 31, 63])
+def test_every_byte_of_the_secret_counts(place: int) -> None:
+    secret, x = bytearray(64), items(5)
+    plainly = GaussianPerturbation(0.1, bytes(secret))(x)
+    secret[place] = 1
+    assert not torch.isclose(GaussianPerturbation(0.1, bytes(secret))(x), plainly).all(dim=1).any()
+
+
 @pytest.mark.parametrize("sigma", [-0.1, float("nan"), float("inf")])
 def test_a_bad_sigma_is_refused(sigma: float) -> None:
     with pytest.raises(ConfigError, match="sigma"):
@@ -97,6 +105,9 @@ def test_report_shows_that_fresh_noise_could_be_averaged_away() -> None:
     report = perturbation_report(x, sent, sent, 0.5, seed=1, max_items=200)
     curve = report["averaging"]["linkage"]  # type: ignore[index]
     assert curve[-1] > curve[0] + 0.2
+    for uploads, success in zip(report["averaging"]["uploads"], curve, strict=True):  # type: ignore[index]
+        quieter = GaussianPerturbation(0.5 / math.sqrt(uploads), b"t")(x)  # the mean's noise falls with the root
+        assert success == pytest.approx(linkage(quieter, x, torch.arange(300)), abs=0.1)
     assert 1 / 300 < report["linkage_with_replacement"] < 1  # type: ignore[operator]
     assert report["cosine_min"] <= report["cosine_mean"] <= report["cosine_max"]  # type: ignore[operator]
     assert report["attacked_items"] == 200

@@ -39,6 +39,7 @@ def test_an_epoch_visits_every_user_once_in_the_mean() -> None:
     assert len(sampler(500, 25)) == 20
     assert len(sampler(500, 500)) == 1
     assert len(sampler(10, 4)) == 2
+    assert len(sampler(11, 4)) == 3
 
 
 def test_draws_are_named_by_step_client_and_seed() -> None:

@@ -1,5 +1,6 @@
 """The protocol of secure aggregation: sums, dropouts, what the server sees, who may ask for what (T16, T17, T18)."""
 
+import pickle
 import sys
 
 import numpy as np
@@ -84,6 +85,32 @@ def test_any_threshold_of_replies_gives_the_sum() -> None:
         total = held.server.collect_reveals(held.sent["unmask"])
         plain = sum(held.inputs[name]["w"].double() for name in "abcd")
         torch.testing.assert_close(total.tensors["w"], plain, rtol=0, atol=4 * 2.0**-25)
+
+
+def test_keys_and_seeds_are_gone_once_the_input_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gets hold of a client afterwards finds shares, one of each secret, which say nothing."""
+    made: list[bytes] = []
+    draw, split = primitives.new_private_key, shamir.split
+
+    def drawn() -> bytes:
+        made.append(draw())
+        return made[-1]
+
+    def shared(secret: bytes, threshold: int, count: int) -> list[bytes]:
+        made.append(secret)
+        return split(secret, threshold, count)
+
+    monkeypatch.setattr(primitives, "new_private_key", drawn)
+    monkeypatch.setattr(shamir, "split", shared)
+
+    def found(held: Round) -> set[bytes]:
+        content = b"".join(pickle.dumps(vars(client)) for client in held.clients.values())
+        return {secret for secret in made if secret in content}
+
+    assert found(Round().to("share_keys")) == set(made)
+    assert len(set(made)) == 4 * 3  # two keys and a seed a client
+    assert not found(Round().to("mask_input"))
+    assert len(set(made)) == 2 * 4 * 3
 
 
 # --- What the server sees --------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from lightning_sfubm.evaluation.parsing import TitleParser
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.layers.count_affinity import COUNT_AFFINITIES
 from lightning_sfubm.modules.llm import ranking
+from lightning_sfubm.modules.llm.calibration import fit_factor
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm.tree import separate_states
 from lightning_sfubm.modules.llm_head import LLMHead
@@ -219,6 +220,32 @@ def test_calibration_scales_what_the_llm_adds(llm, stage1, catalogue, make_batch
     torch.testing.assert_close(head.rank(batch), base + factor * added, rtol=1e-3, atol=1e-3)
     with pytest.raises(ConfigError, match="only a head with a residual"):
         make(llm, None, catalogue).calibrate([batch])
+
+
+def test_calibration_finds_the_likeliest_factor_of_what_the_llm_adds(llm, stage1, catalogue, make_batch):
+    head, batches = make(llm, stage1, catalogue), [make_batch(rows=8, seed=seed) for seed in range(3)]
+    torch.nn.init.normal_(head.head.weight, std=2.0, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        base = torch.cat([head._affinities(batch) @ head.residual_weights for batch in batches])
+        added = torch.cat([head.rank(batch) for batch in batches]) - base
+        target = torch.cat([batch["target_index"] for batch in batches])
+        if fit_factor(base, added, target) == 0:
+            head.head.weight.neg_()
+            added = -added
+    expected = fit_factor(base, added, target)
+    assert 0 < expected < 4
+    assert head.calibrate(batches) == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_affinity_token_that_says_nothing_leaves_the_items_soft_token(llm, stage1, catalogue, make_batch):
+    head, plain = (make(llm, stage1, catalogue, affinity_token=flag) for flag in (True, False))
+    torch.nn.init.zeros_(head.projector.affinity_map.weight)
+    trained = dict(head.named_parameters())
+    with torch.no_grad():
+        plain.head.weight.fill_(1.0)
+        for name, parameter in plain.named_parameters():
+            trained[name].copy_(parameter)
+    torch.testing.assert_close(head.rank(make_batch()), plain.rank(make_batch()))
 
 
 def test_zero_shot_minus_prior(llm, catalogue, make_batch):

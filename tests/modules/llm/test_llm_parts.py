@@ -245,6 +245,12 @@ def test_soft_tokens_have_the_norm_of_tokens():
     assert TokenProjector(8, 32, 3.0, item=False, semantic=False).items(x, y).abs().max() == 0
 
 
+def test_an_items_soft_token_is_the_sum_of_its_parts_over_the_root_of_their_number():
+    projector, x, y = TokenProjector(8, 32, scale=3.0), torch.randn(5, 8), torch.randn(5, 8)
+    parts = [torch.nn.functional.normalize(v, dim=-1) for v in (projector.item_map(x), projector.semantic_map(y))]
+    torch.testing.assert_close(projector.items(x, y), 3.0 * (parts[0] + parts[1]) / 2**0.5)
+
+
 @pytest.mark.parametrize("value", [0.0, 6.4036865, -17.3, 1e4])
 def test_columns_of_equal_values_become_zero(value):
     """Their mean is rounded, and that difference is no spread."""

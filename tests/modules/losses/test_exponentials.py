@@ -42,6 +42,7 @@ def test_safety_is_judged_by_the_longest_vectors() -> None:
     assert logits_are_safe(states, table)  # 5 * 11 < 60
     assert not logits_are_safe(2 * states, table)
     assert logits_are_safe(2 * states, table, temperature=2.0)
+    assert not logits_are_safe(3 * states, table, temperature=2.0)  # 3 * 55 / 2
     assert not logits_are_safe(states * torch.nan, table)
 
 
