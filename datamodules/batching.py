@@ -147,7 +147,7 @@ class SortedBatchSampler(Sampler[BatchIndex]):
 
 
 def _even_cuts(lengths: np.ndarray, count: int, least: int) -> np.ndarray:
-    """Where to cut rows (n,) into ``count`` <= n pieces of about equal total length, of ``least`` rows at least if there are."""
+    """Where to cut rows (n,) into ``count`` <= n pieces of about equal total length, of ``least`` rows if there are."""
     pieces = np.arange(1, count)
     least = min(least, len(lengths) // count)
     reached = np.cumsum(lengths)
