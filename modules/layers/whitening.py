@@ -50,7 +50,7 @@ class WhiteningExperts(nn.Module):
         self.precision: Precision = precision
         self.drop = Dropout(dropout)
         self.experts = nn.Linear(text_dim, num_experts * hidden_dim)
-        # Unit inputs: entries of 1/sqrt(D) a side, so this keeps the output's entries at about 1/sqrt(H).
+        # Unit inputs: entries of 1/sqrt(D) a side, so an expert's output has about unit length (the mean of E has 1/sqrt(E)).
         generator = torch_generator(seed, "whitening", text_dim, hidden_dim, num_experts)
         with torch.no_grad():
             self.experts.weight.normal_(std=1.0 / math.sqrt(hidden_dim), generator=generator)
