@@ -217,6 +217,11 @@ class Experiment:
         if is_first():
             set_aside(run_dir / "results", runs, config_hash)
         wait_for_all()
+        for domain in runs.values():
+            domain.to_come = {
+                key for key in self.methods if not finished_row(domain.row_path(key), domain, config_hash)
+            }
+        wait_for_all()  # all have looked before the first writes
         for order, key in enumerate(self.methods):
             for name, domain in runs.items():
                 self._row(domain, key, order, name, config_hash, console)
@@ -252,13 +257,11 @@ class Experiment:
             console.print(f"Privacy report: [bold]{privacy}[/bold]")
 
     def _row(self, domain: "DomainRun", key: str, order: int, name: str, config_hash: str, console: Console) -> None:
-        path = domain.run_dir / "results" / name / f"{key}.parquet"
-        finished = finished_row(path, domain, config_hash)
-        wait_for_all()  # all have looked before the first writes
         method = METHODS[key]
-        if finished:
+        if key not in domain.to_come:
             console.print(f"[dim]{name}: {domain.label(method)}, kept[/dim]")
             return
+        domain.to_come.remove(key)
         console.print(f"[dim]{name}: {domain.label(method)}[/dim]")
         before = domain.spent_on(key)
         with domain.watch(f"train {key}"):
@@ -270,7 +273,7 @@ class Experiment:
             if not method.needs_llm and domain.has_larger_test:
                 everyone = domain.evaluate(ranker, key, method, order, extra, all_users=True)
                 save_row(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
-            save_row(few, path)  # last: where it is, the row is whole
+            save_row(few, domain.row_path(key))  # last: where it is, the row is whole
 
     def _write_cards(self, datamodule: Any, run_dir: Path, console: Console) -> None:
         for name, card in datamodule.data_cards.items():
