@@ -65,7 +65,8 @@ class Experiment:
     Args:
         title: heading of the report.
         methods: rows of the table, in order; see :data:`lightning_sfubm.methods.METHODS`.
-        llm: head of SF-UBM; the other LLM rows are derived from it, so that all share backbone, prompt and budget.
+        llm: head of SF-UBM, not of a published method; the other LLM rows are derived from it, so that all share backbone,
+            prompt and budget.
         baselines: modules by row (``encoder``, ``id_text``, ``tallrec`` ...), for baselines with settings of their own; a
             sequential row not named here takes encoder and learning rate of ``model``, an LLM row the settings of ``llm``.
         templates: prompt template by domain, for all LLM rows; others use that set for the row under ``baselines``, else
@@ -87,8 +88,8 @@ class Experiment:
         sigmas: noise levels of the privacy figures; the one in use is added.
 
     Raises:
-        ConfigError: an unknown method, an LLM row without ``llm``, a number or size out of range, or a baseline or patience
-            that no row would read.
+        ConfigError: an unknown method, an LLM row without ``llm`` or with the head of a published method there, a number or
+            size out of range, or a baseline or patience that no row would read.
     """
 
     def __init__(

@@ -186,3 +186,13 @@ def test_settings_of_the_llm_that_no_row_would_read_are_refused() -> None:
     baselines: Any = {"llara": LLaRA(stage1_checkpoint="stage1.ckpt")}
     with pytest.raises(ConfigError, match=r"experiment\.baselines\.llara\.stage1_checkpoint would be read by no row"):
         Experiment(methods=["llara"], llm=LLMHead(), baselines=baselines)
+
+
+@pytest.mark.parametrize("kind", [TALLRec, LLaRA, ALLMRec])
+@pytest.mark.parametrize("template", [None, "shopping"])
+def test_the_head_of_a_published_method_is_no_llm_that_rows_are_derived_from(kind: Any, template: str | None) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"experiment\.llm is {kind.__name__}, .* the row you want \(tallrec, llara, a_llmrec\) in exp",
+    ):
+        Experiment(methods=["tallrec", "zero_shot"], llm=kind("no-model", template=template))
