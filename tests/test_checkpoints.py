@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sfubm.__main__ import main
@@ -239,6 +240,13 @@ def test_the_settings_are_those_of_the_checkpoint_whatever_other_commands_left_i
     refused([*again, "--model.init_args.lr=0.5"], r"model\.init_args\.lr was 0\.001 and is 0\.5; set them back")
     config.unlink()
     main([*again, "--trainer.max_epochs=3"])
+
+    loaded = load_checkpoint(last)  # with the entry again; in shards it lies beside them
+    last.unlink()
+    last.mkdir()
+    config.unlink()
+    torch.save(loaded, last / _METADATA_FILENAME)
+    refused([*again, "--model.init_args.lr=0.5"], r"model\.init_args\.lr was 0\.001 and is 0\.5; set them back")
 
 
 def test_where_the_last_one_is_looked_for(tmp_path: Path) -> None:
