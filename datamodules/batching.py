@@ -28,7 +28,8 @@ class BucketBatchSampler(Sampler[BatchIndex]):
     cut into batches, whose order is shuffled. With several ranks a *global* batch of ``batch_size * world_size`` rows
     is cut this way and every rank takes each ``world_size``-th row of it: two ranks see, step by step, what one process
     with the double batch size sees. Only the last global batch may be short: ranks may get a row less of it, so losses
-    are weighed by what a rank has; a rank left without any gets the first row again.
+    are weighed by what a rank has. Where it has fewer rows than there are ranks, each of its rows is dealt out the same
+    number of times, so that every rank has one or two and the mean over all ranks is the mean over its rows.
 
     Lightning calls :meth:`set_epoch` before each epoch. The trainer must run with ``use_distributed_sampler=False``.
 
@@ -90,8 +91,8 @@ class BucketBatchSampler(Sampler[BatchIndex]):
                 bounds[inner] = start + _even_cuts(part, len(inner) + 1, self.world_size)
         for number in generator.permutation(len(self)):
             batch = rows[bounds[number] : bounds[number + 1]]
-            own = batch[self.rank :: self.world_size]
-            yield BatchIndex(self.epoch, own if len(own) else batch[:1])
+            times = -(-self.world_size // len(batch))  # more than once only where a rank would have nothing
+            yield BatchIndex(self.epoch, np.tile(batch, times)[self.rank :: self.world_size])
 
 
 class SortedBatchSampler(Sampler[BatchIndex]):

@@ -1,4 +1,4 @@
-"""Which file ``--ckpt_path last`` and ``best`` mean, also in a process that has trained nothing."""
+"""Which file ``--ckpt_path last`` and ``best`` mean, also in a process that has trained nothing, and what may go on from it."""
 
 import logging
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.federated.settings import difference, lasting_settings
@@ -17,8 +17,27 @@ from lightning_sfubm.safe_load import load_checkpoint
 #: below a run's folder: where Lightning writes without a logger, and with one, in a folder for each start
 _PLACES = ("checkpoints", "*/*/checkpoints")
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
+_SHARED = "meta.pt"  #: in a checkpoint in shards, the file of what is not divided
 _OF_TRAINING = ("model.", "data.", "seed_everything")  #: the trainer's own, such as a patience, may change on the way
+_SETTINGS = "sfubm_settings"  #: entry of a checkpoint
 log = logging.getLogger(__name__)
+
+
+class SettingsKeeper(Callback):
+    """Write the model, data and seed of a training into its checkpoints, for :func:`check_same_settings` to compare.
+
+    The command line adds one by itself; there is nothing to configure.
+
+    Args:
+        settings: see :func:`~lightning_sfubm.federated.settings.lasting_settings`.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = _of_training(settings)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Runs for every checkpoint that training can go on from."""
+        checkpoint[_SETTINGS] = self._settings
 
 
 def resolve(trainer: L.Trainer, ckpt_path: Any, fitting: bool = False) -> Any:
@@ -57,13 +76,14 @@ def _go_on(trainer: L.Trainer, own: list[ModelCheckpoint], path: Path) -> None:
     """Prepare a training for going on from a file: what was best so far is remembered in the folder it was written to alone.
 
     Raises:
-        CheckpointError: more epochs are behind it than are asked for.
+        CheckpointError: more epochs were begun than are asked for.
     """
     loaded = load_checkpoint(path)
-    if trainer.max_epochs is not None and 0 <= trainer.max_epochs < loaded["epoch"]:
+    begun = _epochs_begun(loaded)
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs < begun:
         raise CheckpointError(
-            f"{path}: epoch {loaded['epoch']} is behind it, and trainer.max_epochs is {trainer.max_epochs}: set it higher, or "
-            "start anew in another trainer.default_root_dir"
+            f"{path}: {begun} epochs had begun when it was written, and trainer.max_epochs is {trainer.max_epochs}: set it "
+            "higher, or start anew in another trainer.default_root_dir"
         )
     states = loaded.get("callbacks", {})
     for callback in own:
@@ -73,8 +93,14 @@ def _go_on(trainer: L.Trainer, own: list[ModelCheckpoint], path: Path) -> None:
             callback.dirpath = named if same else str(path.parent)
 
 
+def _epochs_begun(loaded: Mapping[str, Any]) -> int:
+    """Epochs begun when a checkpoint was written; its ``epoch`` is the number of the last one, from 0, also at its end."""
+    loop = loaded.get("loops", {}).get("fit_loop")
+    return int(loaded["epoch"] if loop is None else loop["epoch_progress"]["current"]["started"])
+
+
 def check_same_settings(path: Path, now: Mapping[str, Any]) -> None:
-    """Refuse to go on with a training under another model, data or seed than it was begun with, where its folder tells.
+    """Refuse to go on with a training under another model, data or seed than it was begun with, where that is known.
 
     The optimiser's own settings come back with its state: another learning rate would be written down and not be used.
 
@@ -83,19 +109,31 @@ def check_same_settings(path: Path, now: Mapping[str, Any]) -> None:
         now: settings, see :func:`~lightning_sfubm.federated.settings.lasting_settings`; empty where nothing is known.
 
     Raises:
-        CheckpointError: naming what differs.
+        CheckpointError: naming what differs, or it cannot be read.
     """
-    config = path.parent.parent / "config.yaml"
-    try:
-        stored = lasting_settings(yaml.safe_load(config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError):
-        return  # none, or not one of ours
-    one, other = ({k: v for k, v in of.items() if k.startswith(_OF_TRAINING)} for of in (stored, now))
-    if changed := difference(one, other):
+    if changed := difference(_stored_settings(path), _of_training(now)):
         raise CheckpointError(
             f"{path}: was trained with other settings: {changed}; set them back, or start anew in another "
             "trainer.default_root_dir"
         )
+
+
+def _stored_settings(path: Path) -> dict[str, Any]:
+    """Those that a checkpoint holds; else, for an earlier version wrote none, those of its run's folder; empty without."""
+    file = path / _SHARED if path.is_dir() else path
+    if file.is_file() and isinstance(stored := load_checkpoint(file).get(_SETTINGS), dict):
+        return stored
+    try:
+        config = yaml.safe_load((path.parent.parent / "config.yaml").read_text(encoding="utf-8"))
+        return _of_training(lasting_settings(config))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        return {}  # none, or not one of ours
+
+
+def _of_training(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of model, data and seed, as values that a checkpoint may hold: YAML knows dates besides."""
+    kept = {key: value for key, value in settings.items() if key.startswith(_OF_TRAINING)}
+    return {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in kept.items()}
 
 
 def find_checkpoint(places: list[Path], which: str) -> Path:

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _InstantiatorFn
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, _InstantiatorFn
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from lightning_sfubm import callbacks, datamodules, modules
 from lightning_sfubm.callbacks.data_card import DataCardPrinter
 from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
+from lightning_sfubm.checkpoints import SettingsKeeper
 from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.settings import lasting_settings
@@ -87,6 +89,16 @@ class _TopLevelOnly(_InstantiatorFn):
         return super().__call__(class_type, *args, applied_instantiation_links=applied_instantiation_links, **kwargs)
 
 
+class _ConfigWriter(SaveConfigCallback):
+    """Keep the configuration of a fit as ``config.yaml``, that of another command beside it: the weights are not of that."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Runs once the folder of the logs is known."""
+        if stage != "fit":
+            self.config_filename = f"config_{TrainerFn(stage).value}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
 class SFUBMCLI(LightningCLI):
     """``LightningCLI`` with ``trainer.federation`` and ``experiment``; explicit flags win over a checkpoint's settings.
 
@@ -107,6 +119,7 @@ class SFUBMCLI(LightningCLI):
             trainer_defaults={"callbacks": [PredictionWriter()], "use_distributed_sampler": False},
             parser_class=_Parser,
             seed_everything_default=1,
+            save_config_callback=_ConfigWriter,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"parser_mode": "omegaconf+", "prog": "lightning-sfubm", **_ABOUT},
             args=args,
@@ -158,6 +171,8 @@ class SFUBMCLI(LightningCLI):
         if isinstance(self.trainer, FederatedTrainer):
             self.trainer.config_text = f"# lightning-sfubm {' '.join(self._argv)}\n{self._resolved}"
             self.trainer.settings = self.lasting_settings
+            if not self._federated:
+                self.trainer.callbacks.append(SettingsKeeper(self.trainer.settings))  # type: ignore[attr-defined]
 
     def before_validate(self) -> None:
         """Refuse a stage-1 model that nothing has trained, and a run folder that cannot be."""

@@ -65,7 +65,8 @@ class Experiment:
     Args:
         title: heading of the report.
         methods: rows of the table, in order; see :data:`lightning_sfubm.methods.METHODS`.
-        llm: head of SF-UBM; the other LLM rows are derived from it, so that all share backbone, prompt and budget.
+        llm: head of SF-UBM, not of a published method; the other LLM rows are derived from it, so that all share backbone,
+            prompt and budget.
         baselines: modules by row (``encoder``, ``id_text``, ``tallrec`` ...), for baselines with settings of their own; a
             sequential row not named here takes encoder and learning rate of ``model``, an LLM row the settings of ``llm``.
         templates: prompt template by domain, for all LLM rows; others use that set for the row under ``baselines``, else
@@ -87,8 +88,8 @@ class Experiment:
         sigmas: noise levels of the privacy figures; the one in use is added.
 
     Raises:
-        ConfigError: an unknown method, an LLM row without ``llm``, a number or size out of range, or a baseline or patience
-            that no row would read.
+        ConfigError: an unknown method, an LLM row without ``llm`` or with the head of a published method there, a number or
+            size out of range, or a baseline or patience that no row would read.
     """
 
     def __init__(
@@ -225,6 +226,11 @@ class Experiment:
         if is_first():
             set_aside(run_dir / "results", runs, config_hash)
         wait_for_all()
+        for domain in runs.values():
+            domain.to_come = {
+                key for key in self.methods if not finished_row(domain.row_path(key), domain, config_hash)
+            }
+        wait_for_all()  # all have looked before the first writes
         for order, key in enumerate(self.methods):
             for name, domain in runs.items():
                 self._row(domain, key, order, name, config_hash, console)
@@ -260,13 +266,11 @@ class Experiment:
             console.print(f"Privacy report: [bold]{privacy}[/bold]")
 
     def _row(self, domain: "DomainRun", key: str, order: int, name: str, config_hash: str, console: Console) -> None:
-        path = domain.run_dir / "results" / name / f"{key}.parquet"
-        finished = finished_row(path, domain, config_hash)
-        wait_for_all()  # all have looked before the first writes
         method = METHODS[key]
-        if finished:
+        if key not in domain.to_come:
             console.print(f"[dim]{name}: {domain.label(method)}, kept[/dim]")
             return
+        domain.to_come.remove(key)
         console.print(f"[dim]{name}: {domain.label(method)}[/dim]")
         before = domain.spent_on(key)
         with domain.watch(f"train {key}"):
@@ -278,7 +282,7 @@ class Experiment:
             if not method.needs_llm and domain.has_larger_test:
                 everyone = domain.evaluate(ranker, key, method, order, extra, all_users=True)
                 save_row(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
-            save_row(few, path)  # last: where it is, the row is whole
+            save_row(few, domain.row_path(key))  # last: where it is, the row is whole
 
     def _privacy(self, loop: FederatedLoop) -> dict[str, Any]:
         noise = next((c for c in loop.callbacks if isinstance(c, PrivacyNoise)), None)

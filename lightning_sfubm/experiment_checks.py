@@ -11,6 +11,7 @@ from lightning_sfubm.datamodules.prompt_templates import load_template
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods import METHODS
 from lightning_sfubm.methods.published_llm import PUBLISHED_LLM
+from lightning_sfubm.modules.baselines.published_head import PublishedHead
 from lightning_sfubm.modules.llm_head import LLMHead
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def check_sizes(sizes: Mapping[str, tuple[float, float]]) -> None:
 
 
 def check_heads(llm: LLMHead | None, baselines: Mapping[str, LightningModule], text_samples: int) -> None:
-    """Refuse settings of LLM heads that no row would read.
+    """Refuse an LLM that rows cannot be derived from, and settings of heads that no row would read.
 
     Args:
         llm: configured head.
@@ -77,6 +78,13 @@ def check_heads(llm: LLMHead | None, baselines: Mapping[str, LightningModule], t
     Raises:
         ConfigError: naming the setting.
     """
+    if isinstance(llm, PublishedHead):
+        rows = ", ".join(key for key, method in PUBLISHED_LLM.items() if method.configurable)
+        raise ConfigError(
+            f"experiment.llm is {type(llm).__name__}, which fixes what other rows set: give it as "
+            f"lightning_sfubm.modules.llm_head.LLMHead, name the row you want ({rows}) in experiment.methods, and put settings "
+            "of that row alone under experiment.baselines"
+        )
     if llm is not None and text_samples and not (llm.rank_mode == "head" and llm.settings.tuning == "lora"):
         raise ConfigError(
             "experiment.text_samples gives adapters and head a start, which experiment.llm does not have: set it to 0, or "

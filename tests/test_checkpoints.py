@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sfubm.__main__ import main
@@ -186,6 +187,13 @@ def test_a_training_that_goes_on_keeps_its_best_and_saves_every_epoch(
     assert not [w for w in recwarn if "dirpath has changed" in str(w.message)]
 
 
+def refused(fit: list[str], told: str) -> None:
+    from lightning_sfubm.cli import SFUBMCLI
+
+    with pytest.raises(CheckpointError, match=told):
+        SFUBMCLI(args=fit)
+
+
 def test_a_training_goes_on_under_the_settings_it_was_begun_with_alone(command: list[str], tmp_path: Path) -> None:
     fit = ["fit", *command, "--trainer.logger=true", "--trainer.min_epochs=1"]
     main([*fit, "--trainer.max_epochs=2"])
@@ -194,16 +202,51 @@ def test_a_training_goes_on_under_the_settings_it_was_begun_with_alone(command: 
         ("--model.init_args.lr=0.5", r"model\.init_args\.lr was 0\.001 and is 0\.5; set them back"),
         ("--data.batch_size=7", r"data\.init_args\.batch_size was 16 and is 7; set them back"),
         ("--seed_everything=2", r"seed_everything was 1 and is 2; set them back"),
-        ("--trainer.max_epochs=0", r"epoch 1 is behind it, and trainer\.max_epochs is 0: set it higher"),
+        ("--trainer.max_epochs=0", r"2 epochs had begun when it was written, and trainer\.max_epochs is 0: set it"),
+        ("--trainer.max_epochs=1", r"2 epochs had begun when it was written, and trainer\.max_epochs is 1: set it"),
     ):
         with pytest.raises(SystemExit):
             main([*again, other])
-        from lightning_sfubm.cli import SFUBMCLI
-
-        with pytest.raises(CheckpointError, match=told):
-            SFUBMCLI(args=[*again, other])
+        refused([*again, other], told)
+    main([*again, "--trainer.max_epochs=2"])  # nothing is left to train, and nothing contradicts it
     main([*again, "--trainer.log_every_n_steps=3"])
     assert load_checkpoint(find_checkpoint([tmp_path / "run"], "last"))["epoch"] == 2
+
+
+def test_the_settings_are_those_of_the_checkpoint_whatever_other_commands_left_in_its_folder(
+    command: list[str], tmp_path: Path
+) -> None:
+    fit = ["fit", *command, "--trainer.min_epochs=1"]
+    again = [*fit, "--trainer.max_epochs=2", "--ckpt_path=last"]
+    main([*fit, "--trainer.max_epochs=1"])
+    config = tmp_path / "run" / "config.yaml"
+    before = config.read_text()
+    for action in ("validate", "test", "predict"):
+        main([action, *command, "--data.num_candidates=10", "--ckpt_path=last"])
+        assert config.read_text() == before
+        assert "num_candidates: 10" in config.with_name(f"config_{action}.yaml").read_text()
+    # A fit from the beginning that has written its configuration and no checkpoint yet.
+    main([*fit, "--trainer.max_epochs=0", "--model.init_args.lr=0.5"])
+    assert "lr: 0.5" in config.read_text()
+    refused([*again, "--model.init_args.lr=0.5"], r"model\.init_args\.lr was 0\.001 and is 0\.5; set them back")
+    main(again)
+    last = find_checkpoint([tmp_path / "run"], "last")
+    loaded = load_checkpoint(last)
+    assert loaded["epoch"] == 1
+
+    (entry,) = [key for key in loaded if "settings" in key]
+    del loaded[entry]  # as an earlier version wrote it: the folder tells
+    torch.save(loaded, last)
+    refused([*again, "--model.init_args.lr=0.5"], r"model\.init_args\.lr was 0\.001 and is 0\.5; set them back")
+    config.unlink()
+    main([*again, "--trainer.max_epochs=3"])
+
+    loaded = load_checkpoint(last)  # with the entry again; in shards it lies beside them
+    last.unlink()
+    last.mkdir()
+    config.unlink()
+    torch.save(loaded, last / _METADATA_FILENAME)
+    refused([*again, "--model.init_args.lr=0.5"], r"model\.init_args\.lr was 0\.001 and is 0\.5; set them back")
 
 
 def test_where_the_last_one_is_looked_for(tmp_path: Path) -> None:

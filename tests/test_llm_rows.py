@@ -10,7 +10,7 @@ import torch
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.experiment import Experiment
-from lightning_sfubm.methods import METHODS, llm
+from lightning_sfubm.methods import METHODS, llm, published_llm
 from lightning_sfubm.methods.published_llm import _answering, _head
 from lightning_sfubm.modules.baselines.a_llmrec import ALLMRec
 from lightning_sfubm.modules.baselines.llara import LLaRA
@@ -78,7 +78,7 @@ def test_configured_projectors_stay_where_none_are_aligned(
     assert row.settings.projector_checkpoint == (aligned or "configured.ckpt")
 
 
-@pytest.mark.parametrize("order", [("llara", "llara_likelihood"), ("llara_likelihood", "llara"), ("llara_likelihood",)])
+@pytest.mark.parametrize("order", [("llara", "llara_likelihood"), ("llara_likelihood", "llara")])
 def test_two_rows_of_a_method_share_one_tuned_head(order: tuple[str, ...]) -> None:
     tuned: list[Any] = []
 
@@ -86,14 +86,44 @@ def test_two_rows_of_a_method_share_one_tuned_head(order: tuple[str, ...]) -> No
         tuned.append(LLaRA("no-model"))
         return tuned[-1]
 
-    run = run_of(LLMHead("no-model"), methods=list(order))
-    run.shared = {}
+    run = run_of(LLMHead("no-model"))
+    run.shared, run.to_come = {}, set(order)
     for key in order:
+        run.to_come.remove(key)
         row: Any = _answering("llara", build, by_likelihood=key != "llara")(run)
         assert row.rank_mode == ("generate" if key == "llara" else "score")
         assert row._parameters is tuned[0]._parameters
     assert len(tuned) == 1
     assert not run.shared  # nothing of it stays in memory once both rows are there
+
+
+@pytest.mark.parametrize("kept", ["tallrec", "tallrec_likelihood"])
+def test_a_head_whose_other_row_is_kept_does_not_stay_in_memory(
+    kept: str, tmp_path: Path, federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: dict[str, Any] = {}
+    tuned: list[str] = []
+
+    def watched(run: Any, head: Any, key: str) -> Any:
+        run.shared = shared
+        tuned.append(run.name)
+        return llm.tune(run, head, key)
+
+    monkeypatch.setattr(published_llm, "tune", watched)
+    head = LLMHead(llm=str(write_tiny_llm(tmp_path / "llm")), history_length=3, title_tokens=4)
+    limits = {"max_test_users": 10, "max_train_users": 8, "calibration_users": 0}
+    rows = ["tallrec", "tallrec_likelihood"]
+    (made,) = set(rows) - {kept}
+    for more in ({}, {"ckpt_path": "last"}):
+        trainer = federated_trainer(rounds=1)
+        for path in trainer.run_dir.glob(f"results/*/{made}.parquet"):
+            path.unlink()
+        Experiment(methods=rows, llm=head, **limits).run(
+            trainer, small_distiller(), federated_data(), config_hash="these", **more
+        )
+        assert not shared
+    assert sorted(tuned) == ["alpha", "alpha", "beta", "beta"]  # once for both rows, then for the one that was gone
+    assert len(list(trainer.run_dir.glob("results/*/*.parquet"))) == 4
 
 
 def test_a_head_starts_from_one_that_was_tuned_on_text(tmp_path: Path, federated_data: Any) -> None:
@@ -156,3 +186,13 @@ def test_settings_of_the_llm_that_no_row_would_read_are_refused() -> None:
     baselines: Any = {"llara": LLaRA(stage1_checkpoint="stage1.ckpt")}
     with pytest.raises(ConfigError, match=r"experiment\.baselines\.llara\.stage1_checkpoint would be read by no row"):
         Experiment(methods=["llara"], llm=LLMHead(), baselines=baselines)
+
+
+@pytest.mark.parametrize("kind", [TALLRec, LLaRA, ALLMRec])
+@pytest.mark.parametrize("template", [None, "shopping"])
+def test_the_head_of_a_published_method_is_no_llm_that_rows_are_derived_from(kind: Any, template: str | None) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"experiment\.llm is {kind.__name__}, .* the row you want \(tallrec, llara, a_llmrec\) in exp",
+    ):
+        Experiment(methods=["tallrec", "zero_shot"], llm=kind("no-model", template=template))

@@ -11,7 +11,9 @@ from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.facts import plain
 from lightning_sfubm.evaluation.run_folder import Json, RunFolder
 
-UTILITY = {"teacher": "teacher", "stage1": "student"}  #: rows of the result table that are plotted, and their names
+#: rows of a run's results that are plotted, and their names; a row ``teacher`` is of no method: a script may evaluate the
+#: shared teacher between the rounds and the local phases, as benchmarks/privacy_curves.py does
+UTILITY = {"teacher": "teacher", "stage1": "student"}
 METRICS = ("hit@1", "ndcg@10")
 
 

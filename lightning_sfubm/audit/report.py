@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from lightning_sfubm.audit.curve import UTILITY
 from lightning_sfubm.audit.facts import last_membership, privacy_facts
 from lightning_sfubm.audit.template import TEMPLATE
 from lightning_sfubm.audit.words import against, answers
@@ -61,6 +62,7 @@ def render(facts: Json, figures: dict[str, str], scores: dict[str, str]) -> str:
             attacks=facts["attacks"],
             members=last_membership(facts),
             curve=facts["curve"],
+            branches=[name for name in UTILITY.values() if any(name in point["utility"] for point in facts["curve"])],
             audit=facts["audit"],
             problems=facts["problems"],
             answers=[(entry["question"], entry["answer"]) for entry in facts["in_plain_words"]],

@@ -219,13 +219,12 @@ ranking quality on test users, of runs that differ in ε. With 95 % intervals.")
 <div class="scroll"><table>
 <thead><tr><th>Domain</th><th>ε</th><th>σ</th><th>area, by loss</th><th>area, shadow models</th>
 <th>TPR at 1 % FPR,<br>by loss</th>
-<th>teacher Hit@1</th><th>teacher NDCG@10</th><th>student Hit@1</th><th>student NDCG@10</th></tr></thead>
+{% for branch in branches %}<th>{{ branch }} Hit@1</th><th>{{ branch }} NDCG@10</th>{% endfor %}</tr></thead>
 <tbody>{% for p in curve %}<tr><td>{{ p.domain }}</td><td>{{ eps(p.epsilon) }}{{ star(p, p.epsilon) }}</td>
 <td>{{ p.sigma if p.sigma is number else "–" }}</td>
 {{ cell((p.membership.loss or {}).auc or none) }}{{ cell((p.membership.calibrated or {}).auc or none) }}
 {{ cell((p.membership.loss or {}).tpr or none) }}
-{{ metric(p.utility.teacher, "hit@1") }}{{ metric(p.utility.teacher, "ndcg@10") }}
-{{ metric(p.utility.student, "hit@1") }}{{ metric(p.utility.student, "ndcg@10") }}</tr>
+{% for branch in branches %}{{ metric(p.utility[branch], "hit@1") }}{{ metric(p.utility[branch], "ndcg@10") }}{% endfor %}</tr>
 {% endfor %}</tbody><caption>“–”: the run holds no such figure.{{ starred(curve) }}</caption></table></div>
 {% else %}<p class="note">A curve needs several audited runs: <code>lightning-sfubm audit --run_dir RUN --beside
 OTHER_RUN</code>

@@ -85,6 +85,9 @@ class DomainRun:
         watch: timings.
         run_dir: folder of the run.
         shared: what rows of all domains have in common, such as a model pre-trained on their union.
+
+    Attributes:
+        to_come: rows that this process makes after the one at work; rows kept from before are not among them.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class DomainRun:
         self.experiment, self.trainer, self.template = experiment, trainer, template
         self.name, self.client, self.watch, self.run_dir = name, client, watch, run_dir
         self.shared, self.common_cpu_s = shared, 0.0
+        self.to_come: set[str] = set()
 
     @property
     def data(self) -> DomainDataModule:
@@ -295,6 +299,10 @@ class DomainRun:
             patience=self.experiment.patience.get(key, federation.patience),
             monitor=federation.monitor,
         )
+
+    def row_path(self, key: str) -> Path:
+        """Where the results of a row are kept."""
+        return self.run_dir / "results" / self.name / f"{key}.parquet"
 
     def folder(self, key: str) -> Path:
         """Working folder of a method."""

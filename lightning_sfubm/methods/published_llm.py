@@ -83,15 +83,16 @@ def _a_llmrec(run: DomainRun) -> Ranker:
 def _answering(key: str, build: Callable[[DomainRun], Ranker], by_likelihood: bool) -> Callable[[DomainRun], Ranker]:
     """A row of a method: its head answers as it was configured to, or ranks by the likelihood of titles.
 
-    Where a table has both rows, the head is tuned once: the costs of its training stand in the row that comes first.
+    Where a process makes both rows, the head is tuned once: the costs of its training stand in the row that comes first.
     """
+    other = key if by_likelihood else key + LIKELIHOOD
 
     def row(run: DomainRun) -> Ranker:
         name = f"head {key} {run.name}"
         head = run.shared.pop(name, None)  # of the other row: nobody asks a third time
         if head is None:
             head = build(run)
-            if {key, key + LIKELIHOOD} <= set(run.experiment.methods):
+            if other in run.to_come:
                 run.shared[name] = head
         if by_likelihood:
             head = copy.copy(head)  # the weights are those of the other row

@@ -282,6 +282,20 @@ def test_curves_run_from_small_epsilon_to_none() -> None:
     assert {line.get_label() for line in utility.lines} == {"teacher, Hit@1", "teacher, NDCG@10"}
 
 
+def test_the_table_of_the_curve_has_no_columns_of_a_branch_that_no_run_evaluated(run_dir: Path) -> None:
+    one, other = point(1.0), point(2.0)
+    for utility, branches in (
+        ({}, []),
+        (one["utility"], ["teacher"]),
+        ({"student": one["utility"]["teacher"]}, ["student"]),
+    ):
+        (run_dir / "privacy_curve.json").write_text(json.dumps([one | {"utility": utility}, other | {"utility": {}}]))
+        html = build_privacy_report(run_dir).read_text()
+        head, body = html[html.index('id="curve"') :].split("<tbody>")[:2]
+        assert [branch for branch in ("teacher", "student") if f"<th>{branch} Hit@1</th>" in head] == branches
+        assert {row.count("<td") for row in body.split("</tbody>")[0].split("</tr>")[:-1]} == {head.count("<th>")}
+
+
 def test_there_is_no_curve_of_one_epsilon_and_no_figure_of_nothing() -> None:
     assert epsilon_plot([point(1.0), point(1.0)]) is None
     assert rounds_plot([]) is None
