@@ -15,6 +15,8 @@ from lightning_sfubm.names import path_part
 
 _GRID_KEYS = {"title", "pairs", "runs", "comparisons"}
 _RUN_KEYS = {"rows", "seeds", "config", "flags", "pairs"}
+#: settings by name, with the value that says what was done before there was a choice
+_BEFORE = {"even_batches": False}
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class Run:
         """Configuration files, settings files they name, options and seed alone.
 
         Tells a table, which has no data at hand, what is out of date. Of a configuration its values count, without the
-        methods that it would compute by itself: comments, layout and one more row make no cell out of date.
+        methods that it would compute by itself: comments, layout and one more row make no cell out of date. Nor does a setting
+        that is nowhere but as everything was before there was one (:data:`_BEFORE`).
         """
-        parts: list[Any] = [[values_of(path) for path in self.configs], self.flags, self.seed]
+        configs = [values_of(path) for path in self.configs]
+        for name, value in _BEFORE.items():
+            if not any(name in flag for flag in self.flags) and all(found == value for found in _found(configs, name)):
+                configs = _without(configs, name)
+        parts: list[Any] = [configs, self.flags, self.seed]
         if named := named_files(self.configs, self.flags):
             parts.append(named)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -78,6 +85,20 @@ def values_of(config: Path) -> Any:
     with suppress(TypeError, KeyError, AttributeError):  # none named
         del values["experiment"]["init_args"]["methods"]
     return values
+
+
+def _found(values: Any, name: str) -> list[Any]:
+    """All values under a name, however deep it stands."""
+    if isinstance(values, dict):
+        return [v for key, value in values.items() for v in ([value] if key == name else _found(value, name))]
+    return [v for value in values for v in _found(value, name)] if isinstance(values, list) else []
+
+
+def _without(values: Any, name: str) -> Any:
+    """The same without the entries of a name."""
+    if isinstance(values, dict):
+        return {key: _without(value, name) for key, value in values.items() if key != name}
+    return [_without(value, name) for value in values] if isinstance(values, list) else values
 
 
 @dataclass(frozen=True)

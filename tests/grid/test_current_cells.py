@@ -142,6 +142,25 @@ def test_comments_layout_and_methods_of_a_configuration_make_no_cell_out_of_date
     assert of("seed_everything: 1\ndata: data.csv\n") == published  # as in the cells under docs/results
 
 
+def test_a_setting_that_says_what_was_always_done_makes_no_cell_out_of_date(tmp_path: Path) -> None:
+    def of(base: str, overlay: str = "{}\n", *flags: str) -> str:
+        path = grid_file(
+            tmp_path,
+            runs={"main": {"rows": ["stage1"], "config": str(tmp_path / "over.yaml"), "flags": list(flags)}},
+            comparisons=[],
+        )
+        (tmp_path / "base.yaml").write_text(base)
+        (tmp_path / "over.yaml").write_text(overlay)
+        (run,) = load_grid(path, set(METHODS)).runs
+        return run.settings_hash()
+
+    domain = "data: {domains: [{name: a%s}]}\n"
+    silent, off, on = (domain % text for text in ("", ", even_batches: false", ", even_batches: true"))
+    assert of(off) == of(silent)
+    flag = ("--data.init_args.even_batches", "true")
+    assert len({of(off), of(on), of(off, on), of(on, off), of(off, "{}\n", *flag)}) == 5
+
+
 def test_a_configuration_that_is_no_yaml_is_named(tmp_path: Path) -> None:
     run = load_grid(grid_file(tmp_path), set(METHODS)).runs[0]
     for text in (b"a: [", b"\xff", b"day: 2020-13-45\n"):
