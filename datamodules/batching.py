@@ -43,7 +43,8 @@ class BucketBatchSampler(Sampler[BatchIndex]):
         bucket_batches: batches a bucket; more = less padding, less mixing.
         even: cut a bucket into batches of about equal total length, of fewer rows where these are long; ``batch_size`` is
             then the mean. For losses that are means over the positions of a batch: with as many rows in each, a position
-            of a short row would weigh more than one of a long row, as their batches have fewer.
+            of a short row would weigh more than one of a long row, as their batches have fewer. Every rank gets a row of each,
+            for which cuts may move where batches have hardly more rows than there are ranks.
     """
 
     def __init__(
