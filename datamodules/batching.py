@@ -62,6 +62,7 @@ class BucketBatchSampler(Sampler[BatchIndex]):
         _check(batch_size, rank, world_size)
         self.even = even
         self.lengths = np.asarray(lengths)
+        self.sort_keys = self.lengths
         self.batch_size = batch_size
         self.seed = seed
         self.name = name
@@ -83,7 +84,7 @@ class BucketBatchSampler(Sampler[BatchIndex]):
         rows = generator.permutation(total)
         step = self.batch_size * self.world_size
         bucket = np.arange(total) // (step * self.bucket_batches)
-        rows = rows[np.lexsort((self.lengths[rows], bucket))]
+        rows = rows[np.lexsort((self.sort_keys[rows], bucket))]
         bounds = np.append(np.arange(0, total, step), total)
         if self.even:
             for start in range(0, total, step * self.bucket_batches):

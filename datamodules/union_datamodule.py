@@ -32,7 +32,8 @@ class UnionDataModule(L.LightningDataModule):
     This is what a federation must avoid: sequences of all domains lie side by side. It serves methods that pre-train on the
     union, as a bound on what sharing could give. Domains are numbered in the order of their names; item i of a domain is
     item ``i + offset`` of the union. There are training and validation batches, and no test batches: a method is tested
-    on each domain by the domain's own data module.
+    on each domain by the domain's own data module. Batches are even, as ``even_batches`` of a domain says, where those of all
+    domains are.
 
     Run it under ``Trainer(use_distributed_sampler=False)``: the batch samplers shard by rank themselves.
 
@@ -123,7 +124,13 @@ class UnionDataModule(L.LightningDataModule):
         rows = UnionSequences(parts, self.item_offsets, self.user_offsets)
         rank, world_size = shard_of(self)
         sampler = UnionBatchSampler(
-            rows.lengths, rows.domains, self.batch_size, seed=self.seed, rank=rank, world_size=world_size
+            rows.lengths,
+            rows.domains,
+            self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            even=all(domain.even_batches for domain in self.domains.values()),
         )
         return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
@@ -222,6 +229,7 @@ class UnionBatchSampler(BucketBatchSampler):
         rank: of this process.
         world_size: number of processes.
         bucket_batches: batches a bucket.
+        even: batches of about equal total length, as in :class:`BucketBatchSampler`.
     """
 
     def __init__(
@@ -234,6 +242,7 @@ class UnionBatchSampler(BucketBatchSampler):
         rank: int = 0,
         world_size: int = 1,
         bucket_batches: int = 50,
+        even: bool = False,
     ) -> None:
         super().__init__(
             lengths,
@@ -243,19 +252,20 @@ class UnionBatchSampler(BucketBatchSampler):
             rank=rank,
             world_size=world_size,
             bucket_batches=bucket_batches,
+            even=even,
         )
-        self._row_lengths, self._domains = np.asarray(lengths), np.asarray(domains)
+        self._domains = np.asarray(domains)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; rows of equal length take new places among each other."""
         super().set_epoch(epoch)
-        ties = numpy_generator(self.seed, "union ties", epoch).random(len(self._row_lengths))
-        order = np.lexsort((ties, self._row_lengths, self._domains))
+        ties = numpy_generator(self.seed, "union ties", epoch).random(len(self.lengths))
+        order = np.lexsort((ties, self.lengths, self._domains))
         sizes = np.bincount(self._domains)
         places = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        self.lengths = np.empty(len(order))
-        self.lengths[order] = (places + 0.5) / np.repeat(sizes, sizes)
+        self.sort_keys = np.empty(len(order))
+        self.sort_keys[order] = (places + 0.5) / np.repeat(sizes, sizes)
 
 
 class _UnionIndex(NamedTuple):

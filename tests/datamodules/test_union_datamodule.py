@@ -85,6 +85,28 @@ def test_every_batch_mixes_the_domains_even_where_their_lengths_do_not_overlap()
     assert epochs[0] != epochs[1]
 
 
+def test_even_batches_have_equal_positions_and_still_mix_the_domains() -> None:
+    lengths = np.concatenate([np.minimum(np.random.default_rng(0).zipf(1.7, 6000), 50), np.full(500, 50)])
+    domains = np.repeat([0, 1], [6000, 500])
+    plain, even = (
+        [index.rows for index in UnionBatchSampler(lengths, domains, 128, seed=1, even=even)] for even in (False, True)
+    )
+    assert len(plain) == len(even)
+    for batches in (plain, even):
+        assert sorted(chain.from_iterable(batches)) == list(range(6500))
+        assert all(set(domains[rows]) == {0, 1} for rows in batches if len(rows) >= 50)
+    # All but the smallest, which may be the last.
+    positions = np.sort([[lengths[rows].sum() for rows in batches] for batches in (plain, even)])[:, 1:]
+    assert positions[1].max() < 1.1 * positions[1].min()
+    assert positions[0].max() > 2 * positions[0].min()
+
+
+@pytest.mark.parametrize("settings", [{}, {"even_batches": False}])
+def test_batches_are_even_where_those_of_the_domains_are(settings: dict) -> None:
+    data = union(domain_settings=settings)
+    assert data.train_dataloader().sampler.even is (settings == {})
+
+
 def test_ranks_together_are_one_process_with_a_larger_batch() -> None:
     generator = np.random.default_rng(1)
     lengths, domains = generator.integers(1, 50, 207), generator.integers(0, 3, 207)
