@@ -113,7 +113,7 @@ def check_same_settings(path: Path, now: Mapping[str, Any]) -> None:
     """
     if changed := difference(_stored_settings(path), _of_training(now)):
         raise CheckpointError(
-            f"{path}: was trained with other settings: {changed}; set them back, or start anew in another "
+            f"{path}: was trained with other settings: {changed}; set them back, or start anew without --ckpt_path, in another "
             "trainer.default_root_dir"
         )
 

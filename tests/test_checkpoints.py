@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -208,6 +209,11 @@ def test_a_training_goes_on_under_the_settings_it_was_begun_with_alone(command: 
         with pytest.raises(SystemExit):
             main([*again, other])
         refused([*again, other], told)
+    for which in ("last", "best"):
+        path = find_checkpoint([tmp_path / "run"], which)
+        for named in (which, str(path)):
+            told = f"{path}: was trained with other settings: model.init_args.lr was 0.001 and is 0.5; "
+            refused([*again, f"--ckpt_path={named}", "--model.init_args.lr=0.5"], re.escape(told))
     main([*again, "--trainer.max_epochs=2"])  # nothing is left to train, and nothing contradicts it
     main([*again, "--trainer.log_every_n_steps=3"])
     assert load_checkpoint(find_checkpoint([tmp_path / "run"], "last"))["epoch"] == 2

@@ -280,8 +280,10 @@ class FederatedTrainer(L.Trainer):
         """
         if self.federation is None:
             path = resolve(self, ckpt_path, fitting=True)
-            if isinstance(path, Path) and str(ckpt_path) == "last":  # of an earlier process
-                check_same_settings(path, self.settings)
+            if (
+                path not in (None, "last", "best") and Path(path).exists()
+            ):  # those two are left to what this process trained
+                check_same_settings(Path(path), self.settings)
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, weights_only)
             return
         if str(ckpt_path) == "last" and not self.run_dir.is_dir():
