@@ -76,6 +76,25 @@ def test_untrained_weights_are_not_evaluated_in_place_of_those_asked_for(
     assert "no last.ckpt of an earlier run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("action", ["fit", "test", "predict"])
+def test_a_checkpoint_that_cannot_be_read_leaves_no_folder_of_logs(
+    action: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"PK torn")
+    for given, told in (
+        (tmp_path / "none.ckpt", "none.ckpt: there is no checkpoint file"),
+        (last, "last.ckpt: not a safe checkpoint of this product"),
+        ("last", "last.ckpt: not a safe checkpoint of this product"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main([action, *command, "--trainer.logger=true", f"--ckpt_path={given}"])
+        assert exit.value.code == 2
+        assert told in capsys.readouterr().err.strip().splitlines()[-1]
+        assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [last]
+
+
 @pytest.mark.parametrize("action", ["validate", "test", "predict"])
 def test_random_weights_of_stage_1_are_not_evaluated(
     action: str, command: list[str], capsys: pytest.CaptureFixture[str]

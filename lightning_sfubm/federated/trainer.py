@@ -280,9 +280,8 @@ class FederatedTrainer(L.Trainer):
         """
         if self.federation is None:
             path = resolve(self, ckpt_path, fitting=True)
-            if (
-                path not in (None, "last", "best") and Path(path).exists()
-            ):  # those two are left to what this process trained
+            # A name that is left is of what this very process has trained.
+            if path is not None and Path(path).exists():
                 check_same_settings(Path(path), self.settings)
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, weights_only)
             return
