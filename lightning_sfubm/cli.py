@@ -71,6 +71,8 @@ def _sentence(message: str) -> str:
     if missing := re.search(r"Problem with given class_path '[^']+': No module named '[^']+'", words):
         where = "a module of your own is found in the folders that PYTHONPATH names"
         return f"{f'{key[1]}: ' if key else ''}{missing[0]}; {where}"
+    if words.startswith('Parser key "domains": the following arguments are required'):
+        words += "; a domain that the settings before do not have is a new one and given whole: is its name misspelt?"
     return f"{key[1]}: {words}" if key and reason else words
 
 
