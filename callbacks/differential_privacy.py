@@ -1,12 +1,12 @@
 """User-level differential privacy of the shared teacher: its training phase becomes DP-SGD."""
 
+import copy
 import hashlib
 import math
 import os
 import secrets
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_sfubm.contracts import TrainBatch
-from lightning_sfubm.datamodules.sequences import TrainSequences
 from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.privacy.accounting import Mechanism, PrivacyAccountant, noise_multiplier_for
@@ -23,6 +22,7 @@ from lightning_sfubm.privacy.per_user import Method, PerUserGradients, private_g
 from lightning_sfubm.privacy.poisson import PoissonSampler
 from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.privacy.teacher_loss import TeacherLoss
+from lightning_sfubm.privacy.training_checks import check_trainer, checked_rows
 from lightning_sfubm.seeds import seeded
 
 
@@ -111,6 +111,31 @@ class DifferentialPrivacy(Callback):
 
     # ------------------------------------------------------------------ before and after a fit
 
+    def check_start(self, trainer: Trainer, module: LightningModule, datamodule: Any, epochs: int) -> None:
+        """Refuse a first round that is sure to be refused when it begins, while nothing is changed yet.
+
+        Args:
+            trainer: with the flags that the round will have.
+            module: of the client, bound to its catalogue.
+            datamodule: of the client, set up.
+            epochs: of the round.
+
+        Raises:
+            ConfigError: see :meth:`setup`, or the encoder cannot be trained by this method.
+            PrivacyError: see :meth:`setup`, or the round would pass the budget or cannot be accounted for.
+        """
+        module = _distiller(module)
+        check_trainer(trainer)
+        users = len(checked_rows(datamodule.train_dataloader().dataset, self.delta))
+        sampler = PoissonSampler(users, self._expected_users(datamodule), lambda: 0)
+        PerUserGradients(TeacherLoss(module.teacher, module.logits_precision), self.gradients)
+        limit = trainer.limit_train_batches
+        steps = epochs * (min(limit, len(sampler)) if isinstance(limit, int) else int(limit * len(sampler)))
+        plan, sigma = copy.deepcopy(self.accountant), self._noise_multiplier(sampler)
+        plan.check(sigma, sampler.sample_rate, steps)
+        plan.step(sigma, sampler.sample_rate, steps)
+        plan.epsilon()
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check what a guarantee needs and replace the training loader by Poisson-sampled users.
 
@@ -120,31 +145,21 @@ class DifferentialPrivacy(Callback):
         """
         if stage != "fit":
             return
-        if not isinstance(pl_module, FKDDistiller):
-            raise ConfigError(f"DifferentialPrivacy trains the teacher of FKDDistiller, not {type(pl_module).__name__}")
         self._active = False
-        if pl_module.phase != pl_module.round_phase:
+        module = _distiller(pl_module)
+        if module.phase != module.round_phase:
             return
-        _refuse_trainer(trainer)
+        check_trainer(trainer)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if datamodule is None:
             raise ConfigError(
                 "DifferentialPrivacy draws users from a datamodule: pass one to fit instead of dataloaders"
             )
         loader = datamodule.train_dataloader()
-        rows = loader.dataset
-        if not isinstance(rows, TrainSequences) or len(np.unique(rows.users)) < len(rows):
-            raise PrivacyError(
-                "user-level privacy needs one training row a user: set the datamodule's windows to 'last'"
-            )
-        if self.delta * len(rows) >= 1:
-            raise PrivacyError(
-                f"delta = {self.delta:g} with {len(rows)} users would allow to publish one of them: "
-                f"set it below {1 / len(rows):.1g}"
-            )
+        rows = checked_rows(loader.dataset, self.delta)
         self._client = str(getattr(datamodule, "name", "client"))
         self._drawn_by = tuple(getattr(datamodule, "drawn_by", ()))
-        self._expected = float(self.expected_batch_size or datamodule.batch_size)
+        self._expected = self._expected_users(datamodule)
         self._sampler = PoissonSampler(len(rows), self._expected, lambda: self.accountant.steps, name=self._client)
         workers = loader.num_workers
         datamodule.train_dataloader = lambda: DataLoader(
@@ -293,9 +308,14 @@ class DifferentialPrivacy(Callback):
             ConfigError: the expected batch is larger than the data.
             PrivacyError: no noise keeps the budget on this data.
         """
-        users, expected = len(datamodule.train_dataloader().dataset), self.expected_batch_size or datamodule.batch_size
-        self.noise_multiplier = self._noise_multiplier(PoissonSampler(users, float(expected), lambda: 0))
+        users = len(datamodule.train_dataloader().dataset)
+        self.noise_multiplier = self._noise_multiplier(
+            PoissonSampler(users, self._expected_users(datamodule), lambda: 0)
+        )
         self.target_epsilon = self.accountant.target_epsilon = None
+
+    def _expected_users(self, datamodule: Any) -> float:
+        return float(self.expected_batch_size or datamodule.batch_size)
 
     def _noise_multiplier(self, sampler: PoissonSampler) -> float:
         if self.noise_multiplier is not None:
@@ -335,16 +355,7 @@ def privacy_of(trainer: Trainer) -> dict[str, object] | None:
     return None
 
 
-def _refuse_trainer(trainer: Trainer) -> None:
-    """Settings under which the optimiser would see something else than one private gradient a step."""
-    if trainer.world_size > 1:
-        raise ConfigError("DifferentialPrivacy runs a client in one process: set trainer.devices and num_nodes to 1")
-    if trainer.accumulate_grad_batches != 1:
-        raise ConfigError(
-            "accumulate_grad_batches does not go together with DifferentialPrivacy: raise expected_batch_size"
-        )
-    if str(trainer.precision) not in ("32-true", "bf16-mixed", "64-true"):
-        raise ConfigError(
-            f"precision {trainer.precision} rescales or rounds gradients, so that a bound on them does not hold: "
-            "DifferentialPrivacy needs 32-true or bf16-mixed"
-        )
+def _distiller(module: LightningModule) -> FKDDistiller:
+    if not isinstance(module, FKDDistiller):
+        raise ConfigError(f"DifferentialPrivacy trains the teacher of FKDDistiller, not {type(module).__name__}")
+    return module

@@ -19,6 +19,7 @@ _PLACES = ("checkpoints", "*/*/checkpoints")
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
 _SHARED = "meta.pt"  #: in a checkpoint in shards, the file of what is not divided
 _OF_TRAINING = ("model.", "data.", "seed_everything")  #: the trainer's own, such as a patience, may change on the way
+_OF_LIGHTNING = ("hpc", "registry")  #: what a ``ckpt_path`` begins with, up to a colon, that names no file
 _SETTINGS = "sfubm_settings"  #: entry of a checkpoint
 log = logging.getLogger(__name__)
 
@@ -43,13 +44,15 @@ class SettingsKeeper(Callback):
 def resolve(trainer: L.Trainer, ckpt_path: Any, fitting: bool = False) -> Any:
     """What to hand to Lightning for a ``ckpt_path``: a file where ``last`` or ``best`` is of an earlier process.
 
+    It is read here already: Lightning makes the folder of its logs before it looks.
+
     Args:
         trainer: whose folder is searched, unless its own callbacks know the file.
         ckpt_path: as given.
         fitting: whether training may start from the beginning where there is no last checkpoint.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointError: there is no such file, or it cannot be read.
     """
     own = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     if any(c.best_model_path or c.last_model_path for c in own):
@@ -57,7 +60,10 @@ def resolve(trainer: L.Trainer, ckpt_path: Any, fitting: bool = False) -> Any:
     places = [Path(trainer.default_root_dir), *(Path(c.dirpath) for c in own if c.dirpath is not None)]
     if ckpt_path is None and not fitting and _last_files(places):
         log.warning("no ckpt_path is given: the weights are those of the model as it is; 'last' is %s", _newest(places))
+    if ckpt_path is None or str(ckpt_path).partition(":")[0] in _OF_LIGHTNING:
+        return ckpt_path
     if ckpt_path not in ("last", "best"):
+        load_checkpoint(_file_of(ckpt_path))
         return ckpt_path
     try:
         path = find_checkpoint(places, ckpt_path)
@@ -67,18 +73,23 @@ def resolve(trainer: L.Trainer, ckpt_path: Any, fitting: bool = False) -> Any:
         log.warning("%s; training starts from the beginning", error)
         return None
     log.info("checkpoint %s", path)
+    loaded = load_checkpoint(_file_of(path))
     if fitting and path.is_file():
-        _go_on(trainer, own, path)
+        _go_on(trainer, own, path, loaded)
     return path
 
 
-def _go_on(trainer: L.Trainer, own: list[ModelCheckpoint], path: Path) -> None:
+def _file_of(path: str | Path) -> str | Path:
+    """The file that tells of a checkpoint: itself, or of one in shards what is not divided."""
+    return Path(path) / _SHARED if Path(path).is_dir() else path
+
+
+def _go_on(trainer: L.Trainer, own: list[ModelCheckpoint], path: Path, loaded: Mapping[str, Any]) -> None:
     """Prepare a training for going on from a file: what was best so far is remembered in the folder it was written to alone.
 
     Raises:
         CheckpointError: more epochs were begun than are asked for.
     """
-    loaded = load_checkpoint(path)
     begun = _epochs_begun(loaded)
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs < begun:
         raise CheckpointError(
@@ -113,15 +124,14 @@ def check_same_settings(path: Path, now: Mapping[str, Any]) -> None:
     """
     if changed := difference(_stored_settings(path), _of_training(now)):
         raise CheckpointError(
-            f"{path}: was trained with other settings: {changed}; set them back, or start anew in another "
+            f"{path}: was trained with other settings: {changed}; set them back, or start anew without --ckpt_path, in another "
             "trainer.default_root_dir"
         )
 
 
 def _stored_settings(path: Path) -> dict[str, Any]:
     """Those that a checkpoint holds; else, for an earlier version wrote none, those of its run's folder; empty without."""
-    file = path / _SHARED if path.is_dir() else path
-    if file.is_file() and isinstance(stored := load_checkpoint(file).get(_SETTINGS), dict):
+    if isinstance(stored := load_checkpoint(_file_of(path)).get(_SETTINGS), dict):
         return stored
     try:
         config = yaml.safe_load((path.parent.parent / "config.yaml").read_text(encoding="utf-8"))

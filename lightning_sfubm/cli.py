@@ -71,6 +71,8 @@ def _sentence(message: str) -> str:
     if missing := re.search(r"Problem with given class_path '[^']+': No module named '[^']+'", words):
         where = "a module of your own is found in the folders that PYTHONPATH names"
         return f"{f'{key[1]}: ' if key else ''}{missing[0]}; {where}"
+    if words.startswith('Parser key "domains": the following arguments are required'):
+        words += "; a domain that the settings before do not have is a new one and given whole: is its name misspelt?"
     return f"{key[1]}: {words}" if key and reason else words
 
 
@@ -90,13 +92,37 @@ class _TopLevelOnly(_InstantiatorFn):
 
 
 class _ConfigWriter(SaveConfigCallback):
-    """Keep the configuration of a fit as ``config.yaml``, that of another command beside it: the weights are not of that."""
+    """Keep the configuration of a fit as ``config.yaml``, that of another command beside it: the weights are not of that.
+
+    Lightning's own does so before the checkpoint is read. Here it is once the first step is sure to be taken: what is
+    refused until then leaves the file of the run before.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Runs once the folder of the logs is known."""
-        if stage != "fit":
-            self.config_filename = f"config_{TrainerFn(stage).value}.yaml"
-        super().setup(trainer, pl_module, stage)
+        """Write nothing yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of a fit."""
+        self._write(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of ``validate``; the validations of a fit pass."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._write(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of ``test``."""
+        self._write(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write that of ``predict``."""
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        command = TrainerFn(trainer.state.fn)
+        if command != TrainerFn.FITTING:
+            self.config_filename = f"config_{command.value}.yaml"
+        super().setup(trainer, pl_module, command.value)
 
 
 class SFUBMCLI(LightningCLI):

@@ -183,11 +183,11 @@ class Experiment:
                 "an experiment compares methods in the domains of a FederatedDataModule, and data has none: a configuration of "
                 "configs/domain is for one model alone; give a pair's, or leave out the experiment"
             )
+        check_templates(self.methods, self.llm, self.templates, domains)
         run_dir.mkdir(parents=True, exist_ok=True)
         with watch("data and text vectors"):
             first_prepares(datamodule)
             datamodule.setup("fit")
-        check_templates(self.methods, self.llm, self.templates, domains)
         check_needs(self.methods, model, domains)
         trains = any(METHODS[key].needs_stage1 for key in self.methods)
         trainer.prepare(model, datamodule)

@@ -1,6 +1,5 @@
 """What an experiment refuses before anything is trained: rows and settings that could not come out as they were asked for."""
 
-import logging
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,8 +12,6 @@ from lightning_sfubm.methods import METHODS
 from lightning_sfubm.methods.published_llm import PUBLISHED_LLM
 from lightning_sfubm.modules.baselines.published_head import PublishedHead
 from lightning_sfubm.modules.llm_head import LLMHead
-
-log = logging.getLogger(__name__)
 
 
 def check_names(
@@ -110,10 +107,12 @@ def check_templates(
         domains: names of the domains.
 
     Raises:
-        ConfigError: one cannot be read.
+        ConfigError: one cannot be read, or is for a domain that there is not.
     """
-    if unknown := sorted(templates.keys() - set(domains)):  # an overlay may have taken a domain away
-        log.warning("experiment.templates names %s; the domains are %s", unknown, sorted(domains))
+    if unknown := sorted(templates.keys() - set(domains)):
+        raise ConfigError(
+            f"experiment.templates names {unknown}; the domains are {', '.join(sorted(domains))}: correct it, or leave it out"
+        )
     if llm is not None and any(METHODS[key].needs_llm for key in methods):
         forms = {"branch", llm.hparams["form"]} | {"list" for key in methods if key in PUBLISHED_LLM}
         for template in sorted({llm.hparams["template"], *templates.values()}):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.next_steps import next_steps
 from lightning_sfubm.safe_load import load_checkpoint
 from tests.conftest import small_distiller
+from tests.federated.test_loop import contents
 
 SYNTHETIC = "lightning_sfubm.datamodules.synthetic."
 
@@ -73,6 +75,25 @@ def test_untrained_weights_are_not_evaluated_in_place_of_those_asked_for(
         main(["test", *command, "--ckpt_path", which])
     assert exit.value.code == 2
     assert "no last.ckpt of an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("action", ["fit", "test", "predict"])
+def test_a_checkpoint_that_cannot_be_read_leaves_no_folder_of_logs(
+    action: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"PK torn")
+    for given, told in (
+        (tmp_path / "none.ckpt", "none.ckpt: there is no checkpoint file"),
+        (last, "last.ckpt: not a safe checkpoint of this product"),
+        ("last", "last.ckpt: not a safe checkpoint of this product"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main([action, *command, "--trainer.logger=true", f"--ckpt_path={given}"])
+        assert exit.value.code == 2
+        assert told in capsys.readouterr().err.strip().splitlines()[-1]
+        assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [last]
 
 
 @pytest.mark.parametrize("action", ["validate", "test", "predict"])
@@ -208,6 +229,11 @@ def test_a_training_goes_on_under_the_settings_it_was_begun_with_alone(command: 
         with pytest.raises(SystemExit):
             main([*again, other])
         refused([*again, other], told)
+    for which in ("last", "best"):
+        path = find_checkpoint([tmp_path / "run"], which)
+        for named in (which, str(path)):
+            told = f"{path}: was trained with other settings: model.init_args.lr was 0.001 and is 0.5; "
+            refused([*again, f"--ckpt_path={named}", "--model.init_args.lr=0.5"], re.escape(told))
     main([*again, "--trainer.max_epochs=2"])  # nothing is left to train, and nothing contradicts it
     main([*again, "--trainer.log_every_n_steps=3"])
     assert load_checkpoint(find_checkpoint([tmp_path / "run"], "last"))["epoch"] == 2
@@ -225,9 +251,8 @@ def test_the_settings_are_those_of_the_checkpoint_whatever_other_commands_left_i
         main([action, *command, "--data.num_candidates=10", "--ckpt_path=last"])
         assert config.read_text() == before
         assert "num_candidates: 10" in config.with_name(f"config_{action}.yaml").read_text()
-    # A fit from the beginning that has written its configuration and no checkpoint yet.
-    main([*fit, "--trainer.max_epochs=0", "--model.init_args.lr=0.5"])
-    assert "lr: 0.5" in config.read_text()
+    # As a fit from the beginning leaves it that has written no checkpoint yet.
+    config.write_text(before.replace("lr: 0.001", "lr: 0.5"))
     refused([*again, "--model.init_args.lr=0.5"], r"model\.init_args\.lr was 0\.001 and is 0\.5; set them back")
     main(again)
     last = find_checkpoint([tmp_path / "run"], "last")
@@ -247,6 +272,29 @@ def test_the_settings_are_those_of_the_checkpoint_whatever_other_commands_left_i
     config.unlink()
     torch.save(loaded, last / _METADATA_FILENAME)
     refused([*again, "--model.init_args.lr=0.5"], r"model\.init_args\.lr was 0\.001 and is 0\.5; set them back")
+
+
+def test_a_command_that_is_refused_leaves_the_run_before_as_it_was(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where Lightning has set everything up by then."""
+    schedule = ["--trainer.max_epochs=1", "--trainer.min_epochs=1"]
+    main(["fit", *command, *schedule])
+    main(["predict", *command, "--ckpt_path=last"])
+    before = contents(tmp_path / "run")
+    assert {"config.yaml", "config_predict.yaml", "predictions/alpha.parquet"} <= before.keys()
+    rows = ["--model.item_updates=rows", "--model.loss=sampled"]
+    for refused, told in (
+        (["fit", *schedule, *rows, "--trainer.gradient_clip_val=1"], "are not clipped"),
+        (["predict", "--ckpt_path=last", "--data.reader.num_items=60"], "num_items"),
+        (["test", "--ckpt_path=last", "--data.reader.num_items=60"], "num_items"),
+        (["validate", "--ckpt_path=last", "--data.reader.num_items=60"], "num_items"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main([refused[0], *command, *refused[1:]])
+        assert exit.value.code == 2
+        assert told in capsys.readouterr().err.strip().splitlines()[-1]
+        assert contents(tmp_path / "run") == before
 
 
 def test_where_the_last_one_is_looked_for(tmp_path: Path) -> None:

@@ -126,6 +126,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ["fit", "--config", SYNTHETIC, "--model.init_args.encoder", "mine.Nope"],
             "No module named 'mine'; a module of",
         ),
+        (
+            ["fit", "--config", SYNTHETIC, "--data.init_args.domains.alfa.init_args.k_core", "3"],
+            "required: name, reader; a domain that the settings before do not have is a new one and given whole",
+        ),
         (["fit", "--config", SYNTHETIC, "--trainer.federation", "null"], "an experiment follows federated rounds"),
         (["test", "--config", SYNTHETIC, "--trainer.default_root_dir", "nowhere", "--ckpt_path", "last"], "nowhere"),
     ],

@@ -68,12 +68,14 @@ class FederatedLoop(Exchange):
         Raises:
             CheckpointError: see :meth:`resume`; or the schedule has fewer rounds than are done, or more than the local
                 phases follow; or the rounds of a silo are not over.
+            PrivacyError: the secrets are not those that the run was begun with.
         """
         states = self.states(ckpt_path)
         fresh = str(ckpt_path) == "last" and not any(states.glob("state-*"))
         wait_for_all()  # all have looked before the first writes
         if fresh:
             log.warning("%s holds no state yet: the run starts from the beginning", states)
+            self.check_begun()
             self.goes_on = True
             return
         self.resume(states)

@@ -35,6 +35,7 @@ _AUDIT = ("audit.json", "privacy_curve.json", "privacy_report.html", "privacy_re
 _RECORD = (FOLDER, *_AUDIT, "privacy.json", "run.json", "report.html", "report.json", "data", "ledger.jsonl")
 log = logging.getLogger(__name__)
 OF_SILO = "federation.id"  #: file that says of which run across machines a silo's folder holds its part
+SECRETS = "secret_hashes.json"  #: file of a run's folder: hashes of the secrets it was begun with, by client
 NONCE = "noise_nonce"  #: file of a run's folder; see :meth:`Exchange._run_nonce`
 
 
@@ -227,6 +228,23 @@ class RunState:
                 "trainer.default_root_dir"
             )
 
+    def check_begun(self) -> None:
+        """Refuse to go on from before the first state under other secrets than those that keyed what has left.
+
+        Raises:
+            PrivacyError: the secrets are others, or it is not known which they were.
+        """
+        if not self.ledger.messages() or self._earlier.exists():
+            return  # nothing has left, or that of the run before
+        path = self.run_dir / SECRETS
+        if path.is_file():
+            self._check_secrets(json.loads(path.read_text()))
+        elif self._secret_dirs:
+            raise PrivacyError(
+                f"{self.ledger.path}: messages have left that were not keyed by the secrets in {self.secret_places}, and would "
+                "leave again with other noise: start anew in another trainer.default_root_dir"
+            )
+
     def changed_secrets(self, stored: Mapping[str, str]) -> list[str]:
         """Clients whose secrets are not those of a state; one that has none yet is given one, which is another.
 
@@ -239,6 +257,9 @@ class RunState:
     def secret_places(self) -> str:
         """The folders of the secrets, as words."""
         return ", ".join(self._secret_dirs) or "no secret_dir"
+
+    def _hashes(self) -> dict[str, str]:
+        return {name: self._secrets_hash(name) for name in self.clients}
 
     def _secrets_hash(self, client: str) -> str:
         """Of a client's secrets, made where there are none yet; it discloses nothing of 32 random bytes."""
@@ -263,9 +284,14 @@ class RunState:
                 "%s holds an earlier run: the record of its %d messages is in %s now", self.run_dir, messages, aside
             )
 
+    @property
+    def _earlier(self) -> Path:
+        """Where the states of the run before are until all that is of it is gone."""
+        return self.run_dir / ".earlier"
+
     def _clear(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        earlier = self.run_dir / ".earlier"
+        earlier = self._earlier
         if self.checkpoints.exists():
             if earlier.exists():
                 shutil.rmtree(earlier)
@@ -281,6 +307,10 @@ class RunState:
             self.set_record_aside()
             (self.run_dir / NONCE).unlink(missing_ok=True)
             self.ledger.start()
+        if self._secret_dirs:
+            write_atomically(self.run_dir / SECRETS, json.dumps(self._hashes()).encode(), durable=True)
+        else:
+            (self.run_dir / SECRETS).unlink(missing_ok=True)
         shutil.rmtree(earlier, ignore_errors=True)
 
     def _history(self, client: str, phase: str, round: int | None, epoch: int, metrics: dict[str, float]) -> None:
@@ -312,7 +342,7 @@ class RunState:
             "history": lines,
             "ledger": self.ledger.entries,
             "settings": self.settings,
-            "secrets": {name: self._secrets_hash(name) for name in self.clients},
+            "secrets": self._hashes(),
         }
         self.ledger.flush()
         save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)

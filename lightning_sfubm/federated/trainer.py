@@ -23,6 +23,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_sfubm.callbacks.data_card import DataCardPrinter
+from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_sfubm.callbacks.progress import LabelledProgressBar
 from lightning_sfubm.callbacks.round_logger import RoundLogger
 from lightning_sfubm.checkpoints import check_same_settings, resolve
@@ -232,12 +233,20 @@ class FederatedTrainer(L.Trainer):
             ckpt_path: as of :meth:`fit`.
 
         Raises:
-            SFUBMError: see :meth:`~lightning_sfubm.federated.loop.FederatedLoop.go_on`, and its ``check_start``.
+            SFUBMError: see :meth:`~lightning_sfubm.federated.loop.FederatedLoop.go_on`, its ``check_start``, and that of
+                :class:`~lightning_sfubm.callbacks.differential_privacy.DifferentialPrivacy`.
         """
-        assert self.loop is not None
+        loop = self.loop
+        assert loop is not None
         if ckpt_path is not None:
-            self.loop.go_on(ckpt_path)
-        self.loop.check_start()
+            loop.go_on(ckpt_path)
+        loop.check_start()
+        if loop.counters.step == 0 and loop.shares_teacher and loop.federation.rounds:
+            for callback in self._user_callbacks:
+                if isinstance(callback, DifferentialPrivacy):
+                    for name, client in loop.clients.items():
+                        epochs = loop.federation.epochs(name)
+                        callback.check_start(self, client.module, client.datamodule, epochs)
 
     def run_rounds(self) -> None:
         """After :meth:`check_start`: keep the configuration, and run the loop to its end."""
@@ -280,8 +289,9 @@ class FederatedTrainer(L.Trainer):
         """
         if self.federation is None:
             path = resolve(self, ckpt_path, fitting=True)
-            if isinstance(path, Path) and str(ckpt_path) == "last":  # of an earlier process
-                check_same_settings(path, self.settings)
+            # A name that is left is of what this very process has trained.
+            if path is not None and Path(path).exists():
+                check_same_settings(Path(path), self.settings)
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, weights_only)
             return
         if str(ckpt_path) == "last" and not self.run_dir.is_dir():

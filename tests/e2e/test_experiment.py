@@ -52,6 +52,8 @@ def test_a_run_that_is_refused_leaves_the_results_of_the_one_before(finished: An
     again = quiet_trainer(trainer.run_dir, rounds=1)
     with pytest.raises(ConfigError, match=r"no prompt template at .*absent"):
         experiment(tmp_path, templates={"alpha": "absent"}).run(again, small_distiller(), small_federation())
+    with pytest.raises(ConfigError, match=r"templates names \['alfa'\]; the domains are alpha, beta: "):
+        experiment(tmp_path, templates={"alfa": "movies"}).run(again, small_distiller(), small_federation())
     broken = small_federation()
     broken.setup = lambda stage=None: broken.absent  # type: ignore[method-assign, attr-defined]
     with pytest.raises(AttributeError, match="absent"):
@@ -65,16 +67,6 @@ def test_a_run_that_is_refused_leaves_the_results_of_the_one_before(finished: An
         with pytest.raises(SFUBMError, match=words):
             Experiment(methods=[row]).run(refused, small_distiller(), small_federation())
     assert {p: p.read_bytes() for p in trainer.run_dir.rglob("*") if p.is_file()} == before
-
-
-def test_a_template_of_a_domain_that_there_is_not_is_told(
-    tmp_path: Path, federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("WARNING", "lightning_sfubm"):
-        Experiment(methods=["popularity"], templates={"alfa": "movies"}).run(
-            federated_trainer(rounds=1), small_distiller(), federated_data()
-        )
-    assert "experiment.templates names ['alfa']; the domains are ['alpha', 'beta']" in caplog.text
 
 
 def test_results_of_an_earlier_run_are_set_aside_and_told(

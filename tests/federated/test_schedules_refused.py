@@ -113,14 +113,26 @@ def test_settings_of_a_teacher_that_is_not_sent_are_named_in_a_warning(caplog: p
         ({"max_items": 5}, r"client 'alpha' would send \d+ rows .* at most 5 are accepted"),
         ({"secure": {"max_items": 5}}, r"SecureKMeans\.max_items = 5 admits no more"),
         ({"secure": {"min_members": 500}}, r"SecureKMeans\.min_members = 500: a sum over so few"),
+        ({"private": {}, "flags": {"accumulate_grad_batches": 2}}, "raise expected_batch_size"),
+        ({"private": {"delta": 0.1}}, "with 30 users would allow to publish one of them"),
+        ({"private": {"expected_batch_size": 31}}, "cannot be drawn from 30"),
+        ({"private": {"target_epsilon": 0.1}}, r"2 more private steps after 0 would spend .* over the budget of 0\.1"),
+        (
+            {"private": {"target_epsilon": 0.1, "noise_multiplier": None, "total_epochs": 10**12}},
+            "no noise keeps",
+        ),
     ],
     ids=str,
 )
 def test_a_refused_run_leaves_an_earlier_one_as_it_was(
     settings: dict[str, Any], words: str, federated_data: Any, federated_trainer: Any
 ) -> None:
-    """States, record and configuration: it would be found out at the first exchange, after all of them were gone."""
+    """States, record and configuration: it would be found out at the first step, after all of them were gone."""
     given = dict(settings)
+    if "private" in given:
+        pytest.importorskip("opacus")
+        private = {"noise_multiplier": 1.0, "delta": 1e-3, "accounting": "rdp", **given.pop("private")}
+        given["callbacks"] = [PrivacyNoise(0.05), DifferentialPrivacy(**private)]
     if "secure" in given:
         pytest.importorskip("cryptography")
         given["aggregator"] = SecureKMeans(num_clusters=2, **given.pop("secure"))

@@ -1,5 +1,6 @@
 """A run that goes on has the settings and the data of the one before, also where nothing is left to train."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.cli import SFUBMCLI
 from lightning_sfubm.errors import CheckpointError, PrivacyError
 from lightning_sfubm.federated.federation import Federation
+from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.settings import difference, lasting_settings, schedule_difference
 from tests.conftest import small_distiller
 
@@ -169,6 +171,56 @@ def test_a_run_goes_on_with_secrets_that_were_moved_and_no_others(
         PrivacyError, match=r"secrets of \['alpha'\] in .*/there are not those .* set secret_dir to where"
     ):
         run("there", ckpt_path="last")
+
+
+class _DiesAtOnce(FederatedCallback):
+    """After the first message has left, before there is a state."""
+
+    def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+        if client == "beta":
+            raise KeyboardInterrupt
+        return tensors
+
+
+def test_a_run_without_a_state_goes_on_with_the_secrets_of_what_has_left(
+    federated_data: Any, federated_trainer: Any, tmp_path: Path
+) -> None:
+    """With others the same vectors would leave under independent noise, of which two have a mean with less."""
+
+    def run(secret_dir: str | None, *more: Any, **flags: Any) -> Any:
+        noise = PrivacyNoise(0.05, None if secret_dir is None else str(tmp_path / secret_dir))
+        trainer = federated_trainer(callbacks=[noise, *more], rounds=0, local_max_epochs=1)
+        trainer.fit(small_distiller(), datamodule=federated_data(num_users=30), **flags)
+        return trainer
+
+    def sent() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / "run/ledger.jsonl").read_text().splitlines()]
+
+    with pytest.raises(KeyboardInterrupt):
+        run("keys", _DiesAtOnce())
+    (first,) = sent()
+    before = contents(tmp_path / "run")
+    for other in ("others", None):
+        with pytest.raises(
+            PrivacyError, match=r"secrets of \['alpha', 'beta'\] in .* are not those that this run was begun"
+        ):
+            run(other, ckpt_path="last")
+    (tmp_path / "run/secret_hashes.json").unlink()
+    with pytest.raises(
+        PrivacyError, match=r"ledger\.jsonl: messages have left that were not keyed by the secrets in .*others"
+    ):
+        run("others", ckpt_path="last")
+    (tmp_path / "run/secret_hashes.json").write_bytes(before["secret_hashes.json"])
+    assert contents(tmp_path / "run") == before
+
+    (tmp_path / "keys").rename(tmp_path / "moved")
+    run("moved", ckpt_path="last")
+    assert sent()[0] == first
+    assert sent()[1]["content_sha256"] == first["content_sha256"]
+    assert sent()[1]["resent"]
+
+    run(None)  # anew
+    assert not (tmp_path / "run/secret_hashes.json").exists()
 
 
 def test_data_of_equal_shape_are_told_apart_without_a_configuration(
