@@ -13,10 +13,8 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -180,15 +178,6 @@ def train_for(
     }
 
 
-def _beauty(root: str) -> DomainDataModule:
-    return DomainDataModule("beauty", TableReader("beauty"), root=root, batch_size=128)
-
-
-def _prepare(root: str) -> None:
-    """Fill the caches, in a process of its own: what that takes is not to count as the training's peak."""
-    _beauty(root).prepare_data()
-
-
 def main() -> None:
     """Command line; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,9 +188,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(_prepare, arguments.data_root).result()
-    data = _beauty(arguments.data_root)
+    data = DomainDataModule("beauty", TableReader("beauty"), root=arguments.data_root, batch_size=128)
+    data.prepare_data()
     data.setup()
     from_random = partial(SequentialRecommender, SASRec())
     from_neighbours = partial(SequentialRecommender, SASRec(dropout=0.4), item_init="cooccurrence")
