@@ -50,6 +50,7 @@ COMPARISONS = (
     ("late_fusion", "stage1"),
     ("late_fusion_counts", "late_fusion"),
     ("late_fusion_products", "late_fusion"),
+    ("late_fusion_products", "unisrec_fusion_products"),
     ("stage1_beside_own", "stage1_local_twice"),
 )
 

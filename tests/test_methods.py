@@ -39,6 +39,31 @@ def test_a_row_is_called_by_the_encoder_that_it_trains() -> None:
     assert domain_run(Stopwatch(), {}, template, encoder=sasrec).label(label) == "SASRec alone"
 
 
+def test_the_unisrec_that_is_fused_is_trained_without_what_the_fusion_is_weighed_on(
+    federated_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = federated_data(num_users=30).domains["alpha"]
+    data.prepare_data()
+    data.setup("fit")
+    run = domain_run(Stopwatch(), {}, FKDDistiller(SASRec(hidden_dim=8, num_layers=1)))
+    run.trainer.seed, run.client.datamodule = 1, data
+    trained_on: list[Any] = []
+    monkeypatch.setattr(DomainRun, "fit", lambda self, module, key, datamodule: trained_on.append(datamodule))
+    weighed_on: list[str] = []
+    ranked = data.rank_dataloader
+    monkeypatch.setattr(
+        data, "rank_dataloader", lambda split, *a, **k: weighed_on.append(split) or ranked(split, *a, **k)
+    )
+    fusion = METHODS["unisrec_fusion_products"].build(run)
+    assert trained_on == [data]
+    assert data.stage2_positions == 1  # held out of it
+    assert weighed_on == ["train2", "val"]
+    batch = next(iter(ranked("test", 8)))
+    scores = fusion.rank(batch)
+    assert scores.shape == batch["candidates"].shape
+    assert len(fusion.weights) == 9 * 12 // 2  # UniSRec's score, three similarities, five counts, and products
+
+
 @pytest.mark.parametrize(
     ("key", "module", "words"),
     [

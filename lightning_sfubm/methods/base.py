@@ -166,7 +166,7 @@ class DomainRun:
     @cached_property
     def fusion(self) -> LateFusion:
         """Late fusion fitted on held-out samples, more than the LLM may get; the LLM head starts from its weights."""
-        return self._fused(self.stage1)
+        return self.fused(self.stage1)
 
     @cached_property
     def _stage1_with_counts(self) -> WithCounts:
@@ -178,14 +178,15 @@ class DomainRun:
 
         Validation positions choose its weights too: there are more of them, and more weights.
         """
-        return self._fused(self._stage1_with_counts, ("train2", "val"))
+        return self.fused(self._stage1_with_counts, ("train2", "val"))
 
     @cached_property
     def product_fusion(self) -> LateFusion:
         """The same with the products of features."""
-        return self._fused(self._stage1_with_counts, ("train2", "val"), products=True)
+        return self.fused(self._stage1_with_counts, ("train2", "val"), products=True)
 
-    def _fused(self, stage1: Stage1, splits: tuple[Split, ...] = ("train2",), products: bool = False) -> LateFusion:
+    def fused(self, stage1: Stage1, splits: tuple[Split, ...] = ("train2",), products: bool = False) -> LateFusion:
+        """A fusion of a module's affinities, weighed on these splits; ``train2`` has to be one that it was not trained on."""
         fusion = LateFusion(stage1, products=products)
         samples = [self.data.rank_dataloader(split, 256, max_users=FUSION_USERS) for split in splits]
         fusion.fit(chain.from_iterable(samples) if len(samples[0]) else [])  # never on validation alone

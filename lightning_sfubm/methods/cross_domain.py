@@ -1,17 +1,19 @@
 """Rows of published cross-domain methods."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from lightning_sfubm.contracts import Ranker
+from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.union_datamodule import UnionDataModule
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods.base import DomainRun, Method
 from lightning_sfubm.modules.baselines.unisrec import UniSRec
 from lightning_sfubm.modules.baselines.unisrec_pretraining import UniSRecPretraining
+from lightning_sfubm.modules.layers.count_affinity import WithCounts
 from lightning_sfubm.seeds import derive_seed, follow_seed
 
 UNION_BATCH = 256
@@ -19,23 +21,47 @@ UNION_BATCH = 256
 
 def _unisrec(key: str, mode: str, pretrain: bool = True) -> Callable[[DomainRun], Ranker]:
     def build(run: DomainRun) -> Ranker:
-        template = run.experiment.baselines.get(key)
-        if template is None:
-            template = UniSRec(run.own_encoder(key), mode=mode, freeze_encoder=pretrain)  # type: ignore[arg-type]
-        if not isinstance(template, UniSRec):
-            raise ConfigError(f"experiment.baselines.{key} must be a UniSRec, not {type(template).__name__}")
+        template = _template(run, key, mode, freeze_encoder=pretrain)
         # First: what it draws, where no row before has done it, would move the draws of this row.
         weights = _pretrained(run, template) if pretrain else None
-        torch.manual_seed(derive_seed(run.trainer.seed, "baseline", key, run.name))
-        module = copy.deepcopy(template)
-        follow_seed(module, run.trainer.seed)
-        module.bind(run.full_data.catalogue)
-        if weights is not None:
-            module.load_pretrained(weights)
-        run.fit(module, key)
-        return module
+        return _trained(run, key, template, run.full_data, weights)
 
     return build
+
+
+def _fused_unisrec(run: DomainRun) -> Ranker:
+    """The fusion with counts and products on UniSRec without pre-training, trained as stage 1 is: less what was held out."""
+    template = _template(run, "unisrec_scratch", "inductive", freeze_encoder=False)
+    module = _trained(run, "unisrec_fusion_products", template, run.data)
+    fusion = run.fused(WithCounts(module, run.data.catalogue), ("train2", "val"), products=True)
+    fusion.add_module("unisrec", module)  # no other row trains it: its parameters are this row's
+    return fusion
+
+
+def _template(run: DomainRun, key: str, mode: str, freeze_encoder: bool) -> UniSRec:
+    template = run.experiment.baselines.get(key)
+    if template is None:
+        template = UniSRec(run.own_encoder(key), mode=mode, freeze_encoder=freeze_encoder)  # type: ignore[arg-type]
+    if not isinstance(template, UniSRec):
+        raise ConfigError(f"experiment.baselines.{key} must be a UniSRec, not {type(template).__name__}")
+    return template
+
+
+def _trained(
+    run: DomainRun,
+    key: str,
+    template: UniSRec,
+    data: DomainDataModule,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> UniSRec:
+    torch.manual_seed(derive_seed(run.trainer.seed, "baseline", key, run.name))
+    module = copy.deepcopy(template)
+    follow_seed(module, run.trainer.seed)
+    module.bind(data.catalogue)
+    if weights is not None:
+        module.load_pretrained(weights)
+    run.fit(module, key, data)
+    return module
 
 
 def _pretrained(run: DomainRun, template: UniSRec) -> dict[str, torch.Tensor]:
@@ -66,6 +92,13 @@ def _method(key: str, label: str, mode: str, pretrain: bool = True) -> Method:
 
 CROSS_DOMAIN: dict[str, Method] = {
     "unisrec_scratch": _method("unisrec_scratch", "UniSRec without pre-training", "inductive", pretrain=False),
+    "unisrec_fusion_products": Method(
+        "Late fusion of UniSRec, text, counts and their products",
+        "Controls without an LLM",
+        _fused_unisrec,
+        trainings=("unisrec_fusion_products",),
+        fitted=True,
+    ),
     "unisrec_inductive": _method("unisrec_inductive", "UniSRec, inductive", "inductive"),
     "unisrec_transductive": _method("unisrec_transductive", "UniSRec, transductive", "transductive"),
 }

@@ -227,6 +227,10 @@ def test_students_alone_have_seeds_of_their_own_and_sums_count_both_trainings(fi
     assert rows["stage1_with_teacher"].trainable_params == rows["stage1"].trainable_params
     assert rows["stage1_with_teacher"].extra["train_cpu_s"] == rows["stage1"].extra["train_cpu_s"]
     assert rows["stage1_local_twice"].extra["train_cpu_s"] > rows["stage1_local"].extra["train_cpu_s"]
+    # Stage 1 is a row of its own; the UniSRec that is fused is not, for its own row has the held-out positions besides.
+    products = 9 * 12 // 2
+    assert rows["unisrec_fusion_products"].trainable_params == rows["unisrec_scratch"].trainable_params + products
+    assert (trainer.run_dir / "clients" / "alpha" / "unisrec_fusion_products").is_dir()
 
 
 def test_a_resumed_run_keeps_finished_rows(
