@@ -44,8 +44,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vectors = table.detach()
         safe = logits_are_safe(h, vectors)
         items = vectors.to(dtype)
-        # With ones appended, the sums of exponentials come out of the product with the item vectors.
-        with_ones = torch.cat([items, items.new_ones(len(items), 1)], 1)
+        # With ones appended, the sums of exponentials come out of the product with the item vectors. Its H + 1 rows are
+        # laid out as the product reads them: H + 1 columns take it twice as long.
+        with_ones = torch.cat([items.T, items.new_ones(1, len(items))])
         # The observed items are left out of the blocks and computed in float32.
         chosen = F.embedding(targets, vectors)
         observed = (h * chosen).sum(1)
@@ -58,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = log2_logits(h[rows], items, out=block_of(0, width))
             leave_out(logits, targets[rows], columns[:width])
             block, shift = exponentials(logits, safe)
-            sums = torch.mm(with_ones.T, block).T.float()
+            sums = torch.mm(with_ones, block).T.float()
             log_z[rows] = torch.logaddexp(shift + sums[:, -1].log(), observed[rows])
             share = torch.exp(shift - log_z[rows])[:, None]
             grad_states[rows] = sums[:, :-1] * share
