@@ -40,6 +40,8 @@ class FKDDistiller(CatalogueModule):
         teacher_encoder: that of the teacher; ``None`` = a copy of ``encoder``.
         num_experts: whitening experts of the teacher's adaptor.
         text_dropout: dropout of text vectors while the teacher trains.
+        own_share: what an item's own view has of its vector at the start, beside what the federation sent back; a learned
+            gate moves it from there. Near 1 the teacher starts as it would alone.
         tau: temperature of the teacher's cosine logits.
         w_fact: weight of FACT.
         w_counter: weight of COUNTER.
@@ -77,6 +79,7 @@ class FKDDistiller(CatalogueModule):
         teacher_encoder: nn.Module | None = None,
         num_experts: int = 8,
         text_dropout: float = 0.0,
+        own_share: float = 0.5,
         tau: float = 0.07,
         w_fact: float = 1.0,
         w_counter: float = 1.0,
@@ -107,6 +110,8 @@ class FKDDistiller(CatalogueModule):
             raise ConfigError(
                 f"swap_probability={swap_probability} must lie in [0, 1] and num_neighbours={num_neighbours} be at least 1."
             )
+        if not 0 < own_share < 1:
+            raise ConfigError(f"own_share={own_share} must lie between 0 and 1.")
         if teacher_encoder is not None and encoder_width(teacher_encoder) != self.hidden_dim:
             raise ConfigError(
                 f"teacher_encoder has hidden_dim {encoder_width(teacher_encoder)}, the student's has {self.hidden_dim}."
@@ -116,6 +121,7 @@ class FKDDistiller(CatalogueModule):
         self._teacher_encoder = [copy.deepcopy(encoder) if teacher_encoder is None else teacher_encoder]
         self.num_experts = num_experts
         self.text_dropout = text_dropout
+        self.own_share = own_share
         self.tau = tau
         self.w_align = w_align
         self.w_what_if = w_counter if counter in ("both", "what_if") else 0.0
@@ -154,6 +160,7 @@ class FKDDistiller(CatalogueModule):
             self.tau,
             self.seed,
             self.logits_precision,
+            self.own_share,
         )
         self.register_buffer("student_started", torch.zeros((), dtype=torch.bool))
         self.set_phase(self.phase)

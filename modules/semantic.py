@@ -30,6 +30,7 @@ class SemanticTeacher(nn.Module):
         tau: temperature of the cosine logits.
         seed: root of the named streams.
         precision: number format of the adaptor's product.
+        own_share: of the item's own view in the fusion, at the start.
     """
 
     text: Tensor
@@ -45,13 +46,14 @@ class SemanticTeacher(nn.Module):
         tau: float = 0.07,
         seed: int = 0,
         precision: Precision = "auto",
+        own_share: float = 0.5,
     ) -> None:
         super().__init__()
         hidden_dim = int(encoder.hidden_dim)  # type: ignore[arg-type]
         self.tau = tau
         self.encoder = encoder
         self.adaptor = WhiteningExperts(text_dim, hidden_dim, num_experts, dropout, seed, precision)
-        self.fusion = GatedFusion(hidden_dim)
+        self.fusion = GatedFusion(hidden_dim, own_share)
         self.register_buffer("text", torch.zeros(num_items + 1, text_dim))
         self.register_buffer("global_text", None)
         self._cache = VersionCache(self)

@@ -1,5 +1,7 @@
 """Fusion of an item's local and global semantic view."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -7,17 +9,18 @@ from torch import Tensor, nn
 class GatedFusion(nn.Module):
     """Convex mixture of two views with a learned gate per dimension [choice]: ``s * local + (1 - s) * other``.
 
-    The gate starts at one half. Two equal views are returned as they are.
+    Two equal views are returned as they are.
 
     Args:
         hidden_dim: H.
+        own_share: what s starts at, between 0 and 1.
     """
 
-    def __init__(self, hidden_dim: int) -> None:
+    def __init__(self, hidden_dim: int, own_share: float = 0.5) -> None:
         super().__init__()
         self.gate = nn.Linear(2 * hidden_dim, hidden_dim)
         nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
+        nn.init.constant_(self.gate.bias, math.log(own_share / (1 - own_share)))
 
     def forward(self, local: Tensor, other: Tensor) -> Tensor:
         """Fuse (M, H) and (M, H) into (M, H)."""

@@ -216,6 +216,16 @@ def test_semantics_round_trip(catalogue: Catalogue) -> None:
         module.receive_semantics(changed / 0)
 
 
+def test_a_teacher_starts_as_near_to_its_own_view_as_asked_for(catalogue: Catalogue) -> None:
+    moved = []
+    for share in (0.5, 0.9):
+        module = build(catalogue, own_share=share).eval()
+        before = module.item_tables()[1]
+        module.receive_semantics(-module.semantics())
+        moved.append((module.item_tables()[1] - before)[1:].norm())
+    torch.testing.assert_close(moved[1], moved[0] / 5)  # .1 of the way to the other view instead of .5
+
+
 def test_only_the_teacher_leaves_and_comes_back(catalogue: Catalogue) -> None:
     """T18: no table of ids, no text vector, no ID encoder in the shared state."""
     module = build(catalogue)
@@ -279,6 +289,7 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
         ({"counter": "fact"}, "counter='fact'"),
         ({"w_fact": -1.0}, "w_fact=-1.0"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"own_share": 1.0}, "own_share=1.0"),
         ({"swap_probability": 1.5}, "swap_probability=1.5"),
         ({"phase": "warm-up"}, "phase='warm-up'"),
         ({"teacher_encoder": GRU4Rec(4)}, "teacher_encoder has hidden_dim 4, the student's has 8"),

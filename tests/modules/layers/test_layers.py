@@ -53,6 +53,7 @@ def test_fusion_is_convex_and_keeps_equal_views() -> None:
     assert (fused >= torch.minimum(local, other) - 1e-6).all()
     assert (fused <= torch.maximum(local, other) + 1e-6).all()
     torch.testing.assert_close(GatedFusion(4)(local, other), (local + other) / 2)
+    torch.testing.assert_close(GatedFusion(4, own_share=0.9)(local, other), 0.9 * local + 0.1 * other)
 
 
 def test_id_table() -> None:

@@ -1,0 +1,216 @@
+"""Fill the tables of docs/results.md from the published cells.
+
+    python docs/results/page.py            # rewrites what stands between the marks of each table
+    python docs/results/page.py --check    # fails if the page says anything else
+
+A mark is ``<!-- table: NAME -->``; the table ends before the next blank line. What stands outside of tables is written by hand.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "results.md"
+PAIRS = {
+    "health_beauty": ("beauty", "health"),
+    "food_kitchen": ("food", "kitchen"),
+    "books_movielens": ("books", "movielens"),
+}
+NAMES = {"health_beauty": "Health-Beauty", "food_kitchen": "Food-Kitchen", "books_movielens": "Books-MovieLens"}
+DOMAINS = [(pair, domain) for pair, domains in PAIRS.items() for domain in domains]
+MAIN = {
+    "Random": "random",
+    "Popularity": "popularity",
+    "Text similarity, untrained": "text_similarity",
+    "GRU4Rec": "even.gru4rec",
+    "SASRec": "even.encoder",
+    "ID + text, one encoder": "even.id_text",
+    "GRU4Rec from co-occurrence": "default.gru4rec",
+    "SASRec from co-occurrence": "default.encoder",
+    "ID + text from co-occurrence": "default.id_text",
+    "FFMSR, one expert": "even_ffmsr",
+    "UniSRec without pre-training": "even_unisrec",
+    "UniSRec, inductive": "even_unisrec_pretrained",
+    "SF-UBM stage 1 without federation": "default.stage1_local",
+    "SF-UBM stage 1": "default.stage1",
+    "SF-UBM stage 1, student and teacher": "default.stage1_with_teacher",
+    "Late fusion of stage 1 and text": "default.late_fusion",
+    "the same with counts": "default.late_fusion_counts",
+    "Late fusion of UniSRec with counts and products": "even_unisrec_fusion",
+    "**Late fusion of stage 1 with counts and products**": "default.late_fusion_products",
+}
+RANKS_CANDIDATES = ("Late", "the same", "**Late", "Random", "Text")
+DIFFERENCES = {
+    "stage 1 − SASRec from co-occurrence": ("default.stage1", "default.encoder"),
+    "stage 1 − ID + text": ("default.stage1", "even.id_text"),
+    "stage 1 − ID + text from co-occurrence": ("default.stage1", "default.id_text"),
+    "stage 1 − UniSRec": ("default.stage1", "even_unisrec"),
+    "student and teacher − stage 1": ("default.stage1_with_teacher", "default.stage1"),
+    "student and teacher − UniSRec": ("default.stage1_with_teacher", "even_unisrec"),
+    "late fusion − stage 1": ("default.late_fusion", "default.stage1"),
+    "late fusion with counts and products − late fusion": ("default.late_fusion_products", "default.late_fusion"),
+    "late fusion with counts and products − UniSRec": ("default.late_fusion_products", "even_unisrec"),
+    "the same − that fusion on UniSRec": ("default.late_fusion_products", "even_unisrec_fusion"),
+    "that fusion on UniSRec − UniSRec": ("even_unisrec_fusion", "even_unisrec"),
+    "stage 1 − stage 1 without federation": ("default.stage1", "default.stage1_local"),
+}
+LLM = {
+    "UniSRec": "even_unisrec",
+    "SF-UBM stage 1": "default.stage1",
+    "Late fusion": "default.late_fusion",
+    "**SF-UBM**": "default.sfubm",
+    "Late fusion with counts and products": "default.late_fusion_products",
+    "**SF-UBM over counts and products**": "default.sfubm_products",
+}
+LLM_DIFFERENCES = {
+    "SF-UBM − late fusion": ("default.sfubm", "default.late_fusion"),
+    "SF-UBM over counts and products − that fusion": ("default.sfubm_products", "default.late_fusion_products"),
+    "SF-UBM over counts and products − UniSRec": ("default.sfubm_products", "even_unisrec"),
+}
+ABLATIONS = {
+    "**the default**": "default",
+    "without distillation": "default_no_fkd",
+    "without FACT": "default_no_fact",
+    "without COUNTER": "default_no_counter",
+    "without ALIGN": "default_no_align",
+    "table from co-occurrence alone": "default_random_table",
+}
+
+
+@cache
+def cells(pair: str, domain: str, method: str) -> list[dict[str, Any]]:
+    """The cells of a row, by seed; none where it was not run."""
+    folder = HERE / pair / "cells" / pair / domain / method
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+
+
+@cache
+def facts(pair: str) -> list[dict[str, Any]]:
+    """Published paired differences of a pair."""
+    found: list[dict[str, Any]] = json.loads((HERE / pair / "comparisons.json").read_text())
+    return found
+
+
+def short(value: float, digits: int) -> str:
+    """A share without its leading zero."""
+    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference, with a proper minus."""
+    text = short(abs(value), digits)
+    return ("" if float(text) == 0 else "+" if value > 0 else "−") + text
+
+
+def mean(pair: str, domain: str, method: str, metric: str, digits: int) -> str:
+    """Mean over seeds, with their standard deviation where there are several."""
+    values = [cell["metrics"][metric]["value"] for cell in cells(pair, domain, method)]
+    if not values or None in values:
+        return "–"
+    spread = f" ± {short(statistics.stdev(values), digits)}" if len(values) > 1 else ""
+    return short(statistics.mean(values), digits) + spread
+
+
+def difference(pair: str, a: str, b: str, domain: str = "pooled, all users", full: bool = False) -> str:
+    """A paired difference with its interval, the corrected p and the seeds where there are several."""
+    for fact in facts(pair):
+        if (fact["domain"], fact["a"], fact["b"]) == (domain, a, b):
+            names = ("full_difference", "full_low", "full_high") if full else ("difference", "low", "high")
+            if fact[names[0]] is None:
+                return "–"
+            value, low, high = (signed(fact[name], 4 if full else 3) for name in names)
+            seeds = f", {fact['seeds']} seeds" if fact["seeds"] > 1 else ""
+            return f"{value} [{low}, {high}]" + (seeds if full else f", p {fact['p_holm']:.2g}{seeds}")
+    return "–"
+
+
+def lines(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def main_rows(metric: str, digits: int, everything: bool) -> str:
+    """The main rows in all domains."""
+    rows = [
+        [label, *(mean(pair, f"{domain}, all users", method, metric, digits) for pair, domain in DOMAINS)]
+        for label, method in MAIN.items()
+        if everything or not label.startswith(RANKS_CANDIDATES)
+    ]
+    shown = [row for row in rows if set(row[1:]) != {"–"}]
+    return lines(["row", *(domain.capitalize().replace("lens", "Lens") for _, domain in DOMAINS)], shown)
+
+
+def paired(chosen: dict[str, tuple[str, str]], domain: str = "pooled, all users", full: bool = False) -> str:
+    """Pooled differences of every pair."""
+    rows = [[label, *(difference(pair, a, b, domain, full) for pair in PAIRS)] for label, (a, b) in chosen.items()]
+    return lines(["difference", *NAMES.values()], rows)
+
+
+def llm_rows() -> str:
+    """Rows beside the LLM, on the users it ranks."""
+    rows = [
+        [label, *(mean(pair, domain, method, "hit@1", 3) for pair, domain in DOMAINS)] for label, method in LLM.items()
+    ]
+    return lines(["row", *(domain.capitalize().replace("lens", "Lens") for _, domain in DOMAINS)], rows)
+
+
+def ablations() -> str:
+    """What the parts of stage 1 bring, on Health and Beauty."""
+    pair, rows = "health_beauty", []
+    for label, run in ABLATIONS.items():
+        row = [label]
+        for method in ("stage1", "late_fusion_products"):
+            row += [mean(pair, f"{domain}, all users", f"{run}.{method}", "hit@1", 3) for domain in PAIRS[pair]]
+            row.append("" if run == "default" else difference(pair, f"default.{method}", f"{run}.{method}"))
+        rows.append(row)
+    head = ["stage 1", "student: Beauty", "Health", "default − this", "fusion with products: Beauty", "Health"]
+    return lines([*head, "default − this"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "main": lambda: main_rows("hit@1", 3, everything=True),
+    "full": lambda: main_rows("full_ndcg@10", 4, everything=False),
+    "differences": lambda: paired(DIFFERENCES),
+    "full differences": lambda: paired(
+        {k: v for k, v in DIFFERENCES.items() if "fusion" not in k and "teacher" not in k}, full=True
+    ),
+    "llm": llm_rows,
+    "llm differences": lambda: paired(LLM_DIFFERENCES, domain="pooled"),
+    "ablations": ablations,
+}
+
+
+def fill(page: str) -> str:
+    """The page with every marked table made anew.
+
+    Raises:
+        KeyError: a mark names no table.
+    """
+    return re.sub(
+        r"(<!-- table: (.+?) -->\n)(?:\|.*\n)*",
+        lambda match: match[1] + TABLES[match[2]]() + "\n",
+        page,
+    )
+
+
+def main() -> None:
+    """Command line; see the head of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where the page differs")
+    check = parser.parse_args().check
+    before = PAGE.read_text(encoding="utf-8")
+    after = fill(before)
+    if check:
+        sys.exit(f"{PAGE} differs from the published cells: run python docs/results/page.py" if after != before else 0)
+    PAGE.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
