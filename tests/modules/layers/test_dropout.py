@@ -4,14 +4,24 @@ import torch
 from lightning_sfubm.modules.layers.dropout import Dropout, dropout
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("probability", [0.1, 0.2, 0.5])
-def test_drops_the_share_and_keeps_the_expectation(probability: float) -> None:
+def test_drops_the_share_and_keeps_the_expectation(probability: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x = torch.ones(301, 333)  # a number of entries that fills no whole random word
+    x = torch.ones(301, 333, dtype=dtype)  # a number of entries that fills no whole random word
     out = dropout(x, probability, True)
     kept = out != 0
     assert abs(kept.float().mean() - (1 - probability)) < 0.008  # five standard deviations of 100,233 draws
     torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / (1 - probability)))
+
+
+def test_a_value_of_half_precision_is_dropped_alike_with_and_without_a_gradient() -> None:
+    x, outs = torch.randn(40, 7).bfloat16(), []
+    for needs_gradient in (False, True):
+        torch.manual_seed(0)
+        outs.append(dropout(x.clone().requires_grad_(needs_gradient), 0.3, True).detach())
+    torch.testing.assert_close(*outs)
+    assert torch.equal(outs[0] == 0, outs[1] == 0)
 
 
 def test_neighbouring_entries_are_independent() -> None:
