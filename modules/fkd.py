@@ -249,6 +249,22 @@ class FKDDistiller(CatalogueModule):
         if self.w_what_if and self.phase != "teacher":
             self._neighbours = self.teacher.neighbours(self.num_neighbours)
 
+    def leave_out(self, *parts: str) -> None:
+        """Take parts out of how the student learns, for ablations; before its phase is trained.
+
+        Args:
+            parts: ``"fact"``, ``"counter"``, ``"align"`` (terms of the loss), ``"start"`` (of the ID table, from the teacher).
+        """
+        if "fact" in parts:
+            self.weights = replace(self.weights, fact=0.0)
+        if "counter" in parts:
+            self.weights, self.w_what_if = replace(self.weights, non_target=0.0), 0.0
+        if "align" in parts:
+            self.w_align = 0.0
+        if "start" in parts:
+            self.init_from_teacher = False
+        self.set_phase(self.phase)  # what no term reaches any more asks for no gradient
+
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:

@@ -2,9 +2,9 @@
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -195,6 +195,29 @@ class DomainRun:
     def twin(self, number: int) -> Client:
         """The client itself (0), or as trained alone (1, 2 ...): see :meth:`FederatedTrainer.local_twin`."""
         return self.trainer.local_twin(self.template, self.name, number) if number else self.client
+
+    def new_client(self, label: str) -> Client:
+        """An untrained client of this domain beside the federated one, with the same first weights."""
+        make_trainer = partial(self.trainer.make_trainer, client=f"{self.name}, {label}")
+        client = Client(self.name, copy.deepcopy(self.template), self.data, make_trainer, self.trainer.seed)
+        client.prepare()
+        return client
+
+    def train_phases(self, client: Client, phases: Iterable[str], key: str) -> None:
+        """Train phases of a client as the federated one is trained locally, and leave its module ready to rank."""
+        federation = self.trainer.federation
+        assert federation is not None
+        for phase in phases:
+            client.train_phase(
+                phase,
+                self.folder(key),
+                lambda epoch, metrics: None,
+                max_epochs=federation.local_max_epochs,
+                min_epochs=federation.local_min_epochs,
+                patience=federation.patience,
+                monitor=federation.monitor,
+            )
+        client.finish()
 
     def once(self, key: str, label: str, build: Callable[[], T]) -> T:
         """What several rows or domains build on, made at first use.

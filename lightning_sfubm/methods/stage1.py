@@ -2,16 +2,16 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from operator import attrgetter
 
 import torch
 
 from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.datamodules.union_datamodule import UnionDataModule
-from lightning_sfubm.federated.client import Client
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods.base import TWINS, DomainRun, Method
 from lightning_sfubm.modules.baselines.score_sum import Branch, ScoreSum
+from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.seeds import derive_seed
 
 
@@ -36,30 +36,42 @@ def _with_teacher(run: DomainRun) -> Ranker:
     return both
 
 
+#: rows of a student that learns from the very teacher of row ``stage1``, less a part of how it learns
+WITHOUT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "stage1_no_fkd": ("without distillation", ("fact", "counter", "align", "start")),
+    "stage1_no_fact": ("without FACT", ("fact",)),
+    "stage1_no_counter": ("without COUNTER", ("counter",)),
+    "stage1_no_align": ("without ALIGN", ("align",)),
+    "stage1_no_start": ("table not started from the teacher", ("start",)),
+}
+
+
+def _student_without(key: str) -> Callable[[DomainRun], Ranker]:
+    """Another student of the trained teacher: what its parts are worth, without the difference between two teachers."""
+
+    def build(run: DomainRun) -> Ranker:
+        trained = run.stage1
+        if not isinstance(trained, FKDDistiller):
+            raise ConfigError(
+                f"row '{key}' leaves out a term of FKDDistiller, which {type(trained).__name__} does not have"
+            )
+        client = run.new_client(key)
+        module = client.module
+        assert isinstance(module, FKDDistiller)
+        module.restore_shapes(trained.checkpoint_shapes())  # with a view of the federation where there is one
+        module.teacher.load_state_dict(trained.teacher.state_dict())
+        module.leave_out(*WITHOUT[key][1])
+        run.train_phases(client, ("student",), key)
+        return module
+
+    return build
+
+
 def _stage1_pooled(run: DomainRun) -> Ranker:
     """The upper bound: a teacher pre-trained on everybody's raw behaviour, then trained on as every client trains."""
-    federation = run.trainer.federation
-    assert federation is not None
-    client = Client(
-        run.name,
-        copy.deepcopy(run.template),
-        run.data,
-        partial(run.trainer.make_trainer, client=f"{run.name}, pooled"),
-        run.trainer.seed,
-    )
-    client.prepare()
+    client = run.new_client("pooled")
     client.module.load_shared_state(_pooled_teacher(run))
-    for phase in client.module.local_phases:
-        client.train_phase(
-            phase,
-            run.folder("stage1_pooled"),
-            lambda epoch, metrics: None,
-            max_epochs=federation.local_max_epochs,
-            min_epochs=federation.local_min_epochs,
-            patience=federation.patience,
-            monitor=federation.monitor,
-        )
-    client.finish()
+    run.train_phases(client, client.module.local_phases, "stage1_pooled")
     return client.module  # type: ignore[return-value]
 
 
@@ -115,6 +127,16 @@ STAGE1: dict[str, Method] = {
         trainings=("pooled_teacher",),
         branch="teacher",
     ),
+    **{
+        key: Method(
+            "{model} stage 1, " + label,
+            "{model}, stage 1",
+            _student_without(key),
+            needs_stage1=True,
+            branch="teacher",
+        )
+        for key, (label, _) in WITHOUT.items()
+    },
     "late_fusion": _fusion("Late fusion of stage 1 and text", "fusion"),
     "late_fusion_counts": _fusion("Late fusion of stage 1, text and counts", "count_fusion"),
     "late_fusion_products": _fusion("Late fusion of stage 1, text, counts and their products", "product_fusion"),

@@ -11,6 +11,7 @@ from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
+from lightning_sfubm.methods.stage1 import WITHOUT
 from lightning_sfubm.modules.baselines.ffmsr import FFMSR
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
@@ -284,6 +285,20 @@ def test_rows_outside_the_federation_need_no_rounds(federated_data: Any, federat
     assert {p.stem for p in (report.parent / "results" / "alpha").glob("*.parquet")} == {"random", "encoder"}
     assert trainer.loop.counters.round == 0
     assert not (report.parent / "ledger.jsonl").exists()
+
+
+def test_a_student_less_nothing_is_the_student_itself(
+    federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that leave out a part differ from stage 1 by that part alone: teacher, first weights and batches are the same."""
+    monkeypatch.setitem(WITHOUT, "stage1_no_fact", ("", ()))
+    rows = ["stage1", "stage1_no_fact", "stage1_no_counter"]
+    trainer = federated_trainer(rounds=1)
+    Experiment(methods=rows).run(trainer, small_distiller(), federated_data())
+    whole, same, other = (
+        PerUserResults.load(trainer.run_dir / "results" / "alpha" / f"{row}.parquet").rank.tolist() for row in rows
+    )
+    assert same == whole != other
 
 
 def test_a_wandb_run_holds_rounds_clients_privacy_and_the_table(

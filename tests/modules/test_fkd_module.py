@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import pytest
@@ -152,6 +153,33 @@ def test_counter_forms(catalogue: Catalogue, train_batch: TrainBatch, counter: s
     named = {"non_target": "counter_non_target", "what_if": "counter_what_if"}
     expected = terms["ce"] + sum(terms[name] for form, name in named.items() if counter in (form, "both"))
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("fact", {"w_fact": 0.0}),
+        ("counter", {"counter": "none"}),
+        ("align", {"w_align": 0.0}),
+        ("start", {"init_from_teacher": False}),
+    ],
+)
+def test_what_is_left_out_is_as_if_never_set(
+    part: str, settings: dict[str, Any], catalogue: Catalogue, train_batch: TrainBatch
+) -> None:
+    def first_step(module: FKDDistiller) -> tuple[float, dict[str, float]]:
+        module.eval().on_fit_start()
+        module.on_train_epoch_start()
+        loss, terms = logged_step(module, train_batch)
+        return loss.item(), {name: value.item() for name, value in terms.items()}
+
+    both = {"counter": "both"}
+    whole, lessened, never = (build(catalogue, **kwargs) for kwargs in (both, both, {**both, **settings}))
+    lessened.leave_out(part)
+    expected = first_step(never)
+    assert first_step(lessened) == expected
+    assert first_step(whole) != expected
+    assert [p.requires_grad for p in lessened.parameters()] == [p.requires_grad for p in never.parameters()]
 
 
 def test_prefixes() -> None:
