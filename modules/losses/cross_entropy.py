@@ -14,6 +14,7 @@ from lightning_sfubm.modules.losses.exponentials import (
     leave_out,
     log2_logits,
     logits_are_safe,
+    times,
 )
 from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows
 
@@ -51,7 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chosen = F.embedding(targets, vectors)
         observed = (h * chosen).sum(1)
         log_z, grad_states = torch.empty_like(observed), torch.empty_like(h)
-        grad_table = torch.zeros_like(vectors, dtype=torch.float32) if need_grad else None
+        grad_table = torch.empty(0)
         product = torch.empty_like(items)
         block_of, columns = BlockMemory(items), torch.arange(len(h), device=h.device)
         for rows in block_steps(len(h), len(items), dtype, h.device):
@@ -63,15 +64,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_z[rows] = torch.logaddexp(shift + sums[:, -1].log(), observed[rows])
             share = torch.exp(shift - log_z[rows])[:, None]
             grad_states[rows] = sums[:, :-1] * share
-            if grad_table is not None:
-                grad_table += torch.mm(block, (h[rows] * share).to(dtype), out=product)
-        if grad_table is not None:
+            if need_grad:
+                torch.mm(block, (h[rows] * (share / count)).to(dtype), out=product)
+                grad_table = grad_table.add_(product) if rows.start else product.to(torch.float32, copy=True)
+        if need_grad:
             miss = torch.expm1(observed - log_z)[:, None]  # probability - 1
             grad_states += miss * chosen
-            grad_table.index_add_(0, targets, h * miss)  # rows of padding are zero
-            ctx.save_for_backward(
-                grad_states[:count].div_(count).to(states.dtype), grad_table.div_(count).to(table.dtype)
-            )
+            grad_table.index_add_(0, targets, h * (miss / count))  # rows of padding are zero
+            ctx.save_for_backward(grad_states[:count].div_(count).to(states.dtype), grad_table.to(table.dtype))
         return (log_z - observed)[:count].mean()
 
     @staticmethod
@@ -79,7 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_states, grad_table = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        return grad_states * grad if needs[0] else None, grad_table * grad if needs[1] else None, None, None
+        return times(grad_states, grad) if needs[0] else None, times(grad_table, grad) if needs[1] else None, None, None
 
 
 def full_cross_entropy(states: Tensor, table: Tensor, targets: Tensor, precision: Precision = "auto") -> Tensor:

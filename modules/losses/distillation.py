@@ -24,6 +24,7 @@ from lightning_sfubm.modules.losses.exponentials import (
     leave_out,
     log2_logits,
     logits_are_safe,
+    times,
 )
 from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows
 
@@ -81,7 +82,7 @@ class _Distil(torch.autograd.Function):
         targets = targets.clamp_min(1)
         chosen = F.embedding(targets, vectors)
         observed = (h * chosen).sum(1), (teacher_h * F.embedding(targets, teacher_vectors)).sum(1)
-        grad_states, grad_table = torch.empty_like(h), torch.zeros_like(table, dtype=torch.float32)
+        grad_states, grad_table = torch.empty_like(h), torch.empty(0)
         at_target, product = torch.empty_like(observed[0]), torch.empty_like(chunk.items)
         values = torch.zeros(len(TERMS), dtype=torch.float32, device=h.device)
         for rows in block_steps(len(h), len(table), dtype, h.device):
@@ -90,10 +91,11 @@ class _Distil(torch.autograd.Function):
             )
             values += terms[:, : max(count - rows.start, 0)].sum(1)
             grad_states[rows] = torch.mm(chunk.items.T, grad).T
-            grad_table += torch.mm(grad, h[rows].to(dtype), out=product)
+            torch.mm(grad, (h[rows] / count).to(dtype), out=product)
+            grad_table = grad_table.add_(product) if rows.start else product.to(torch.float32, copy=True)
         grad_states += at_target[:, None] * chosen
-        grad_table.index_add_(0, targets, h * at_target[:, None])  # rows of padding are zero
-        ctx.save_for_backward(grad_states[:count].div_(count).to(states.dtype), grad_table.div_(count).to(table.dtype))
+        grad_table.index_add_(0, targets, h * (at_target / count)[:, None])  # rows of padding are zero
+        ctx.save_for_backward(grad_states[:count].div_(count).to(states.dtype), grad_table.to(table.dtype))
         values /= count
         loss = sum(getattr(weights, name) * value for name, value in zip(TERMS, values, strict=True))
         ctx.mark_non_differentiable(values)
@@ -104,7 +106,11 @@ class _Distil(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_table = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        return (grad_states * grad if needs[0] else None, grad_table * grad if needs[1] else None, *[None] * 7)
+        return (
+            times(grad_states, grad) if needs[0] else None,
+            times(grad_table, grad) if needs[1] else None,
+            *[None] * 7,
+        )
 
 
 class _Chunk:

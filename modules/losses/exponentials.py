@@ -122,3 +122,14 @@ def column_sums(block: Tensor) -> Tensor:
         (c,) float32. In 16 shares, because the fast sum is rounded to the block's format in the end.
     """
     return torch.stack([share.sum(0) for share in block.chunk(16)]).sum(0, dtype=torch.float32)
+
+
+def times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Scale a gradient by what came back for the loss. That is 1 where the loss is alone, and a pass over the table is saved.
+
+    Args:
+        gradient: any shape.
+        factor: scalar.
+    """
+    alone = factor.device.type == "cpu" and factor.item() == 1.0  # elsewhere looking at it would wait for the device
+    return gradient if alone else gradient * factor

@@ -92,6 +92,20 @@ def test_only_what_is_asked_for_gets_a_gradient() -> None:
     assert table.grad is None
 
 
+def test_gradients_add_up_over_passes_and_factors() -> None:
+    """A loss that stands alone hands its gradients on as they are: they must not be added to where they are kept."""
+    states, table, targets = inputs(5, 4, 1.0, 0)
+    loss = full_cross_entropy(states, table, targets, "fp32")
+    once = [gradient.clone() for gradient in torch.autograd.grad(loss, (states, table), retain_graph=True)]
+    for factor, total in ((1.0, 1.0), (1.0, 2.0), (0.5, 2.5), (1.0, 3.5)):
+        (factor * loss).backward(retain_graph=True)
+        for tensor, gradient in zip((states, table), once, strict=True):
+            torch.testing.assert_close(tensor.grad, total * gradient)
+    loss.backward()
+    table.sum().backward()
+    torch.testing.assert_close(table.grad, 4.5 * once[1] + 1)
+
+
 def test_empty_batch_is_zero() -> None:
     states, table, targets = inputs(0, 4, 1.0, 0)
     loss = full_cross_entropy(states, table, targets)
