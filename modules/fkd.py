@@ -32,8 +32,8 @@ class FKDDistiller(CatalogueModule):
 
     Phases: ``"teacher"`` trains the semantic branch alone (cosine logits), ``"student"`` the ID branch (dot logits) against
     the frozen teacher with ``CE + w_fact FACT + w_counter COUNTER + w_align ALIGN``, ``"joint"`` both at once with
-    ``alpha CE(teacher)`` added. Validation and ranking follow the branch in training; the other branch's metrics are logged
-    as ``val/teacher_*`` or ``val/student_*``.
+    ``alpha CE(teacher)`` added, where the student follows the teacher as it trains, dropout included. Validation and ranking
+    follow the branch in training; the other branch's metrics are logged as ``val/teacher_*`` or ``val/student_*``.
 
     Args:
         encoder: sequence encoder of the student.
