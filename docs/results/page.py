@@ -153,7 +153,7 @@ def main_rows(metric: str, digits: int, everything: bool) -> str:
 def paired(chosen: dict[str, tuple[str, str]], domain: str = "pooled, all users", full: bool = False) -> str:
     """Pooled differences of every pair."""
     rows = [[label, *(difference(pair, a, b, domain, full) for pair in PAIRS)] for label, (a, b) in chosen.items()]
-    return lines(["difference", *NAMES.values()], rows)
+    return lines(["difference", *NAMES.values()], [row for row in rows if set(row[1:]) != {"–"}])
 
 
 def llm_rows() -> str:
