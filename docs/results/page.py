@@ -16,6 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lightning_sfubm.grid.cells import all_cells
+from lightning_sfubm.grid.spec import load_grid
+from lightning_sfubm.grid.tables import ordered
+from lightning_sfubm.methods import METHODS
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "results.md"
 PAIRS = {
@@ -36,14 +41,14 @@ MAIN = {
     "SASRec from co-occurrence": "default.encoder",
     "ID + text from co-occurrence": "default.id_text",
     "FFMSR, one expert": "even_ffmsr",
-    "UniSRec without pre-training": "even_unisrec",
+    "UniSRec without pre-training": "even_unisrec.unisrec_scratch",
     "UniSRec, inductive": "even_unisrec_pretrained",
     "SF-UBM stage 1 without federation": "default.stage1_local",
     "SF-UBM stage 1": "default.stage1",
     "SF-UBM stage 1, student and teacher": "default.stage1_with_teacher",
     "Late fusion of stage 1 and text": "default.late_fusion",
     "the same with counts": "default.late_fusion_counts",
-    "Late fusion of UniSRec with counts and products": "even_unisrec_fusion",
+    "Late fusion of UniSRec with counts and products": "even_unisrec.unisrec_fusion_products",
     "**Late fusion of stage 1 with counts and products**": "default.late_fusion_products",
 }
 RANKS_CANDIDATES = ("Late", "the same", "**Late", "Random", "Text")
@@ -51,21 +56,21 @@ DIFFERENCES = {
     "stage 1 − SASRec from co-occurrence": ("default.stage1", "default.encoder"),
     "stage 1 − ID + text": ("default.stage1", "even.id_text"),
     "stage 1 − ID + text from co-occurrence": ("default.stage1", "default.id_text"),
-    "stage 1 − UniSRec": ("default.stage1", "even_unisrec"),
+    "stage 1 − UniSRec": ("default.stage1", "even_unisrec.unisrec_scratch"),
     "student and teacher − stage 1": ("default.stage1_with_teacher", "default.stage1"),
-    "student and teacher − UniSRec": ("default.stage1_with_teacher", "even_unisrec"),
+    "student and teacher − UniSRec": ("default.stage1_with_teacher", "even_unisrec.unisrec_scratch"),
     "late fusion − stage 1": ("default.late_fusion", "default.stage1"),
     "late fusion with counts and products − late fusion": ("default.late_fusion_products", "default.late_fusion"),
-    "late fusion with counts and products − UniSRec": ("default.late_fusion_products", "even_unisrec"),
-    "the same − that fusion on UniSRec": ("default.late_fusion_products", "even_unisrec_fusion"),
-    "that fusion on UniSRec − UniSRec": ("even_unisrec_fusion", "even_unisrec"),
+    "late fusion with counts and products − UniSRec": ("default.late_fusion_products", "even_unisrec.unisrec_scratch"),
+    "the same − that fusion on UniSRec": ("default.late_fusion_products", "even_unisrec.unisrec_fusion_products"),
+    "that fusion on UniSRec − UniSRec": ("even_unisrec.unisrec_fusion_products", "even_unisrec.unisrec_scratch"),
     "stage 1 − stage 1 without federation": ("default.stage1", "default.stage1_local"),
 }
 LLM = {
     "Zero-shot LLM": "zero_shot",
     "the same, less the title's prior": "zero_shot_prior",
     "Text-only LoRA": "text_lora",
-    "UniSRec": "even_unisrec",
+    "UniSRec": "even_unisrec.unisrec_scratch",
     "SF-UBM stage 1": "default.stage1",
     "Late fusion": "default.late_fusion",
     "**SF-UBM**": "default.sfubm",
@@ -75,7 +80,7 @@ LLM = {
 LLM_DIFFERENCES = {
     "SF-UBM − late fusion": ("default.sfubm", "default.late_fusion"),
     "SF-UBM over counts and products − that fusion": ("default.sfubm_products", "default.late_fusion_products"),
-    "SF-UBM over counts and products − UniSRec": ("default.sfubm_products", "even_unisrec"),
+    "SF-UBM over counts and products − UniSRec": ("default.sfubm_products", "even_unisrec.unisrec_scratch"),
 }
 ABLATIONS = {
     "**the default**": "stage1",
@@ -88,10 +93,15 @@ ABLATIONS = {
 
 
 @cache
+def rows_of(pair: str) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
+    """Published cells of a pair that its grid has, by domain and row."""
+    grid = load_grid(HERE.parents[1] / "configs" / "results" / f"{pair}.yaml", set(METHODS))
+    return ordered(grid, all_cells(HERE / pair))
+
+
 def cells(pair: str, domain: str, method: str) -> list[dict[str, Any]]:
-    """The cells of a row, by seed; none where it was not run."""
-    folder = HERE / pair / "cells" / pair / domain / method
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    """The cells of a row, by seed; none where it was not run, or with other settings than the grid has."""
+    return rows_of(pair).get((pair, domain), {}).get(method, [])
 
 
 @cache
@@ -191,16 +201,14 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def fill(page: str) -> str:
-    """The page with every marked table made anew.
+    """The page with every marked table made anew; ends the command where a mark names no table."""
 
-    Raises:
-        KeyError: a mark names no table.
-    """
-    return re.sub(
-        r"(<!-- table: (.+?) -->\n)(?:\|.*\n)*",
-        lambda match: match[1] + TABLES[match[2]]() + "\n",
-        page,
-    )
+    def filled(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            sys.exit(f"{PAGE}: there is no table '{match[2]}'; there are {', '.join(TABLES)}")
+        return match[1] + TABLES[match[2]]() + "\n"
+
+    return re.sub(r"(<!-- table: (.+?) -->\n)(?:\|.*\n)*", filled, page)
 
 
 def main() -> None:

@@ -4,13 +4,17 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -112,13 +116,13 @@ def run_grid(
             return False
         console.print(f"[bold]{name}[/bold]: {', '.join(missing)}")
         before = time.monotonic()
-        problem = _process(run, out / "runs" / run.key, root, key, left, shared)
+        problem = _process(run, out / "runs" / run.key, root, key, left, shared, at_work)
         _export(run, out, key, settings)
         done = not _missing(run, out, list(here), key)
         console.print(f"{name}: {'done' if done else 'not complete'} after {time.monotonic() - before:.0f} s{problem}")
         return done
 
-    with ThreadPoolExecutor(jobs) as pool:  # each thread waits for the process of a run
+    with ThreadPoolExecutor(jobs) as pool, _ended_together() as at_work:  # each thread waits for the process of a run
         done = list(pool.map(compute, range(1, len(chosen) + 1), chosen))
     return [run.key for run, whole in zip(chosen, done, strict=True) if not whole]
 
@@ -142,10 +146,50 @@ def _arguments(run: Run, root: str | None, folder: Path) -> list[str]:
     return arguments + (["--data.root", root] if root else [])
 
 
+@contextmanager
+def _ended_together() -> Iterator[set[subprocess.Popen[bytes]]]:
+    """Processes that end with this one where it is told to end: a run would go on unseen, and hold its folder's lock.
+
+    Yields:
+        Set to which a process at work is added, and from which a finished one is taken.
+    """
+    at_work: set[subprocess.Popen[bytes]] = set()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    in_main = threading.current_thread() is threading.main_thread()  # Python lets no other thread listen for signals
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP) if in_main}
+    try:
+        yield at_work
+    except BaseException:
+        for process in list(at_work):
+            process.kill()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _process(
-    run: Run, folder: Path, root: str | None, key: str, timeout: float | None, variables: Mapping[str, str]
+    run: Run,
+    folder: Path,
+    root: str | None,
+    key: str,
+    timeout: float | None,
+    variables: Mapping[str, str],
+    at_work: set[subprocess.Popen[bytes]],
 ) -> str:
     """One ``fit`` in a process of its own: memory is measured per run, and a crash ends that run alone.
+
+    Args:
+        run: of the grid.
+        folder: of the run.
+        root: data root.
+        key: its grid hash.
+        timeout: seconds after which it is stopped.
+        variables: environment of the process.
+        at_work: holds the process while it runs.
 
     Returns:
         What went wrong, for the terminal.
@@ -171,13 +215,16 @@ def _process(
     with (folder / "output.log").open("a", encoding="utf-8") as log:
         log.write(f"$ lightning-sfubm fit {' '.join(arguments)}\n")
         log.flush()
-        try:
-            code = subprocess.run(
-                command, stdout=log, stderr=log, timeout=timeout, env=variables, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            log.write("stopped: the budget is used up\n")
-            return ""
+        with subprocess.Popen(command, stdout=log, stderr=log, env=variables) as fit:
+            at_work.add(fit)
+            try:
+                code = fit.wait(timeout)
+            except subprocess.TimeoutExpired:
+                log.write("stopped: the budget is used up\n")
+                return ""
+            finally:
+                fit.kill()
+                at_work.discard(fit)
     if not code:
         return ""
     tail = (folder / "output.log").read_text(encoding="utf-8").strip().splitlines()[-1:]

@@ -1,3 +1,6 @@
+import subprocess
+from types import SimpleNamespace
+
 import pytest
 
 from lightning_sfubm.grid import runner
@@ -8,6 +11,7 @@ from tests.grid.stand_ins import FakeFit
 def fit(monkeypatch: pytest.MonkeyPatch) -> FakeFit:
     fake = FakeFit()
     monkeypatch.setattr(runner, "sources", lambda *of: {"a": "1", "b": "1"})
-    monkeypatch.setattr(runner.subprocess, "run", fake)
+    stands_in = SimpleNamespace(Popen=fake, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(runner, "subprocess", stands_in)
     monkeypatch.setattr(runner, "environment", lambda: {"commit": "c", "hardware": {}, "versions": {}})
     return fake

@@ -51,6 +51,23 @@ def stored(out: Path, method: str, hits: list[int], **where: Any) -> Path:
     return path
 
 
+class Done:
+    """A process that has ended."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def __enter__(self) -> "Done":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def wait(self, timeout: float | None) -> int:
+        return self.code
+
+    def kill(self) -> None: ...
+
+
 class FakeFit:
     """Stands for the process of a run: writes the rows it is asked for and lacks, or dies after some of them.
 
@@ -86,4 +103,4 @@ class FakeFit:
                 result(row, [0, 1, 1], domain, seed).save(
                     folder / "results" / f"{domain}, all users" / f"{row}.parquet"
                 )
-        return type("Done", (), {"returncode": 0 if self.rows_before_death is None else 1})
+        return Done(0 if self.rows_before_death is None else 1)
