@@ -29,8 +29,9 @@ from lightning_sfubm.callbacks.round_logger import RoundLogger
 from lightning_sfubm.checkpoints import check_same_settings, resolve
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.results import write_atomically
-from lightning_sfubm.federated.checkpoint import find_state, load_state
+from lightning_sfubm.federated.checkpoint import find_state
 from lightning_sfubm.federated.client import Client
+from lightning_sfubm.federated.evaluation import evaluate_clients, predict_clients, restore_trained, set_top_k
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.launch import run_together
 from lightning_sfubm.federated.loggers import PrefixedLogger
@@ -39,7 +40,6 @@ from lightning_sfubm.federated.state import OF_SILO
 from lightning_sfubm.federated.twins import train_twins
 from lightning_sfubm.federated.workers import WorkerPool, import_ahead
 from lightning_sfubm.locks import locked
-from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.quiet import quiet_lightning
 from lightning_sfubm.ranks import first_prepares, is_first
 from lightning_sfubm.safe_load import SafeCheckpointIO
@@ -327,7 +327,8 @@ class FederatedTrainer(L.Trainer):
         """As :meth:`lightning.Trainer.validate`, for every client of a federation."""
         if self.federation is None:
             return super().validate(model, dataloaders, resolve(self, ckpt_path), verbose, datamodule, weights_only)
-        return self._evaluate("validate", model, datamodule, ckpt_path, verbose)
+        loop = self._restored(model, datamodule, ckpt_path)
+        return evaluate_clients("validate", loop, self.make_trainer, verbose and self.is_global_zero)
 
     def test(
         self,
@@ -341,7 +342,8 @@ class FederatedTrainer(L.Trainer):
         """As :meth:`lightning.Trainer.test`, for every client of a federation."""
         if self.federation is None:
             return super().test(model, dataloaders, resolve(self, ckpt_path), verbose, datamodule, weights_only)
-        return self._evaluate("test", model, datamodule, ckpt_path, verbose)
+        loop = self._restored(model, datamodule, ckpt_path)
+        return evaluate_clients("test", loop, self.make_trainer, verbose and self.is_global_zero)
 
     def predict(
         self,
@@ -365,31 +367,13 @@ class FederatedTrainer(L.Trainer):
             top_k: items that a model of stage 1 recommends to each user.
         """
         if self.federation is None:
-            _set_top_k(self.lightning_module if model is None else model, top_k)
+            set_top_k(self.lightning_module if model is None else model, top_k)
             path = resolve(self, ckpt_path)
             return super().predict(model, dataloaders, datamodule, return_predictions, path, weights_only)
-        loop, answers = self._restored(model, datamodule, ckpt_path), {}
-        for name, client in loop.clients.items():
-            _set_top_k(client.module, top_k)
-            trainer = self.make_trainer(label=name, max_epochs=1)
-            answers[name] = trainer.predict(client.module, datamodule=client.datamodule)
-        return answers
-
-    def _evaluate(
-        self, stage: str, model: Any, datamodule: Any, ckpt_path: Any, verbose: bool
-    ) -> list[dict[str, float]]:
-        loop, results = self._restored(model, datamodule, ckpt_path), []
-        for name, client in loop.clients.items():
-            trainer = self.make_trainer(label=f"{stage}, {name}", max_epochs=1)
-            values = getattr(trainer, stage)(client.module, datamodule=client.datamodule, verbose=False)[0]
-            results.append({f"{name}/{key}": float(value) for key, value in values.items()})
-        if verbose and self.is_global_zero:
-            from lightning_sfubm.evaluation.terminal import print_metrics
-
-            print_metrics(stage, results)
-        return results
+        return predict_clients(self._restored(model, datamodule, ckpt_path), self.make_trainer, top_k)
 
     def _restored(self, model: Any, datamodule: Any, ckpt_path: Any) -> FederatedLoop:
+        """The loop whose clients are evaluated: the one that has run, or one that reads a state of an earlier process."""
         quiet_lightning()
         if ckpt_path is None and self.loop is not None:
             return self.loop
@@ -399,15 +383,7 @@ class FederatedTrainer(L.Trainer):
             )
         if self.loop is None:
             self.loop = self.build_loop(model, datamodule)
-        state = find_state(self.loop.states(ckpt_path))
-        done = load_state(state, self.loop.server, self.loop.clients).get("counters", {}).get("phases", {})
-        for name, client in self.loop.clients.items():
-            if missing := [phase for phase in client.module.local_phases if phase not in done.get(name, ())]:
-                raise CheckpointError(
-                    f"{state}: client '{name}' has not been through {missing[-1]} there, so what it ranks by is untrained: "
-                    "finish the run by fit --ckpt_path last"
-                )
-            client.finish()
+        restore_trained(self.loop, ckpt_path)
         return self.loop
 
     def _client_loggers(self, client: str) -> list[Logger]:
@@ -426,8 +402,3 @@ def _as_list(callbacks: Any) -> list[Callback]:
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
-
-
-def _set_top_k(module: Any, top_k: int) -> None:
-    if isinstance(module, CatalogueModule):
-        module.top_k = top_k
