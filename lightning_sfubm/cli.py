@@ -27,6 +27,7 @@ from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.settings import lasting_settings
 from lightning_sfubm.federated.trainer import FederatedTrainer
+from lightning_sfubm.grid.named_files import named_files
 from lightning_sfubm.locks import check_writable
 from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.next_steps import next_steps
@@ -277,7 +278,7 @@ class SFUBMCLI(LightningCLI):
             k: v for k, v in config["experiment"]["init_args"].items() if k not in ("title", "methods", "sigmas")
         }
         rounds = config["trainer"]["federation"]["init_args"]["rounds"]
-        settings = [lasting_settings(config), rounds, experiment]
+        settings = [lasting_settings(config), rounds, experiment, *named_files((), [yaml.safe_dump(experiment)])]
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

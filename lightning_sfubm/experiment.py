@@ -136,7 +136,7 @@ class Experiment:
                 **{f"sigmas[{place}]": (sigma, 0.0) for place, sigma in enumerate(sigmas or [])},
             }
         )
-        check_heads(llm, self.baselines, text_samples)
+        check_heads(self.methods, llm, self.baselines, text_samples)
         self.text_samples = text_samples
         self.sigmas = [0.01, 0.05, 0.1, 0.2] if sigmas is None else sigmas
 
@@ -307,12 +307,16 @@ class Experiment:
             "candidates": f"the target and {negatives} uniform negatives outside the user's history",
             "chance": _alike({name: 1 / domain.num_candidates for name, domain in domains.items()}),
             "k_core": _alike({name: domain.settings.k_core for name, domain in domains.items()}),
-            "compared on": "all test users"
-            if self.max_test_users is None
-            else f"{self.max_test_users} fixed test users",
+            "compared on": _alike({name: self._compared_on(domain) for name, domain in domains.items()}),
             "stage 2 samples": "the last training positions of the users, held out from stage 1",
             "ties": "conservative: a tie counts against the method",
         }
+
+    def _compared_on(self, domain: Any) -> str:
+        users = len(domain.splits.test)
+        return (
+            "all test users" if (self.max_test_users or users) >= users else f"{self.max_test_users} fixed test users"
+        )
 
 
 def _alike(values: Mapping[str, Any]) -> Any:

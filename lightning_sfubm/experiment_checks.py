@@ -64,10 +64,13 @@ def check_sizes(sizes: Mapping[str, tuple[float, float]]) -> None:
             raise ConfigError(f"experiment.{name} must be {fewest} or more, got {value}")
 
 
-def check_heads(llm: LLMHead | None, baselines: Mapping[str, LightningModule], text_samples: int) -> None:
-    """Refuse an LLM that rows cannot be derived from, and settings of heads that no row would read.
+def check_heads(
+    methods: Collection[str], llm: LLMHead | None, baselines: Mapping[str, LightningModule], text_samples: int
+) -> None:
+    """Refuse an LLM that rows cannot be derived from or would belie, and settings of heads that no row would read.
 
     Args:
+        methods: rows asked for.
         llm: configured head.
         baselines: modules by row.
         text_samples: samples of text alone to start from.
@@ -87,12 +90,35 @@ def check_heads(llm: LLMHead | None, baselines: Mapping[str, LightningModule], t
             "experiment.text_samples gives adapters and head a start, which experiment.llm does not have: set it to 0, or "
             "form to branch, rank_mode to head and tuning to lora"
         )
+    if llm is not None:
+        _check_against_rows(methods, llm)
     for name, head in {"llm": llm, **{f"baselines.{key}": module for key, module in baselines.items()}}.items():
         if getattr(head, "hparams", {}).get("stage1_checkpoint"):
             raise ConfigError(
                 f"experiment.{name}.stage1_checkpoint would be read by no row: the rows of a run stand on the stage 1 or "
                 "recommender that it trains. Leave it out; --ckpt_path last goes on from trained rounds"
             )
+
+
+def _check_against_rows(methods: Collection[str], llm: LLMHead) -> None:
+    """Refuse a head whose settings would make a row another thing than it is called, or fail once stage 1 is trained."""
+    for name in ("count_affinities", "residual_products"):
+        if getattr(llm.settings, name):
+            raise ConfigError(
+                f"experiment.llm.{name} is set by the rows that have it: leave it out and name sfubm_counts or sfubm_products "
+                "in experiment.methods"
+            )
+    has_residual = llm.rank_mode == "head" and llm.settings.residual
+    if not has_residual and (of_residual := [key for key in ("sfubm_counts", "sfubm_products") if key in methods]):
+        raise ConfigError(
+            f"row '{of_residual[0]}' is '{METHODS[of_residual[0]].label}', and experiment.llm has no residual: set residual to "
+            "true, form to branch and rank_mode to head, or leave the row out"
+        )
+    if "text_lora" in methods and llm.settings.tuning != "lora":
+        raise ConfigError(
+            f"row 'text_lora' is '{METHODS['text_lora'].label}', and experiment.llm has tuning '{llm.settings.tuning}': set it "
+            "to lora, or leave the row out"
+        )
 
 
 def check_templates(

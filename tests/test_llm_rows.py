@@ -181,6 +181,23 @@ def test_settings_of_the_llm_that_no_row_would_read_are_refused() -> None:
             ConfigError, match=r"experiment\.text_samples gives adapters and head a start, which experiment"
         ):
             Experiment(methods=["sfubm"], llm=LLMHead(**settings), text_samples=8)
+    for row, settings, said in (
+        (
+            "sfubm_counts",
+            {"residual": False},
+            "row 'sfubm_counts' is .*counts in its residual', and experiment.llm has no",
+        ),
+        ("sfubm_products", {"form": "list"}, "row 'sfubm_products' .* has no residual"),
+        (
+            "text_lora",
+            {"tuning": "frozen"},
+            "row 'text_lora' is 'Text-only LoRA', and experiment.llm has tuning 'frozen'",
+        ),
+        ("sfubm", {"count_affinities": True}, "experiment.llm.count_affinities is set by the rows"),
+        ("sfubm_counts", {"residual_products": True}, "experiment.llm.residual_products is set by the rows"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            Experiment(methods=[row], llm=LLMHead(**settings))
     with pytest.raises(ConfigError, match=r"experiment\.llm\.stage1_checkpoint would be read by no row"):
         Experiment(methods=["sfubm"], llm=LLMHead(stage1_checkpoint="stage1.ckpt"))
     baselines: Any = {"llara": LLaRA(stage1_checkpoint="stage1.ckpt")}

@@ -21,6 +21,8 @@ from lightning_sfubm.seeds import numpy_generator
 
 #: Rounds of vectorised rejection before the few rows left are drawn from their explicit set of allowed items.
 MAX_ROUNDS = 30
+#: Of the way lists are drawn, in the names of stored ones: raised with every change that would draw others.
+RULE = 2
 
 
 def title_groups(titles: Sequence[str]) -> np.ndarray:
@@ -228,7 +230,7 @@ def stored_candidates(
     Raises:
         DataError: stored lists are damaged, another account's, or do not fit the domain.
     """
-    path = folder / f"{fingerprint[:32]}-{split}-c{num_candidates}-s{seed}.safetensors"
+    path = folder / f"{fingerprint[:32]}-{split}-c{num_candidates}-s{seed}-rule{RULE}.safetensors"
     with own_cache(path):
         stored = CandidateLists.load(path) if path.is_file() else None
     if stored is not None:

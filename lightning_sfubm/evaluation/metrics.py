@@ -134,7 +134,7 @@ def _count_at_least(scores: Tensor, target: Tensor) -> Tensor:
     width = -(-items // _LANE) * _LANE
     flags = torch.zeros(users, width, dtype=torch.bool)
     torch.ge(scores, target, out=flags[:, :items])
-    lanes = flags.view(torch.int64).view(users, -1, _LANE // 8).sum(2)  # 128 at most in each byte
+    lanes = flags.view(torch.int64).view(users, width // _LANE, _LANE // 8).sum(2)  # 128 at most in each byte
     return lanes.view(torch.uint8).sum(1, dtype=torch.int32)
 
 

@@ -125,7 +125,8 @@ def _by_user(differences: _Differences, seeds: list[int]) -> npt.NDArray[np.floa
 def by_seed(tables: dict[tuple[str, str], dict[str, list[Json]]], fact: Json) -> list[float]:
     """The difference with each seed that both methods have: how far it depends on the run, which the interval does not say.
 
-    Over all users of the fact's domain or, where it is pooled, of the pair's domains.
+    Over all users of the fact's domain or, where it is pooled, of the pair's domains; none where the cells of the two methods
+    are of other numbers of users: their means are then not of the users that were compared.
     """
     pooled, everyone = fact["domain"].startswith("pooled"), fact["domain"].endswith("all users")
     parts: list[dict[int, tuple[int, float]]] = []
@@ -133,6 +134,8 @@ def by_seed(tables: dict[tuple[str, str], dict[str, list[Json]]], fact: Json) ->
         meant = domain.endswith(", all users") == everyone if pooled else domain == fact["domain"]
         if pair == fact["pair"] and meant and fact["a"] in methods and fact["b"] in methods:
             a, b = ({cell["seed"]: cell for cell in methods[fact[side]]} for side in "ab")
+            if any(a[s]["users"] != b[s]["users"] for s in a.keys() & b.keys()):
+                return []
             parts.append({s: (a[s]["users"], _hit1(a[s]) - _hit1(b[s])) for s in a.keys() & b.keys()})
     seeds = sorted(set.intersection(*(set(part) for part in parts))) if parts else []
     return [

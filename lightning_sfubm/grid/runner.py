@@ -130,11 +130,16 @@ def run_grid(
 def _missing(run: Run, out: Path, domains: list[str], key: str) -> list[str]:
     """Methods of a run that lack a cell in some domain."""
     missing = []
-    for method in run.rows.values():
-        cells = [read_cell(cell_path(out, run.pair, domain, method, run.seed)) for domain in domains]
-        if any(cell is None or cell.get("grid_hash") != key for cell in cells):
+    for row, method in run.rows.items():
+        paths = [cell_path(out, run.pair, domain, method, run.seed) for domain in domains]
+        if not all(_is_current(read_cell(path), key, row) for path in paths):
             missing.append(method)
     return missing
+
+
+def _is_current(cell: dict[str, Any] | None, key: str, row: str) -> bool:
+    """Whether a cell is of these settings, data and row: the only row of a variant gives its place to another one."""
+    return cell is not None and cell.get("grid_hash") == key and cell.get("row", row) == row
 
 
 def _arguments(run: Run, root: str | None, folder: Path) -> list[str]:
@@ -262,7 +267,7 @@ def _export(run: Run, out: Path, key: str, settings: str) -> None:
         for file in sorted((folder / "results").glob(f"*/{row}.parquet")):
             domain = file.parent.name  # "<domain>, all users" is a table of its own
             path = cell_path(out, run.pair, domain, method, run.seed)
-            if (cell := read_cell(path)) is not None and cell.get("grid_hash") == key:
+            if _is_current(read_cell(path), key, row):
                 continue
             try:
                 result = PerUserResults.load(file)

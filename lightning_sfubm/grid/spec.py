@@ -15,7 +15,7 @@ from lightning_sfubm.names import path_part
 
 _GRID_KEYS = {"title", "pairs", "runs", "comparisons"}
 _RUN_KEYS = {"rows", "seeds", "config", "flags", "pairs"}
-#: settings by name, with the value that says what was done before there was a choice
+#: settings of a domain, with the value that says what was done before there was a choice; the default is another one
 _BEFORE = {"even_batches": False}
 
 
@@ -51,13 +51,18 @@ class Run:
 
         Tells a table, which has no data at hand, what is out of date. Of a configuration its values count, without the
         methods that it would compute by itself: comments, layout and one more row make no cell out of date. Nor does a setting
-        that is nowhere but as everything was before there was one (:data:`_BEFORE`).
+        that every domain has as everything was before there was one (:data:`_BEFORE`).
         """
         configs = [values_of(path) for path in self.configs]
+        silent: list[str] = []
         for name, value in _BEFORE.items():
-            if not any(name in flag for flag in self.flags) and all(found == value for found in _found(configs, name)):
+            said = any(name in flag for flag in self.flags)
+            found = _by_domain(configs, name)
+            if not said and found and all(values and set(values) == {value} for values in found.values()):
                 configs = _without(configs, name)
-        parts: list[Any] = [configs, self.flags, self.seed]
+            elif not said and found and not any(found.values()):
+                silent.append(name)  # where nothing is said the default holds, which is not what was done before
+        parts: list[Any] = [configs, self.flags, self.seed, *([{"default": silent}] if silent else [])]
         if named := named_files(self.configs, self.flags):
             parts.append(named)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -85,6 +90,15 @@ def values_of(config: Path) -> Any:
     with suppress(TypeError, KeyError, AttributeError):  # none named
         del values["experiment"]["init_args"]["methods"]
     return values
+
+
+def _by_domain(configs: list[Any], name: str) -> dict[str, list[Any]]:
+    """What the configurations say of a setting in each of their domains."""
+    found: dict[str, list[Any]] = {}
+    for domains in _found(configs, "domains"):
+        for domain, entry in domains.items() if isinstance(domains, dict) else ():
+            found.setdefault(str(domain), []).extend(_found(entry, name))
+    return found
 
 
 def _found(values: Any, name: str) -> list[Any]:
@@ -121,6 +135,10 @@ class Grid:
         """:meth:`Run.settings_hash` of every cell of the grid, by pair, method and seed."""
         hashes = [run.settings_hash() for run in self.runs]
         return {(r.pair, m, r.seed): key for r, key in zip(self.runs, hashes, strict=True) for m in r.rows.values()}
+
+    def rows(self) -> dict[tuple[str, str, int], str]:
+        """Which row of the experiment every cell of the grid is, by pair, method and seed."""
+        return {(run.pair, method, run.seed): row for run in self.runs for row, method in run.rows.items()}
 
     def labels(self) -> dict[str, str]:
         """What the grid says the table prints, by method; the others have the label they were computed with."""

@@ -23,12 +23,12 @@ def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, li
         DataError: the cells of one domain were computed on different data or candidate lists.
     """
     order = {m: i for i, m in enumerate(dict.fromkeys(m for run in grid.runs for m in run.rows.values()))}
-    settings, labels = grid.settings(), grid.labels()
+    settings, labels, rows = grid.settings(), grid.labels(), grid.rows()
     placed: set[tuple[Any, ...]] = set()
     tables: dict[tuple[str, str], dict[str, list[Json]]] = defaultdict(dict)
     for cell in sorted(cells, key=lambda c: (c["pair"], c["domain"], order.get(c["method"], len(order)), c["seed"])):
         place = (*_place(cell), cell["domain"])
-        if place not in placed and _place(cell) in settings and cell.get("settings_hash") == settings[_place(cell)]:
+        if place not in placed and _place(cell) in settings and _current(cell, settings, rows):
             placed.add(place)
             named = {**cell, "label": labels.get(cell["method"], cell["label"])}
             tables[cell["pair"], cell["domain"]].setdefault(cell["method"], []).append(named)
@@ -44,15 +44,21 @@ def ordered(grid: Grid, cells: list[Json]) -> dict[tuple[str, str], dict[str, li
 
 def left_out(grid: Grid, cells: list[Json]) -> list[str]:
     """What to tell of cells that are not in the tables, for their settings are others than the grid has now, or unknown."""
-    settings = grid.settings()
+    settings, rows = grid.settings(), grid.rows()
     unknown = [cell for cell in cells if cell.get("settings_hash") is None]
     known = [cell for cell in cells if cell.get("settings_hash") is not None and _place(cell) in settings]
-    stale = [cell for cell in known if cell["settings_hash"] != settings[_place(cell)]]
+    stale = [cell for cell in known if not _current(cell, settings, rows)]
     told = (
-        ("computed with other settings than the grid has now", stale),
+        ("computed with other settings, or of another row, than the grid has now", stale),
         ("not known to be current, for they do not say what settings they were computed with", unknown),
     )
     return [f"Left out, {why}: {', '.join(dict.fromkeys(map(_name, kind)))}." for why, kind in told if kind]
+
+
+def _current(cell: Json, settings: dict[tuple[str, str, int], str], rows: dict[tuple[str, str, int], str]) -> bool:
+    """Whether a cell of the grid is of the settings and of the row that it has there now."""
+    place = _place(cell)
+    return cell.get("settings_hash") == settings[place] and cell.get("row", rows[place]) == rows[place]
 
 
 def _place(cell: Json) -> tuple[str, str, int]:

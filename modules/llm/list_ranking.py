@@ -135,12 +135,12 @@ class TitleTrie:
 
     def __init__(self, answers: list[list[int]]) -> None:
         self._root: dict[int, dict] = {}
-        self._index: dict[tuple[int, ...], int] = {}
+        self._named: dict[tuple[int, ...], list[int]] = {}
         for index, answer in enumerate(answers):
             node = self._root
             for token in answer:
                 node = node.setdefault(token, {})
-            self._index.setdefault(tuple(answer[:-1]), index)  # answers cut to the same tokens: the first stands
+            self._named.setdefault(tuple(answer[:-1]), []).append(index)
 
     def next_tokens(self, prefix: list[int]) -> list[int]:
         """Tokens that may follow; EOS among them where an answer is complete."""
@@ -159,6 +159,6 @@ class TitleTrie:
             rest.append(token)
         return None if node else rest
 
-    def candidate(self, answer: list[int]) -> int:
-        """Index of the candidate whose answer (without EOS) this is."""
-        return self._index[tuple(answer)]
+    def candidates(self, answer: list[int]) -> list[int]:
+        """Indices of the candidates whose answer (without EOS) this is: several where titles were cut to the same tokens."""
+        return self._named[tuple(answer)]

@@ -5,7 +5,6 @@ from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
@@ -83,9 +82,8 @@ class RankingLM(InjectedLM):
             return scores[:0], choice[:0], valid[:0]
         with evaluating(self), torch.no_grad():
             if self.rank_mode in ("generate", "constrained"):
-                choice, valid = self._answer(batch)
-                scores = F.one_hot(choice, batch["candidates"].shape[1]).float() * valid.unsqueeze(1)
-                return scores, choice, valid
+                scores = self._answer(batch)
+                return scores, scores.argmax(1), scores.any(1)
             scores = self(batch)
             if self.settings.subtract_prior and self.rank_mode == "score":
                 scores = scores - self._priors(batch["candidates"])
@@ -106,8 +104,12 @@ class RankingLM(InjectedLM):
             self._prior[items] = (sums / counts.clamp_min(1))[0]
         return self._prior[candidates]
 
-    def _answer(self, batch: RankBatch) -> tuple[Tensor, Tensor]:
-        """Choice (B,) and validity (B,) of the generated answers."""
+    def _answer(self, batch: RankBatch) -> Tensor:
+        """(B, C) 1 for what a generated answer names, else 0.
+
+        That is one candidate, none where the answer is invalid, or all that have the answer in common, a tie, where it was
+        constrained to candidates' titles and some of these are cut to the same tokens.
+        """
         prompts = self._build(batch, branches=batch["target"].new_zeros(len(batch["target"]), 0))
         embeddings = self._embed(prompts, batch, self._affinities(batch))
         tokenizer = self.lm.tokenizer
@@ -122,16 +124,17 @@ class RankingLM(InjectedLM):
         anyone = partial(any_rank, device=self.device) if is_sharded(self) else bool
         answers = greedy(self.lm, embeddings, prompts, length, tokenizer.eos_token_id, tries, anyone)
         if tries is not None:
-            picked: list[int | None] = [trie.candidate(answer) for trie, answer in zip(tries, answers, strict=True)]
+            picked = [trie.candidates(answer) for trie, answer in zip(tries, answers, strict=True)]
         else:
             titles, cut = self.prompts.spoken_titles
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            picked = [
-                TitleParser([titles[item] for item in row], [cut[item] for item in row]).parse(text)
-                for row, text in zip(candidates, texts, strict=True)
-            ]
-        valid = torch.tensor([index is not None for index in picked], device=self.device)
-        return torch.tensor([index or 0 for index in picked], device=self.device), valid
+            parsers = [TitleParser([titles[i] for i in row], [cut[i] for i in row]) for row in candidates]
+            said = [parser.parse(text) for parser, text in zip(parsers, texts, strict=True)]
+            picked = [[] if index is None else [index] for index in said]
+        scores = torch.zeros(candidates.shape)
+        for row, indices in enumerate(picked):
+            scores[row, indices] = 1.0
+        return scores.to(self.device)
 
     # ------------------------------------------------------------------------------------------------ forgetting priors
 

@@ -105,6 +105,7 @@ def test_wide_catalogues_are_counted_as_narrow_ones(width, constant):
     expected = [reference_rank(row[1:], t - 1, "conservative") for row, t in zip(scores.numpy(), target.tolist())]
     assert catalogue_ranks(scores, target).tolist() == expected
     assert catalogue_ranks(scores[:, :].T.contiguous().T, target).tolist() == expected
+    assert catalogue_ranks(scores[:0], target[:0]).shape == (0,)  # a process that no user was dealt to
 
 
 @pytest.mark.parametrize(("users", "items"), [(0, 10), (1, 10), (500, 12_087), (17, 10**6), (100, 2**20)])

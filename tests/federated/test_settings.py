@@ -138,6 +138,17 @@ def test_what_may_change_changes_neither_the_settings_nor_the_hash_of_rows(
         assert plain._config_hash() != other._config_hash(), flag
 
 
+def test_rows_are_of_the_prompts_that_a_template_file_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--config", str(SYNTHETIC), "--trainer.accelerator", "cpu"]
+    arguments += ["--experiment.init_args.templates", "{alpha: words.yaml}"]
+    hashes = []
+    for noun in ("film", "book", "film"):
+        Path("words.yaml").write_text(f"noun: {noun}\n")
+        hashes.append(SFUBMCLI(args=arguments, run=False)._config_hash())
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
 def test_secrets_may_move_and_not_be_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whether they are the same is told by their hash; states of an earlier version name their folder."""
     monkeypatch.chdir(tmp_path)

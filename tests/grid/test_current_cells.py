@@ -1,5 +1,6 @@
 """Which cells a table takes, what it tells of the others, and what two commands may do at once."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.grid.cells import all_cells, without_users
 from lightning_sfubm.grid.command import results
-from lightning_sfubm.grid.comparisons import comparisons
+from lightning_sfubm.grid.comparisons import by_seed, comparisons
 from lightning_sfubm.grid.runner import run_grid
 from lightning_sfubm.grid.spec import load_grid
 from lightning_sfubm.grid.tables import left_out, ordered
@@ -49,7 +50,10 @@ def test_a_stale_cell_gives_way_to_the_published_one_and_is_named(
         "popularity": [0.0],  # both are current: the one at hand counts
     }
     results(["--grid", str(out / "grid.yaml"), "--out", str(out), "--publish", str(public), "--tables-only"])
-    assert "Left out, computed with other settings than the grid has now: p/stage1/1.\n" in capsys.readouterr().out
+    assert (
+        "Left out, computed with other settings, or of another row, than the grid has now: p/stage1/1.\n"
+        in capsys.readouterr().out
+    )
     publish(out / "cells/p/a/popularity/seed1.json", out, public, settings_hash="of yesterday")
     assert left_out(grid, all_cells(out, public))[0].endswith(" p/stage1/1, p/popularity/1 (published).")
 
@@ -154,11 +158,41 @@ def test_a_setting_that_says_what_was_always_done_makes_no_cell_out_of_date(tmp_
         (run,) = load_grid(path, set(METHODS)).runs
         return run.settings_hash()
 
-    domain = "data: {domains: [{name: a%s}]}\n"
-    silent, off, on = (domain % text for text in ("", ", even_batches: false", ", even_batches: true"))
-    assert of(off) == of(silent)
-    flag = ("--data.init_args.even_batches", "true")
-    assert len({of(off), of(on), of(off, on), of(on, off), of(off, "{}\n", *flag)}) == 5
+    def domains(a: str, b: str) -> str:
+        return f"data: {{domains: {{a: {{name: a{a}}}, b: {{name: b{b}}}}}}}\n"
+
+    nothing, off, on = "", ", even_batches: false", ", even_batches: true"
+    before = json.dumps([[{"data": {"domains": {"a": {"name": "a"}, "b": {"name": "b"}}}}, {}], [], 1])
+    assert of(domains(off, off)) == hashlib.sha256(before.encode()).hexdigest()  # as cells of before have it
+    flag = ("--data.init_args.domains.a.even_batches", "true")
+    forms = [(off, off), (on, on), (off, on), (on, off), (nothing, nothing), (off, nothing), (nothing, off)]
+    assert len({*(of(domains(*form)) for form in forms), of(domains(off, off), "{}\n", *flag)}) == 8
+
+
+def test_the_only_row_of_a_variant_gives_its_place_to_another_one(tmp_path: Path, fit: FakeFit) -> None:
+    out = tmp_path / "out"
+    for row in ("stage1", "late_fusion_products"):  # both are called like the variant, of the same settings
+        path = grid_file(tmp_path, runs={"v": {"rows": {row: f"Variant of {row}"}}}, comparisons=[])
+        grid = load_grid(path, set(METHODS))
+        old = all_cells(out)
+        assert ordered(grid, old) == {}
+        assert len(left_out(grid, old)) == bool(old)
+        assert run_grid(grid, out, None, [], None) == []
+        assert {cell["row"] for cell in all_cells(out)} == {row}
+        assert set(ordered(grid, all_cells(out))["p", "a"]) == {"v"}
+    assert fit.computed == ["stage1", "late_fusion_products"]
+    assert run_grid(grid, out, None, [], None) == []
+    assert len(fit.calls) == 2
+
+
+def test_differences_of_other_users_than_the_cells_have_no_seed_by_seed(tmp_path: Path) -> None:
+    stored(tmp_path, "popularity", [0, 0, 1])
+    stored(tmp_path, "stage1", [1, 1])
+    grid = load_grid(tmp_path / "grid.yaml", set(METHODS))
+    tables = ordered(grid, all_cells(tmp_path))
+    (fact,) = comparisons(grid, tables)
+    assert (fact["users"], fact["difference"]) == (2, 1.0)
+    assert by_seed(tables, fact) == []  # the means of the cells differ by 2/3, of three users and two
 
 
 def test_a_configuration_that_is_no_yaml_is_named(tmp_path: Path) -> None:

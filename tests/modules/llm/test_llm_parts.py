@@ -216,7 +216,7 @@ def test_constrained_generation_yields_candidates_only(backbones, catalogue, mak
     again = greedy(backbone, backbone.embed(prompts.tokens), prompts, 12, backbone.tokenizer.eos_token_id, plain)
     assert again == found
     for row, answer in enumerate(found):
-        assert [*answer, backbone.tokenizer.eos_token_id] == answers[row][tries[row].candidate(answer)]
+        assert [*answer, backbone.tokenizer.eos_token_id] == answers[row][tries[row].candidates(answer)[0]]
 
 
 def test_trie_with_nested_and_equal_answers():
@@ -227,8 +227,8 @@ def test_trie_with_nested_and_equal_answers():
     assert trie.only_rest([5]) is None
     assert trie.only_rest([5, 6]) == [2]
     assert trie.only_rest([7]) == [2]
-    assert trie.candidate([5]) == 1
-    assert trie.candidate([5, 6]) == 0
+    assert trie.candidates([5]) == [1]
+    assert trie.candidates([5, 6]) == [0, 2]
 
 
 # ---------------------------------------------------------------------------------------------------- projection
