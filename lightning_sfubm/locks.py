@@ -23,7 +23,7 @@ def locked(folder: Path, option: str) -> Iterator[None]:
     A file system without locks gives none: a warning says so, and the folder is not kept.
 
     Args:
-        folder: made where it is missing, and removed again where it is empty at the end.
+        folder: made where it is missing, with those above it, and removed again where they are empty at the end.
         option: the option that names another folder, for the error.
 
     Raises:
@@ -31,7 +31,7 @@ def locked(folder: Path, option: str) -> Iterator[None]:
     """
     try:
         folder = folder.resolve()
-        new = not folder.exists()
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         taken = nullcontext() if folder in _held else _taken(folder / LOCK, option)
     except ConfigError:
         raise
@@ -47,9 +47,7 @@ def locked(folder: Path, option: str) -> Iterator[None]:
         finally:
             _held.discard(folder)
             (folder / LOCK).unlink(missing_ok=True)  # before it is let go, so that it is nobody else's
-            if new:
-                with suppress(OSError):  # it holds something
-                    folder.rmdir()
+            _remove_empty(missing)
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -70,11 +68,16 @@ def check_writable(folder: Path, option: str) -> None:
             with TemporaryFile(dir=folder):
                 pass
         finally:
-            for path in missing:
-                with suppress(OSError):  # never made, or another process has written into it meanwhile
-                    path.rmdir()
+            _remove_empty(missing)
     except (OSError, ValueError) as error:
         raise _unwritable(folder, error, option) from None
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, inner ones first, that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):  # never made, or somebody has written into it meanwhile
+            folder.rmdir()
 
 
 def _unwritable(folder: Path, error: Exception, option: str) -> ConfigError:

@@ -60,6 +60,12 @@ def test_a_folder_is_kept_while_the_process_lives(tmp_path: Path, end: str) -> N
     assert [path.name for path in (tmp_path / "filled").iterdir()] == ["ledger"]
 
 
+def test_folders_made_for_a_lock_alone_go_with_it(tmp_path: Path) -> None:
+    with locked(tmp_path / "runs" / "new" / "one", "--out"):
+        (tmp_path / "runs" / "other").write_text("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "other"]
+
+
 def test_a_process_may_ask_again_within_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         with locked(tmp_path, "--out"):
