@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from lightning_sfubm.contracts import Catalogue, PredictBatch, RankBatch, TrainBatch, TrainHistories
 from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics, user_blocks
-from lightning_sfubm.memory import hand_back
+from lightning_sfubm.memory import hand_back, keep_freed
 
 SHAPES_KEY = "stage1_shapes"
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -223,6 +223,11 @@ class CatalogueModule(L.LightningModule):
         if batch_idx == 0:
             self._term_sums, self._term_rows = {}, 0
         self._last_batch = self.trainer.is_last_batch or batch_idx + 1 >= self.trainer.num_training_batches
+
+    def on_train_start(self) -> None:
+        """Keep freed memory from step to step (CPU)."""
+        if self.device.type == "cpu":
+            keep_freed()
 
     def on_train_epoch_end(self) -> None:
         """Hand back what the steps of an epoch have left with the allocator (CPU)."""

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lightning_sfubm.modules.losses.exponentials import (
     LOG_2,
     BlockMemory,
+    TableGradient,
     block_steps,
     column_sums,
     exponentials,
@@ -82,8 +83,8 @@ class _Distil(torch.autograd.Function):
         targets = targets.clamp_min(1)
         chosen = F.embedding(targets, vectors)
         observed = (h * chosen).sum(1), (teacher_h * F.embedding(targets, teacher_vectors)).sum(1)
-        grad_states, grad_table = torch.empty_like(h), torch.empty(0)
-        at_target, product = torch.empty_like(observed[0]), torch.empty_like(chunk.items)
+        grad_states, at_target = torch.empty_like(h), torch.empty_like(observed[0])
+        of_table = TableGradient(chunk.items)
         values = torch.zeros(len(TERMS), dtype=torch.float32, device=h.device)
         for rows in block_steps(len(h), len(table), dtype, h.device):
             grad, at_target[rows], terms = chunk.gradient(
@@ -91,8 +92,8 @@ class _Distil(torch.autograd.Function):
             )
             values += terms[:, : max(count - rows.start, 0)].sum(1)
             grad_states[rows] = torch.mm(chunk.items.T, grad).T
-            torch.mm(grad, (h[rows] / count).to(dtype), out=product)
-            grad_table = grad_table.add_(product) if rows.start else product.to(torch.float32, copy=True)
+            of_table.add(grad, (h[rows] / count).to(dtype))
+        grad_table = of_table.total()
         grad_states += at_target[:, None] * chosen
         grad_table.index_add_(0, targets, h * (at_target / count)[:, None])  # rows of padding are zero
         ctx.save_for_backward(grad_states[:count].div_(count).to(states.dtype), grad_table.to(table.dtype))

@@ -16,6 +16,7 @@ from lightning_sfubm.modules.losses.precision import ROW_MULTIPLE, rows_per_chun
 LOG2_E, LOG_2 = 1.0 / math.log(2.0), math.log(2.0)
 #: Logits within +- this need no shift: their exponentials, sums over millions of items and inverses are normal numbers.
 SAFE_LOGIT = 60.0
+SUMMED_BLOCKS = 4  #: whose products are summed in their own format before float32 takes over
 
 
 def logits_are_safe(states: Tensor, table: Tensor, temperature: float = 1.0) -> bool:
@@ -66,6 +67,50 @@ class BlockMemory:
         if number not in self._memory:
             self._memory[number] = self._items.new_empty(size)
         return self._memory[number][:size].view(len(self._items), width)
+
+
+class TableGradient:
+    """Sum of the products of blocks (N + 1, c) with thin factors (c, H), in float32 in the end.
+
+    A few blocks are summed by the product itself, which adds to what its memory holds: turning a product to float32 and
+    adding it costs half as much again as forming it. What is rounded to the blocks' format is the sum of as many blocks.
+
+    Args:
+        items: (N + 1, H) in the format of the blocks.
+    """
+
+    def __init__(self, items: Tensor) -> None:
+        self._partial = torch.empty_like(items)
+        self._terms = 0
+        self._sum: Tensor | None = None
+
+    def add(self, block: Tensor, factor: Tensor) -> None:
+        """Add ``block @ factor``.
+
+        Args:
+            block: (N + 1, c).
+            factor: (c, H) in the same format.
+        """
+        if self._terms == SUMMED_BLOCKS:
+            self._flush()
+        if self._terms:
+            self._partial.addmm_(block, factor)
+        else:
+            torch.mm(block, factor, out=self._partial)
+        self._terms += 1
+
+    def total(self) -> Tensor:
+        """The sum (N + 1, H) float32; nothing may be added afterwards."""
+        self._flush()
+        assert self._sum is not None
+        return self._sum
+
+    def _flush(self) -> None:
+        if self._sum is None:
+            self._sum = self._partial.to(torch.float32, copy=True)
+        elif self._terms:
+            self._sum.add_(self._partial)
+        self._terms = 0
 
 
 def log2_logits(states: Tensor, items: Tensor, out: Tensor) -> Tensor:
