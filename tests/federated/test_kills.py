@@ -25,7 +25,7 @@ from tests.federated.hard_run import (
     watched,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a busy machine restarts what is killed slowly
 SYNTHETIC = Path(__file__).resolve().parents[2] / "configs/debug/synthetic.yaml"
 
 
