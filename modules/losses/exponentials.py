@@ -100,7 +100,7 @@ class TableGradient:
         self._terms += 1
 
     def total(self) -> Tensor:
-        """The sum (N + 1, H) float32; nothing may be added afterwards."""
+        """The sum (N + 1, H) float32 of one block or more; nothing may be added afterwards."""
         self._flush()
         assert self._sum is not None
         return self._sum
