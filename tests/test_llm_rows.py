@@ -1,6 +1,7 @@
 """Settings of LLM rows: what a row was configured with is what it runs with."""
 
 import json
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS, llm, published_llm
-from lightning_sfubm.methods.published_llm import _answering, _head
+from lightning_sfubm.methods.answers import answering
+from lightning_sfubm.methods.published_llm import _head
 from lightning_sfubm.modules.baselines.a_llmrec import ALLMRec
 from lightning_sfubm.modules.baselines.llara import LLaRA
 from lightning_sfubm.modules.baselines.tallrec import TALLRec
@@ -78,8 +81,11 @@ def test_configured_projectors_stay_where_none_are_aligned(
     assert row.settings.projector_checkpoint == (aligned or "configured.ckpt")
 
 
-@pytest.mark.parametrize("order", [("llara", "llara_likelihood"), ("llara_likelihood", "llara")])
-def test_two_rows_of_a_method_share_one_tuned_head(order: tuple[str, ...]) -> None:
+MODES = {"llara": None, "llara_constrained": "constrained", "llara_likelihood": "score"}
+
+
+@pytest.mark.parametrize("order", [*permutations(MODES), *permutations(MODES, 2)])
+def test_rows_of_a_method_share_one_tuned_head(order: tuple[str, ...]) -> None:
     tuned: list[Any] = []
 
     def build(run: Any) -> Any:
@@ -90,11 +96,11 @@ def test_two_rows_of_a_method_share_one_tuned_head(order: tuple[str, ...]) -> No
     run.shared, run.to_come = {}, set(order)
     for key in order:
         run.to_come.remove(key)
-        row: Any = _answering("llara", build, by_likelihood=key != "llara")(run)
-        assert row.rank_mode == ("generate" if key == "llara" else "score")
+        row: Any = answering("llara", build, MODES)[key](run)
+        assert row.rank_mode == (MODES[key] or "generate")
         assert row._parameters is tuned[0]._parameters
     assert len(tuned) == 1
-    assert not run.shared  # nothing of it stays in memory once both rows are there
+    assert not run.shared  # nothing of it stays in memory once all rows are there
 
 
 @pytest.mark.parametrize("kept", ["tallrec", "tallrec_likelihood"])
@@ -124,6 +130,32 @@ def test_a_head_whose_other_row_is_kept_does_not_stay_in_memory(
         assert not shared
     assert sorted(tuned) == ["alpha", "alpha", "beta", "beta"]  # once for both rows, then for the one that was gone
     assert len(list(trainer.run_dir.glob("results/*/*.parquet"))) == 4
+
+
+def test_titles_are_written_freely_or_among_the_candidates_by_one_tuned_head(
+    tmp_path: Path, federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned: list[Any] = []
+
+    def watched(run: Any, head: LLMHead, key: str) -> LLMHead:
+        tuned.append((run.name, head.settings.form, head.settings.num_layers, head.residual_weights))
+        return tune(run, head, key)
+
+    tune = llm.tune
+    monkeypatch.setattr(llm, "tune", watched)
+    head = LLMHead(llm=str(write_tiny_llm(tmp_path / "llm")), num_layers=1, history_length=3, title_tokens=4)
+    trainer = federated_trainer(rounds=1)
+    Experiment(methods=[*llm.ANSWERS], llm=head, max_test_users=10, max_train_users=8).run(
+        trainer, small_distiller(), federated_data(), config_hash="these"
+    )
+    assert tuned == [("alpha", "list", None, None), ("beta", "list", None, None)]
+    for name in ("alpha", "beta"):
+        of = {row: PerUserResults.load(trainer.run_dir / f"results/{name}/{row}.parquet") for row in llm.ANSWERS}
+        assert of["sfubm_list_constrained"].valid.all()
+        assert of["sfubm_list_likelihood"].valid.all()
+        readable = of["sfubm_list"].valid
+        assert (of["sfubm_list"].hit1[readable] == of["sfubm_list_constrained"].hit1[readable]).all()
+        assert not of["sfubm_list"].hit1[~readable].any()
 
 
 def test_a_head_starts_from_one_that_was_tuned_on_text(tmp_path: Path, federated_data: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.datamodules.item_datamodule import ItemDataModule
 from lightning_sfubm.datamodules.ranking_datamodule import RankingDataModule
+from lightning_sfubm.methods.answers import answering
 from lightning_sfubm.methods.base import DomainRun, Method
 from lightning_sfubm.modules.baselines.late_fusion import LateFusion
 from lightning_sfubm.modules.llm_head import LLMHead
@@ -143,10 +144,10 @@ def _align(run: DomainRun) -> str | None:
 
 def _sfubm(
     key: str = "sfubm", fusion: Callable[[DomainRun], LateFusion] = attrgetter("fusion"), **changes: Any
-) -> Callable[[DomainRun], Ranker]:
+) -> Callable[[DomainRun], LLMHead]:
     """Both stages, or a form of the second: the head with some settings changed, its residual that of a fusion."""
 
-    def build(run: DomainRun) -> Ranker:
+    def build(run: DomainRun) -> LLMHead:
         aligned = _align(run)  # without, the head keeps the projectors it was configured with
         head = _head(run, **({} if aligned is None else {"projector_checkpoint": aligned}), **changes)
         head.attach_stage1(run.stage1, run.data.catalogue)
@@ -174,6 +175,19 @@ def _form(
     )
 
 
+#: The second stage in words: candidates stand in the prompt, the answer is a title. All layers, as it is the vocabulary
+#: head that writes; nothing of stage 1 is added to what it says. By row: how titles are ranked, and its label.
+ANSWERS = {
+    "sfubm_list": ("generate", "candidates in the prompt, free answer"),
+    "sfubm_list_constrained": ("constrained", "candidates in the prompt, answer among them"),
+    "sfubm_list_likelihood": ("score", "candidates in the prompt, by title likelihood"),
+}
+_WRITTEN = answering(
+    "sfubm_list",
+    _sfubm("sfubm_list", form="list", rank_mode="generate", residual=False, num_layers=None),
+    {key: mode for key, (mode, _) in ANSWERS.items()},
+)
+
 LLM: dict[str, Method] = {
     "zero_shot": Method("Zero-shot LLM", "LLM", _zero_shot(False), needs_llm=True),
     "zero_shot_prior": Method("Zero-shot LLM, less the title's prior", "LLM", _zero_shot(True), needs_llm=True),
@@ -196,4 +210,8 @@ LLM: dict[str, Method] = {
     "sfubm_affinity_token": _form("sfubm_affinity_token", "affinities as tokens", affinity_token=True),
     "sfubm_no_residual": _form("sfubm_no_residual", "no stage-1 score", residual=False),
     "sfubm_frozen": _form("sfubm_frozen", "LLM frozen", tuning="frozen"),
+    **{
+        key: Method(f"{{model}}, {label}", BOTH, _WRITTEN[key], needs_llm=True, needs_stage1=True, fitted=True)
+        for key, (_, label) in ANSWERS.items()
+    },
 }

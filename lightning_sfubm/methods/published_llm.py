@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.methods.answers import answering
 from lightning_sfubm.methods.base import DomainRun, Method
 from lightning_sfubm.methods.llm import tune
 from lightning_sfubm.methods.single_domain import recommender_template
@@ -16,6 +16,7 @@ from lightning_sfubm.modules.baselines.a_llmrec_alignment import ALLMRecAlignmen
 from lightning_sfubm.modules.baselines.llara import LLaRA
 from lightning_sfubm.modules.baselines.published_head import PublishedHead
 from lightning_sfubm.modules.baselines.tallrec import TALLRec
+from lightning_sfubm.modules.llm.ranking import RankingLM
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.seeds import derive_seed, follow_seed
 
@@ -58,19 +59,19 @@ def _recommender(run: DomainRun) -> SequentialRecommender:
     return run.once(f"recommender {run.name}", "recommender", build)
 
 
-def _tallrec(run: DomainRun) -> Ranker:
+def _tallrec(run: DomainRun) -> RankingLM:
     head = _head(run, "tallrec", TALLRec)
     head.attach_stage1(None, run.data.catalogue)
     return tune(run, head, "tallrec")
 
 
-def _llara(run: DomainRun) -> Ranker:
+def _llara(run: DomainRun) -> RankingLM:
     head = _head(run, "llara", LLaRA)
     head.attach_stage1(_recommender(run), run.data.catalogue)
     return tune(run, head, "llara")
 
 
-def _a_llmrec(run: DomainRun) -> Ranker:
+def _a_llmrec(run: DomainRun) -> RankingLM:
     torch.manual_seed(derive_seed(run.trainer.seed, "baseline", "a_llmrec", run.name))
     alignment = ALLMRecAlignment(seed=run.trainer.seed)
     alignment.attach_recommender(copy.deepcopy(_recommender(run)), run.data.catalogue)
@@ -80,43 +81,26 @@ def _a_llmrec(run: DomainRun) -> Ranker:
     return tune(run, head, "a_llmrec")
 
 
-def _answering(key: str, build: Callable[[DomainRun], Ranker], by_likelihood: bool) -> Callable[[DomainRun], Ranker]:
-    """A row of a method: its head answers as it was configured to, or ranks by the likelihood of titles.
-
-    Where a process makes both rows, the head is tuned once: the costs of its training stand in the row that comes first.
-    """
-    other = key if by_likelihood else key + LIKELIHOOD
-
-    def row(run: DomainRun) -> Ranker:
-        name = f"head {key} {run.name}"
-        head = run.shared.pop(name, None)  # of the other row: nobody asks a third time
-        if head is None:
-            head = build(run)
-            if other in run.to_come:
-                run.shared[name] = head
-        if by_likelihood:
-            head = copy.copy(head)  # the weights are those of the other row
-            head.rank_mode = "score"
-        return head
-
-    return row
-
-
-def _rows(key: str, label: str, build: Callable[[DomainRun], Ranker], *trainings: str) -> dict[str, Method]:
+def _rows(key: str, label: str, build: Callable[[DomainRun], RankingLM], *trainings: str) -> dict[str, Method]:
     group = "LLM, one domain"
-    likelihood = _answering(key, build, by_likelihood=True)
+    made = answering(key, build, {key: None, key + LIKELIHOOD: "score"})
     return {
         key: Method(
             label,
             group,
-            _answering(key, build, False),
+            made[key],
             needs_llm=True,
             configurable=True,
             trainings=trainings,
             fitted=True,
         ),
         key + LIKELIHOOD: Method(
-            f"{label}, by title likelihood", group, likelihood, needs_llm=True, trainings=trainings, fitted=True
+            f"{label}, by title likelihood",
+            group,
+            made[key + LIKELIHOOD],
+            needs_llm=True,
+            trainings=trainings,
+            fitted=True,
         ),
     }
 
