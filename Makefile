@@ -44,9 +44,12 @@ lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(STAMP)
+	@test -d "$(DATA)/beauty" || { echo "$(DATA)/beauty is missing: give the folder of the real domains as DATA=DIR"; exit 1; }
+	@echo "The benchmarks take about 45 minutes on an idle machine of 2 cores and write benchmarks/results/; those against peers are in benchmarks/peers/README.md."
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loop.py --config configs/experiment/demo.yaml
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/federated.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/federated.py --only clients participants workers secure epsilon
+	OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 $(BIN)/python benchmarks/federated.py --only knn_mix kmeans
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/stage1.py --data-root $(DATA)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py

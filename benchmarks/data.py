@@ -6,7 +6,6 @@ Run: python benchmarks/data.py [--interactions 10000000] [--out benchmarks/resul
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -106,26 +105,17 @@ def main() -> None:
         folder = Path(scratch)
         write_source(folder, arguments.interactions)
         # A process of its own: the peak must not hold what writing the source took.
-        environment = {**os.environ, "SFUBM_CACHE": str(folder / "cache")}
+        variables = {**os.environ, "SFUBM_CACHE": str(folder / "cache")}
         command = [sys.executable, __file__, "--measure", str(folder)]
-        output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout
     result = json.loads(output.splitlines()[-1])
-    result["machine"] = {
-        "cores": os.cpu_count(),
-        "load_average_at_end": os.getloadavg()[0],
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3, 1),
-        "python": platform.python_version(),
-        "processor": _processor(),
-    }
+    from lightning_sfubm.evaluation.environment import environment  # here: the child process times its imports
+
+    result["load_average_at_end"] = os.getloadavg()[0]
+    result["environment"] = environment()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

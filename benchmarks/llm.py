@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from lightning_sfubm.contracts import Catalogue
 from lightning_sfubm.datamodules.prompts import PromptBatch
+from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.modules.llm.tree import separate_states
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.seeds import torch_generator
@@ -204,7 +205,7 @@ def main() -> None:
     result = {
         "unit": "CPU seconds, one thread; SmolLM2-135M",
         "layers": layers or 30,
-        "torch": torch.__version__,
+        "environment": environment(),
         "tuning": tuning(layers, 5 if quick else 10),
         "ranking": ranking(layers, 2 if quick else 5),
     }

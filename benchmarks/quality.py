@@ -64,7 +64,7 @@ def main() -> None:
     result = {
         "data": {"users": len(data.splits.eval_users), "items": data.num_items},
         "cpu_s": round(spent, 1),
-        "epochs": stop.epochs,
+        "epochs": len(stop.epochs),
         "validation_ndcg@10": float(best.best_model_score),
         "ndcg@10": scores["test/full_ndcg@10"],
         "limit": LIMIT,
@@ -72,7 +72,7 @@ def main() -> None:
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"test NDCG@10 {result['ndcg@10']:.4f} after {spent:.0f} CPU-s, {stop.epochs} epochs (limit {LIMIT})")
+    print(f"test NDCG@10 {result['ndcg@10']:.4f} after {spent:.0f} CPU-s, {len(stop.epochs)} epochs (limit {LIMIT})")
 
 
 if __name__ == "__main__":

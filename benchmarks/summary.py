@@ -1,7 +1,8 @@
 """All measured figures beside what they aim at: `python benchmarks/summary.py`.
 
 Reads benchmarks/results/*.json, prints a table and draws docs/images/performance.png: each figure as a share of its aim,
-so that everything left of 1 is met. What has not been measured is named, not left out.
+so that everything left of 1 is met, in the colour of the machine it was measured on. What has not been measured is named,
+not left out.
 """
 
 import json
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 RESULTS = Path(__file__).parent / "results"
+COLOURS, MISSED = ("#0f766e", "#334155", "#7c3aed", "#0369a1"), "#c2410c"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "performance.png"
 
 #: what is measured, file of the result, how it is found there, the aim, whether it is an upper bound
@@ -23,6 +26,8 @@ FIGURES: list[tuple[str, str, Callable[[Any], float], float, bool]] = [
     ("SASRec on Beauty, peak GB", "stage1", operator.itemgetter("peak_rss_gb"), 1.0, True),
     ("test NDCG@10 after 100 CPU-s, Beauty", "stage1", lambda d: d["trained"]["ndcg@10"], 0.050, False),
     ("test NDCG@10 after 100 CPU-s, MovieLens-100K", "quality", operator.itemgetter("ndcg@10"), 0.096, False),
+    ("SASRec, NDCG@10 over the best peer's, 120 CPU-s", "peers", lambda d: _over_peer(d, "sasrec"), 0.98, False),
+    ("GRU4Rec, NDCG@10 over the peer's, 120 CPU-s", "peers", lambda d: _over_peer(d, "gru4rec"), 0.98, False),
     ("full-catalogue evaluation, users a CPU-s", "stage1", operator.itemgetter("eval_users_per_cpu_s"), 8000, False),
     ("epoch with 1 M items over 10 k items", "catalogue", lambda d: d["rows"][-1]["ratio"], 1.5, True),
     ("1 M items, peak GB", "catalogue", lambda d: d["rows"][-1]["peak_gb"], 8.0, True),
@@ -32,6 +37,7 @@ FIGURES: list[tuple[str, str, Callable[[Any], float], float, bool]] = [
     ("ranking by score over one forward pass", "llm", lambda d: d["ranking"]["score_over_one_forward"], 1.15, True),
     ("separate rows over branch", "llm", lambda d: d["ranking"]["separate_rows_over_branch"], 5.0, False),
     ("generated answers over batch-1 generate", "generation", operator.itemgetter("ratio"), 3.0, False),
+    ("ranking by branch over batch-1 generate", "generation", operator.itemgetter("branch_ratio"), 2.0, False),
     ("constrained over free decoding, time", "generation", operator.itemgetter("constrained_over_free"), 1.0, True),
     (
         "10 M interactions: load, filter, split, s",
@@ -59,18 +65,34 @@ def collect() -> list[dict[str, Any]]:
         path = RESULTS / f"{file}.json"
         value = find(json.loads(path.read_text())) if path.exists() else None
         met = None if value is None else (value <= aim if upper else value >= aim)
-        rows.append({"what": name, "value": value, "aim": aim, "upper": upper, "met": met})
+        rows.append({"what": name, "value": value, "aim": aim, "upper": upper, "met": met, "machine": _machine(path)})
     return rows
+
+
+def _over_peer(peers: dict[str, Any], model: str) -> float:
+    return float(peers["comparison"][model]["120"]["test_ratio"])
+
+
+def _machine(path: Path) -> str:
+    """The processor a result is from; results older than this record are of the machine the page describes."""
+    if not path.exists():
+        return ""
+    facts = json.loads(path.read_text())
+    parts = [facts, *(part for part in facts.values() if isinstance(part, dict))]  # or each part has its own
+    cpus = [part["environment"]["hardware"]["cpu"] for part in parts if "environment" in part]
+    found = next(iter(cpus), None) or facts.get("machine", {}).get("processor")
+    return "not recorded" if not found else "Intel Xeon with AMX" if "Xeon" in found else str(found)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| what | measured | aim | |", "| --- | --- | --- | --- |"]
+    lines = ["| what | measured | aim | | machine |", "| --- | --- | --- | --- | --- |"]
     words = {True: "met", False: "**missed**", None: "not measured"}
     for row in rows:
         value = "–" if row["value"] is None else f"{row['value']:,.4g}"
         lines.append(
-            f"| {row['what']} | {value} | {'≤' if row['upper'] else '≥'} {row['aim']:,g} | {words[row['met']]} |"
+            f"| {row['what']} | {value} | {'≤' if row['upper'] else '≥'} {row['aim']:,g} | {words[row['met']]} | "
+            f"{row['machine']} |"
         )
     return "\n".join(lines)
 
@@ -85,9 +107,22 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     shares = [row["value"] / row["aim"] if row["upper"] else row["aim"] / row["value"] for row in known]
     figure = Figure(figsize=(9, 0.32 * len(known) + 1.2))
     axes = figure.subplots()
-    axes.barh(range(len(known)), shares, color=["#0f766e" if row["met"] else "#c2410c" for row in known])
+    machines = sorted({row["machine"] for row in known})
+    colours = dict(zip(machines, COLOURS, strict=False))
+    drawn = [colours[row["machine"]] if row["met"] else MISSED for row in known]
+    axes.barh(range(len(known)), shares, color=drawn)
+    entries = [*colours.items(), *([("missed", MISSED)] if MISSED in drawn else [])]
+    axes.legend(
+        handles=[Patch(color=colour, label=name) for name, colour in entries],
+        fontsize=8,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=4,
+        frameon=False,
+    )
     axes.axvline(1.0, color="#1e293b", linewidth=1)
     axes.set_xscale("log")
+    axes.set_ylim(-0.7, len(known) - 0.3)
     axes.set_yticks(range(len(known)), [row["what"] for row in known], fontsize=8)
     for place, (row, share) in enumerate(zip(known, shares, strict=True)):
         inside = 0.5 < share <= 1.0  # beside the bar's end the number would lie on the line

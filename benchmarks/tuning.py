@@ -3,9 +3,10 @@
 DIR holds beauty/. The product tunes as configs/experiment/health_beauty.yaml does (SmolLM2-135M, 15 layers, LoRA on q, k, v
 and o, batches of 8, history of 6, titles of 10 tokens), through Lightning, on its own batches of that experiment's samples: in
 the `branch` form with the soft tokens of a stage 1 and 8 candidates, in the `list` form with titles alone and 20 candidates.
-The other side is the common loop: transformers and PEFT with the same layers and adapters, fp32 weights under bf16 autocast,
-`model(..., labels=...)`, so logits at every position; prompts of the same users and candidates in the list template, in a
-shuffled order, right-padded to the longest of the batch, labels on the answer only. Steps in turn, one thread. Soft tokens and
+The other side is the common loop: transformers and PEFT with the same layers and adapters, under bf16 autocast, weights in
+fp32 and, where the head itself has them so, in bf16 (the faster of the two counts), `model(..., labels=...)`, so logits at
+every position; prompts of the same users and candidates in the list template, in a shuffled order, right-padded to the
+longest of the batch, labels on the answer only. Steps in turn, one thread. Soft tokens and
 padding are computed but not counted as tokens of text; samples a CPU second stand beside, because a branch prompt is shorter.
 Without --data-root the prompts are generated. Takes about 8 minutes of CPU; writes benchmarks/results/tuning.json.
 """
@@ -84,29 +85,37 @@ def head_of(form: str, layers: int | None, data: RankingDataModule, checkpointin
 
 
 class PaddedLoop(L.Callback):
-    """Takes a step of the common loop after every step of the Trainer, and times both."""
+    """Takes a step of each common loop after every step of the Trainer, and times all of them."""
 
     def __init__(self, head: LLMHead, layers: int, rows: list[tuple[Tensor, int]]) -> None:
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
-
-        model: Any = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m"), dtype=torch.float32)
-        model.model.layers = model.model.layers[:layers]
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
-        self.model: Any = get_peft_model(model, config).train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, RATE, fused=True)
+        self.models = {"fp32": self._model(layers, torch.float32)}
+        if head.lm.bf16:
+            self.models["bf16"] = self._model(layers, torch.bfloat16)
+        self.optimizers = {
+            name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE, fused=True)
+            for name, model in self.models.items()
+        }
         self.head = head
         self.batches = [rows[start : start + 8] for start in range(0, len(rows), 8)]
         self.ours: list[dict[str, float]] = []
-        self.padded: list[dict[str, float]] = []
+        self.padded: dict[str, list[dict[str, float]]] = {name: [] for name in self.models}
+
+    @staticmethod
+    def _model(layers: int, dtype: torch.dtype) -> Any:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2-135m"), dtype=dtype)
+        model.model.layers = model.model.layers[:layers]
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+        return get_peft_model(model, config).train()
 
     def on_train_start(self, *_: Any) -> None:
         """Start the Trainer's clock."""
         self.start = time.process_time()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, data: Any, batch_idx: int) -> None:
-        """Stop the Trainer's clock, take the other step, start it again."""
+        """Stop the Trainer's clock, take the other steps, start it again."""
         spent = time.process_time() - self.start
         ends = data["target"].unsqueeze(1) if self.head.settings.form == "list" else None
         prompts = self.head.prompts.build(data["history"], data["candidates"], ends)
@@ -115,24 +124,26 @@ class PaddedLoop(L.Callback):
         self.ours.append(
             _step(spent, len(data["target"]), text, soft=taken - text, padding=prompts.tokens.numel() - taken)
         )
-        self.padded.append(self._train(self.batches[batch_idx]))
+        for name, steps in self.padded.items():
+            steps.append(self._train(name, self.batches[batch_idx]))
         self.start = time.process_time()
 
-    def _train(self, rows: list[tuple[Tensor, int]]) -> dict[str, float]:
+    def _train(self, name: str, rows: list[tuple[Tensor, int]]) -> dict[str, float]:
+        model, optimizer = self.models[name], self.optimizers[name]
         start = time.process_time()
         tokens = pad_sequence([tokens for tokens, _ in rows], batch_first=True)
         mask = pad_sequence([torch.ones_like(tokens) for tokens, _ in rows], batch_first=True)
         labels = [torch.where(torch.arange(len(tokens)) < prompt, -100, tokens) for tokens, prompt in rows]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.head.lm.bf16):
-            loss = self.model(
+            loss = model(
                 input_ids=tokens,
                 attention_mask=mask,
                 labels=pad_sequence(labels, batch_first=True, padding_value=-100),
             ).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
         spent = time.process_time() - start
         return _step(spent, len(rows), int(mask.sum()), soft=0, padding=mask.numel() - int(mask.sum()))
 
@@ -181,12 +192,16 @@ def compare(form: str, root: str | None, layers: int, steps: int) -> dict[str, A
         callbacks=[loop],
     )
     trainer.fit(head, datamodule=data)
-    ours, padded = loop.ours[1:], loop.padded[1:]
+    ours = loop.ours[1:]
+    loops = {name: steps[1:] for name, steps in loop.padded.items()}
+    fastest = min(loops, key=lambda name: sum(step["cpu_s"] for step in loops[name]))
+    padded = loops[fastest]
     return {
         "candidates": CANDIDATES[form],
         "steps": len(ours),
         "product": _summary(ours),
-        "padded loop": _summary(padded),
+        "padded loop": {"weights": fastest, **_summary(padded)},
+        "padded loops": {name: _summary(steps) for name, steps in loops.items()},
         "ratio": round(_ratio(ours, padded, "text"), 2),
         "ratio_of_samples": round(_ratio(ours, padded, "samples"), 2),
     }
