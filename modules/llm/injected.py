@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_sfubm.contracts import Catalogue, RankBatch, Stage1
@@ -79,7 +80,15 @@ class InjectedLM(L.LightningModule):
         """Load the base model (once). Called by Lightning, by :meth:`attach_stage1` and on loading a checkpoint.
 
         Under ``ModelParallelStrategy`` the parameters are divided among the processes, once all of them are there.
+
+        Raises:
+            ConfigError: the strategy divides the model in a way this head does not know.
         """
+        if self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy):
+            raise ConfigError(
+                "trainer.strategy: an LLM head is divided among processes by FSDP2, not by FSDPStrategy: use "
+                "configs/trainer/sharded.yaml"
+            )
         if self.backbone is None:
             self._load_base()
         if self._shape is not None and self.device_mesh is not None and not is_sharded(self):

@@ -1,9 +1,13 @@
 """Splice, tree, likelihoods, generation: against the plain way, on every kind of position handling."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoTokenizer
 
 from lightning_sfubm.datamodules.prompt_templates import load_template
@@ -16,6 +20,7 @@ from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.splice import splice
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm.tree import separate_states, supports_tree, tree_mask, tree_states
+from lightning_sfubm.modules.llm_head import LLMHead
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma3", "gpt2", "opt"]
 
@@ -301,3 +306,11 @@ def test_fingerprint_tells_models_apart(llm, tmp_path):
     assert Backbone(llm, precision="bf16").fingerprint() == same
     assert Backbone(llm, num_layers=1).fingerprint() != same
     assert Backbone(str(write_tiny_llm(tmp_path / "other", seed=1))).fingerprint() != same
+
+
+def test_a_strategy_that_divides_a_head_otherwise_is_refused(tmp_path: Path) -> None:
+    head = LLMHead(llm=str(write_tiny_llm(tmp_path / "llm")))
+    head._trainer = SimpleNamespace(strategy=FSDPStrategy())  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"configs/trainer/sharded\.yaml"):
+        head.configure_model()
+    assert head.backbone is None
