@@ -8,6 +8,7 @@ from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.datamodules.federated_datamodule import FederatedDataModule
 from lightning_sfubm.datamodules.synthetic import HashingTextEncoder, SyntheticReader
+from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.fkd import FKDDistiller
 
@@ -31,9 +32,14 @@ def planted(scarce_users: int) -> FederatedDataModule:
     )
 
 
-def model(**settings: Any) -> FKDDistiller:
-    encoder = SASRec(hidden_dim=32, num_layers=1, num_heads=2, max_length=20, dropout=0.1)
-    return FKDDistiller(encoder, num_experts=1, text_dropout=0.0, counter="non_target", lr=5e-3, **settings)
+ENCODERS = {
+    "sasrec": lambda: SASRec(hidden_dim=32, num_layers=1, num_heads=2, max_length=20, dropout=0.1),
+    "gru4rec": lambda: GRU4Rec(hidden_dim=32, dropout=0.1),
+}
+
+
+def model(encoder: str = "sasrec", **settings: Any) -> FKDDistiller:
+    return FKDDistiller(ENCODERS[encoder](), num_experts=1, text_dropout=0.0, counter="non_target", lr=5e-3, **settings)
 
 
 @pytest.fixture
@@ -60,9 +66,10 @@ def test_a_scarce_domain_learns_the_shared_order_from_the_rich_one(runs: Any) ->
 
 
 @pytest.mark.slow
-def test_distillation_lifts_the_student(runs: Any) -> None:
-    distilled = runs("teacher")
-    plain = runs("nothing", w_fact=0.0, w_counter=0.0, w_align=0.0, init_from_teacher=False)
+@pytest.mark.parametrize("encoder", list(ENCODERS))
+def test_distillation_lifts_the_student(encoder: str, runs: Any) -> None:
+    distilled = runs("teacher", encoder=encoder)
+    plain = runs("nothing", encoder=encoder, w_fact=0.0, w_counter=0.0, w_align=0.0, init_from_teacher=False)
     # With 600 users the ID encoder finds the planted order by itself; with 60 it cannot.
     assert distilled["scarce/test/ndcg@10"] > plain["scarce/test/ndcg@10"] + 0.03
     assert distilled["rich/test/ndcg@10"] > plain["rich/test/ndcg@10"] - 0.02
