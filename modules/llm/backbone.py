@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_sfubm.assets import resolve_model
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.llm.attention import NAME, additive, use_own_gradient
 from lightning_sfubm.modules.llm.quantized import QUANTIZED, keep_gradients, quantization_config
 from lightning_sfubm.precision import has_fast_bf16
 
@@ -166,7 +167,7 @@ class Backbone(nn.Module):
 
     def _decodes_on_cpu(self, embeddings: Tensor, mask: Tensor) -> bool:
         """Whether this is one more token of each row, all earlier ones in sight."""
-        sdpa = self.config._attn_implementation == "sdpa"
+        sdpa = "sdpa" in self.config._attn_implementation
         one = embeddings.shape[1] == 1 and embeddings.device.type == "cpu" and mask.ndim == 2
         return one and sdpa and getattr(self.config, "sliding_window", None) is None
 
@@ -183,9 +184,10 @@ class Backbone(nn.Module):
         return self._native(near if uses_window else mask)
 
     def _native(self, mask: Any) -> Tensor:
-        if self.config._attn_implementation == "sdpa":
-            return mask
         dtype = torch.bfloat16 if self.bf16 else torch.float32
+        if "sdpa" in self.config._attn_implementation:
+            own = self.config._attn_implementation == NAME and mask.device.type == "cpu" and torch.is_grad_enabled()
+            return additive(mask, dtype) if own else mask  # once, not in every layer
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -283,6 +285,7 @@ def _load(llm: str, num_layers: int | None, dtype: torch.dtype, quantization: An
     try:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **settings)
+            use_own_gradient(model)
         except ValueError:  # architectures without SDPA
             model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **settings)
     except (OSError, ValueError) as error:
