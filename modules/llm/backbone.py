@@ -33,6 +33,10 @@ DROPOUTS = (
 )
 
 
+#: architectures whose layers read ``input_layernorm`` and ``post_attention_layernorm`` by linear layers alone
+NORMS_TO_LINEAR = ("llama", "mistral", "qwen2", "qwen3")
+
+
 class Backbone(nn.Module):
     """A frozen causal LM, cut to its first layers if asked, with or without low-rank adapters.
 
@@ -81,6 +85,8 @@ class Backbone(nn.Module):
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.float()  # under autocast its input is fp32, and a CPU takes no weights of another precision
+        if self.bf16 and quantization is None:
+            _cast_once(model)
         if activation_checkpointing:
             _checkpoint_activations(model, llm)
         self.config = model.config
@@ -96,6 +102,10 @@ class Backbone(nn.Module):
         self.model: Any = model
         if adapter_rank > 0:
             self.model = _with_adapters(model, adapter_rank, adapter_alpha, adapter_dropout, adapter_targets)
+        if self.bf16 and quantization is None:
+            for module in self.model.modules():
+                if hasattr(module, "cast_input_dtype_enabled"):  # to fp32, from which autocast would turn it back
+                    module.cast_input_dtype_enabled = False
 
     @property
     def causal_lm(self) -> Any:
@@ -293,6 +303,22 @@ def _load(llm: str, num_layers: int | None, dtype: torch.dtype, quantization: An
     finally:
         logger.setLevel(level)
     return model.eval(), tokenizer
+
+
+def _cast_once(model: Any) -> None:
+    """Cast the output of a norm, of which there is one, in place of the input of each linear layer that reads it.
+
+    The residual stream is fp32 and so are the norms of it; under autocast every linear layer casts what it is given.
+    """
+    if model.config.model_type not in NORMS_TO_LINEAR:
+        return
+    for name, module in model.named_modules():
+        if name.endswith((".input_layernorm", ".post_attention_layernorm")):
+            module.register_forward_hook(_to_bf16)
+
+
+def _to_bf16(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+    return output.to(torch.bfloat16)
 
 
 def _checkpoint_activations(model: Any, llm: str) -> None:
