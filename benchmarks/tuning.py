@@ -202,9 +202,34 @@ def compare(form: str, root: str | None, layers: int, steps: int) -> dict[str, A
         "product": _summary(ours),
         "padded loop": {"weights": fastest, **_summary(padded)},
         "padded loops": {name: _summary(steps) for name, steps in loops.items()},
+        "matrix_share": round(_matrix_share(head, ours), 3),
         "ratio": round(_ratio(ours, padded, "text"), 2),
         "ratio_of_samples": round(_ratio(ours, padded, "samples"), 2),
     }
+
+
+def _matrix_share(head: LLMHead, steps: list[dict[str, float]]) -> float:
+    """Share of a step's time that the products with frozen weights would take at the rate of the largest of them.
+
+    Each token passes each weight forwards and backwards (4 operations); frozen weights have no gradient. Attention, adapters,
+    norms and activations come on top.
+    """
+    weights = [
+        module.weight
+        for name, module in head.lm.causal_lm.base_model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora" not in name
+    ]
+    tokens = statistics.median(step["text"] + step["soft"] + step["padding"] for step in steps)
+    largest = max(weights, key=torch.Tensor.numel)
+    inputs = torch.randn(int(tokens), largest.shape[1]).to(largest.dtype)
+    seconds = []
+    for _ in range(20):
+        start = time.process_time()
+        inputs @ largest.T
+        seconds.append(time.process_time() - start)
+    rate = 2 * inputs.numel() * largest.shape[0] / statistics.median(seconds)
+    needed = 4 * sum(weight.numel() for weight in weights) * tokens / rate
+    return needed / statistics.median(step["cpu_s"] for step in steps)
 
 
 def _summary(steps: list[dict[str, float]]) -> dict[str, float]:
