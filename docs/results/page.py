@@ -37,6 +37,10 @@ MAIN = {
     "GRU4Rec": "even.gru4rec",
     "SASRec": "even.encoder",
     "ID + text, one encoder": "even.id_text",
+    "GRU4Rec as published, cross-entropy": "published_encoders.gru4rec",
+    "GRU4Rec as published, BPR-max": "published_encoders_2.gru4rec",
+    "SASRec as published, one negative": "published_encoders.encoder",
+    "SASRec, layer norm after": "published_encoders_2.encoder",
     "GRU4Rec from co-occurrence": "default.gru4rec",
     "SASRec from co-occurrence": "default.encoder",
     "ID + text from co-occurrence": "default.id_text",
@@ -57,6 +61,7 @@ DIFFERENCES = {
     "stage 1 − ID + text": ("default.stage1", "even.id_text"),
     "stage 1 − ID + text from co-occurrence": ("default.stage1", "default.id_text"),
     "stage 1 − UniSRec": ("default.stage1", "even_unisrec.unisrec_scratch"),
+    "stage 1 − FFMSR": ("default.stage1", "even_ffmsr"),
     "student and teacher − stage 1": ("default.stage1_with_teacher", "default.stage1"),
     "student and teacher − UniSRec": ("default.stage1_with_teacher", "even_unisrec.unisrec_scratch"),
     "late fusion − stage 1": ("default.late_fusion", "default.stage1"),
@@ -84,7 +89,20 @@ LLM = {
 LLM_DIFFERENCES = {
     "SF-UBM − late fusion": ("default.sfubm", "default.late_fusion"),
     "SF-UBM over counts and products − that fusion": ("default.sfubm_products", "default.late_fusion_products"),
+    "SF-UBM − UniSRec": ("default.sfubm", "even_unisrec.unisrec_scratch"),
+    "SF-UBM − SASRec from co-occurrence": ("default.sfubm", "default.encoder"),
+    "SF-UBM − GRU4Rec from co-occurrence": ("default.sfubm", "default.gru4rec"),
+    "SF-UBM − ID + text from co-occurrence": ("default.sfubm", "default.id_text"),
+    "SF-UBM − text-only LoRA": ("default.sfubm", "text_lora"),
     "SF-UBM over counts and products − UniSRec": ("default.sfubm_products", "even_unisrec.unisrec_scratch"),
+}
+EXCHANGE = {
+    "teacher exchanged − nothing exchanged": ("default_exchange.stage1", "default_exchange.stage1_local"),
+    "the same beside the silo's own student": ("default_exchange.stage1_beside_own", "default_exchange.stage1_local"),
+    "**the bound**: behaviour pooled − nothing exchanged": (
+        "default_exchange.stage1_pooled",
+        "default_exchange.stage1_local",
+    ),
 }
 ABLATIONS = {
     "**the default**": "stage1",
@@ -198,6 +216,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "full differences": lambda: paired(
         {k: v for k, v in DIFFERENCES.items() if "fusion" not in k and "teacher" not in k}, full=True
     ),
+    "exchange": lambda: paired(EXCHANGE),
     "llm": llm_rows,
     "llm differences": lambda: paired(LLM_DIFFERENCES, domain="pooled"),
     "ablations": ablations,
