@@ -55,6 +55,11 @@ MAIN = {
     "Late fusion of UniSRec with counts and products": "even_unisrec.unisrec_fusion_products",
     "**Late fusion of stage 1 with counts and products**": "default.late_fusion_products",
 }
+COSTS = {
+    label: MAIN[label]
+    for label in MAIN
+    if label not in ("Random", "Popularity", "Text similarity, untrained", "UniSRec, inductive")
+}
 RANKS_CANDIDATES = ("Late", "the same", "**Late", "Random", "Text")
 DIFFERENCES = {
     "stage 1 − SASRec from co-occurrence": ("default.stage1", "default.encoder"),
@@ -182,6 +187,21 @@ def main_rows(metric: str, digits: int, everything: bool) -> str:
     return lines(["row", *(domain.capitalize().replace("lens", "Lens") for _, domain in DOMAINS)], shown)
 
 
+def costs() -> str:
+    """What beside what it takes: Hit@1 and CPU seconds of training, of the rows that train something, all users."""
+    rows = []
+    for label, method in COSTS.items():
+        row = [label]
+        for pair, domain in DOMAINS:
+            found = cells(pair, f"{domain}, all users", method)
+            seconds = [cell["train_cpu_s"] for cell in found if cell.get("train_cpu_s") is not None]
+            hit = statistics.mean(cell["metrics"]["hit@1"]["value"] for cell in found) if found else None
+            row.append(f"{short(hit, 3)}; {statistics.mean(seconds):,.0f}" if hit is not None and seconds else "–")
+        rows.append(row)
+    shown = [row for row in rows if set(row[1:]) != {"–"}]
+    return lines(["row", *(domain.capitalize().replace("lens", "Lens") for _, domain in DOMAINS)], shown)
+
+
 def paired(chosen: dict[str, tuple[str, str]], domain: str = "pooled, all users", full: bool = False) -> str:
     """Pooled differences of every pair."""
     rows = [[label, *(difference(pair, a, b, domain, full) for pair in PAIRS)] for label, (a, b) in chosen.items()]
@@ -216,6 +236,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "full differences": lambda: paired(
         {k: v for k, v in DIFFERENCES.items() if "fusion" not in k and "teacher" not in k}, full=True
     ),
+    "costs": costs,
     "exchange": lambda: paired(EXCHANGE),
     "llm": llm_rows,
     "llm differences": lambda: paired(LLM_DIFFERENCES, domain="pooled"),
