@@ -6,6 +6,9 @@ leaves its fast path: it takes eight to ten times as long as the forward one (33
 and the rest is five batched products. Logits and softmax are float32, what is multiplied with them in the inputs' format.
 """
 
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -18,17 +21,31 @@ NAME = "sdpa_own_gradient"
 HELD_LOGITS = 2_000_000
 
 
-def use_own_gradient(model: Any) -> None:
-    """Let a model's layers call :func:`attention`; one whose architecture takes no other than its own stays as it is.
-
-    Args:
-        model: a pre-trained model of transformers that was loaded with ``sdpa``; changed in place.
-    """
+def register() -> None:
+    """Tell transformers of :func:`attention`, in every process that has a model which calls it."""
     from transformers import AttentionInterface, AttentionMaskInterface  # here: a second that no other command needs
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def use_own_gradient(model: Any) -> None:
+    """Let a model's layers call :func:`attention`.
+
+    An architecture that takes no other attention than its own stays as it is, and so does one that asks whether its attention
+    is called ``sdpa``, for instance to choose the keys that are attended.
+
+    Args:
+        model: a pre-trained model of transformers that was loaded with ``sdpa``; changed in place.
+    """
+    try:
+        source = inspect.getsource(sys.modules[type(model).__module__])
+    except (KeyError, OSError, TypeError):
+        return
+    if re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)[^\n]*sdpa", source):
+        return
+    register()
     model.set_attn_implementation(NAME)
 
 
@@ -56,8 +73,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast("cpu", enabled=False):
+            return _Attention._backward(ctx, *gradients)
+
+    @staticmethod
+    def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        (gradient,) = gradients
         heads, length = query.shape[1:3]
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         step = max(1, HELD_LOGITS // (heads * length * key.shape[2]))
@@ -99,24 +120,30 @@ def attention(
         key: (B, K, S', D).
         value: (B, K, S', D').
         attention_mask: bool, True = may be attended, or additive, of a shape that broadcasts to (B, A, S, S'); ``None``: all
-            earlier ones where the layer is causal.
+            earlier ones where the layer is causal. Where a query sees nothing, the gradient is torch's.
         options: ``dropout``, ``scaling`` and others of transformers' interface.
 
     Returns:
         (B, S, A, D'), and no weights.
     """
     if not _takes(query, key, value, attention_mask, options):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return _plain(module, query, key, value, attention_mask, **options)
     assert attention_mask is not None
     if torch.is_autocast_enabled("cpu"):  # rotated queries and keys come in float32; torch's own would be cast as well
         query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
     is_bool = attention_mask.dtype == torch.bool
     mask = additive(attention_mask, query.dtype) if is_bool else attention_mask.to(query.dtype)
+    if (mask.amax(-1) == -torch.inf).any():
+        return _plain(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     out: Tensor = _Attention.apply(query, key, value, mask, scale)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None
+
+
+def _plain(module: nn.Module, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, *tensors, **options)  # type: ignore[arg-type]
 
 
 def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
@@ -124,4 +151,5 @@ def _takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, optio
     plain = not any(options.get(name) for name in ("dropout", "softcap", "output_attentions"))
     plain = plain and all(options.get(name) is None for name in ("position_bias", "cache"))
     formats = torch.is_autocast_enabled("cpu") or query.dtype == key.dtype == value.dtype
-    return wanted and plain and formats and query.device.type == "cpu" and mask is not None and query.shape[2] > 1
+    fits = mask is not None and mask.ndim == 4 and not mask.requires_grad and query.shape[2] > 1
+    return wanted and plain and formats and fits and query.device.type == "cpu"

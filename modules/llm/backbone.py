@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_sfubm.assets import resolve_model
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.modules.llm.attention import NAME, additive, use_own_gradient
+from lightning_sfubm.modules.llm.attention import NAME, additive, register, use_own_gradient
 from lightning_sfubm.modules.llm.quantized import QUANTIZED, keep_gradients, quantization_config
 from lightning_sfubm.precision import has_fast_bf16
 
@@ -106,6 +106,11 @@ class Backbone(nn.Module):
             for module in self.model.modules():
                 if hasattr(module, "cast_input_dtype_enabled"):  # to fp32, from which autocast would turn it back
                     module.cast_input_dtype_enabled = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As for any module, and its attention is known to transformers in the process that reads it."""
+        super().__setstate__(state)
+        register()
 
     @property
     def causal_lm(self) -> Any:
@@ -295,9 +300,10 @@ def _load(llm: str, num_layers: int | None, dtype: torch.dtype, quantization: An
     try:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **settings)
-            use_own_gradient(model)
         except ValueError:  # architectures without SDPA
             model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **settings)
+        else:
+            use_own_gradient(model)
     except (OSError, ValueError) as error:
         raise ConfigError(f"'{llm}' cannot be loaded as a causal LM: {' '.join(str(error).split())}") from error
     finally:

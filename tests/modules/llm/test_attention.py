@@ -1,8 +1,11 @@
 """Attention with a gradient of its own: against exact arithmetic, and only where it is for."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -75,17 +78,22 @@ def test_one_mask_for_all_rows() -> None:
         torch.testing.assert_close(tensor.grad, wanted.float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["no gradient", "no mask", "dropout", "one query"])
+@pytest.mark.parametrize("case", ["no gradient", "no mask", "dropout", "one query", "two dimensions", "learned mask"])
 def test_elsewhere_it_is_that_of_transformers(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own._Attention, "apply", None)  # would fail if it were called
     tensors, options = inputs(torch.float32), {"dropout": 0.1} if case == "dropout" else {}
     mask = None if case == "no mask" else hidden()
     if case == "one query":
         tensors[0], mask = tensors[0][:, :, -1:], hidden()[:, :, -1:]
+    if case == "two dimensions":
+        mask = torch.ones(13, 13, dtype=torch.bool).tril()
+    if case == "learned mask":
+        mask = own.additive(hidden(), torch.float32).clamp_min(-1e4).requires_grad_()
     with torch.set_grad_enabled(case != "no gradient"):
         out, _ = own.attention(Layer(), *tensors, mask, **options)
     if case != "dropout":
-        wanted, _ = exact(inputs(torch.float32), hidden() if mask is not None else torch.ones(13, 13).tril().bool())
+        causal = case in ("no mask", "two dimensions")
+        wanted, _ = exact(inputs(torch.float32), torch.ones(13, 13).tril().bool() if causal else hidden())
         torch.testing.assert_close(out, wanted[:, -out.shape[1] :].float(), rtol=1e-4, atol=1e-5)
 
 
@@ -110,3 +118,51 @@ def test_a_model_is_tuned_as_before(architecture: str, precision: str, tmp_path:
     within = 1e-3 if precision == "32" else 0.05
     for name, gradient in found[0].items():
         assert (gradient - found[1][name]).norm() <= within * found[1][name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("form", ["bool", "least of float32"])
+def test_a_query_that_sees_nothing_spoils_no_gradient(form: str) -> None:
+    mask = hidden()
+    mask[0, 0, :3] = False  # as a left-padded row has it
+    found = []
+    for attend in (own.attention, own._plain):
+        tensors = inputs(torch.float32)
+        given = mask if form == "bool" else own.additive(mask, torch.float32).clamp_min(torch.finfo(torch.float32).min)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, _ = attend(Layer(), *tensors, given)
+        out[:, 3:].float().square().sum().backward()
+        found.append([tensor.grad for tensor in tensors])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.isfinite(ours).all()
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_the_gradient_is_the_same_within_autocast() -> None:
+    found = []
+    for inside in (True, False):
+        tensors = inputs(torch.bfloat16)
+        out, _ = own.attention(Layer(), *tensors, hidden())
+        loss = (out * weights(out)).sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            loss.backward()
+        found.append([tensor.grad for tensor in tensors])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_model_that_asks_for_the_name_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own.inspect, "getsource", lambda module: 'if config._attn_implementation in ("eager", "sdpa"):')
+    model = MagicMock()
+    own.use_own_gradient(model)
+    model.set_attn_implementation.assert_not_called()
+
+
+def test_a_model_is_read_in_another_process(tmp_path: Path) -> None:
+    backbone = Backbone(str(write_tiny_llm(tmp_path / "llm")), precision="32")
+    torch.save(backbone, tmp_path / "backbone.pt")
+    states = "b.states(torch.ones(1, 3, b.embedding_dim), torch.ones(1, 3).bool(), torch.arange(3)[None])"
+    program = f"import sys, torch; b = torch.load(sys.argv[1], weights_only=False); print({states}.shape[1])"
+    command = [sys.executable, "-c", program, str(tmp_path / "backbone.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["3"], done.stderr[-2000:]
