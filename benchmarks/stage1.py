@@ -205,7 +205,7 @@ def main() -> None:
     from_neighbours = partial(SequentialRecommender, SASRec(dropout=0.4), item_init="cooccurrence")
     _, random_start = train_for(data, arguments.train_cpu_s, from_random())
     module, trained = train_for(data, arguments.train_cpu_s, from_neighbours())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     users = evaluate(data, module)
     epochs = epoch_times(data, arguments.rounds, arguments.steps)
     floors = floor(data.num_items, 128_000)
@@ -238,7 +238,7 @@ def main() -> None:
         ),
         ("epoch under the Trainer, median (CPU s)", trained["epoch_cpu_s"], "<= 6"),
         ("loading an epoch's batches (CPU s)", loading, "< 5 % of it"),
-        ("peak resident memory (GiB)", peak, "< 1"),
+        ("peak resident memory (GB)", peak, "< 1"),
     ]
     for name, value, target in rows:
         print(f"{name:48s} {value:10.4g}   {target}")

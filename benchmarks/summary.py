@@ -8,6 +8,7 @@ not left out.
 import json
 import operator
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,14 @@ def _over_peer(peers: dict[str, Any], model: str) -> float:
 
 
 def _machine(path: Path) -> str:
-    """The processor a result is from; results older than this record are of the machine the page describes."""
+    """The processor a result is from, as far as it is recorded."""
     if not path.exists():
         return ""
     facts = json.loads(path.read_text())
     parts = [facts, *(part for part in facts.values() if isinstance(part, dict))]  # or each part has its own
     cpus = [part["environment"]["hardware"]["cpu"] for part in parts if "environment" in part]
     found = next(iter(cpus), None) or facts.get("machine", {}).get("processor")
-    return "not recorded" if not found else "Intel Xeon with AMX" if "Xeon" in found else str(found)
+    return "not recorded" if not found else str(found).replace("(R)", "").replace(" Processor", "")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -108,7 +109,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 0.32 * len(known) + 1.2))
     axes = figure.subplots()
     machines = sorted({row["machine"] for row in known})
-    colours = dict(zip(machines, COLOURS, strict=False))
+    colours = dict(zip(machines, cycle(COLOURS)))
     drawn = [colours[row["machine"]] if row["met"] else MISSED for row in known]
     axes.barh(range(len(known)), shares, color=drawn)
     entries = [*colours.items(), *([("missed", MISSED)] if MISSED in drawn else [])]

@@ -98,7 +98,6 @@ LLM_DIFFERENCES = {
     "SF-UBM − SASRec from co-occurrence": ("default.sfubm", "default.encoder"),
     "SF-UBM − GRU4Rec from co-occurrence": ("default.sfubm", "default.gru4rec"),
     "SF-UBM − ID + text from co-occurrence": ("default.sfubm", "default.id_text"),
-    "SF-UBM − text-only LoRA": ("default.sfubm", "text_lora"),
     "SF-UBM over counts and products − UniSRec": ("default.sfubm_products", "even_unisrec.unisrec_scratch"),
 }
 EXCHANGE = {
