@@ -37,8 +37,8 @@ demo: $(STAMP)
 	@$(BIN)/lightning-sfubm fit --config configs/experiment/demo.yaml --trainer.default_root_dir $(RUN_DIR)
 
 test: $(STAMP)
-	@echo "Running the tests: about 20 minutes on 2 cores, 45 on a CPU without bf16 instructions; small models and an environment for Flower are fetched once."
-	@$(BIN)/python -m pytest tests
+	@echo "Running the tests, a process for each core up to four: about 20 minutes on 2 cores, 45 on a slow CPU; small models and an environment for Flower are fetched once."
+	@$(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

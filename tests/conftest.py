@@ -22,6 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of ``-n auto``: the cores that this process may use, four at most (each holds up to 3 GB)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:

@@ -33,7 +33,6 @@ AGG = "lightning_sfubm.federated."
         (KMeans(min_members=50), "aggregation.KMeans", {"min_members": 50}),
         (NoAggregation(), "aggregation.NoAggregation", {}),
     ],
-    ids=str,
 )
 def test_an_aggregator_is_described_alike_from_a_configuration_and_from_python(
     part: Any, class_path: str, init_args: dict[str, Any]
@@ -44,7 +43,7 @@ def test_an_aggregator_is_described_alike_from_a_configuration_and_from_python(
 
 
 @pytest.mark.parametrize(
-    "part", [FedAvg(), FedAdam(lr=0.5), FedYogi(), Krum(2, 2), TrimmedMean(0.3), CoordinateMedian()], ids=str
+    "part", [FedAvg(), FedAdam(lr=0.5), FedYogi(), Krum(2, 2), TrimmedMean(0.3), CoordinateMedian()]
 )
 def test_an_aggregation_of_weights_is_described_alike_from_a_configuration_and_from_python(part: Any) -> None:
     described = describe(part)
@@ -86,7 +85,6 @@ def test_a_description_holds_settings_and_no_secrets(tmp_path: Path) -> None:
         ({"local_epochs": 2}, "of this silo: schedule.local_epochs is 2 and here 1$"),
         ({"joins": {"beta": 2}}, "of this silo: schedule.joins.beta is 2 and here None$"),
     ],
-    ids=str,
 )
 def test_a_silo_refuses_a_server_that_aggregates_otherwise_and_names_the_setting(
     change: dict[str, Any],

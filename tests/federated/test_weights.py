@@ -357,7 +357,6 @@ def test_krum_sees_small_differences_between_large_weights() -> None:
         (Krum(1, multi=4), 5),
         (Krum(1, multi=5), 6),
     ],
-    ids=repr,
 )
 def test_too_few_clients_are_refused_at_set_up_and_in_the_round(aggregator, needed: int) -> None:
     aggregator.check_clients(needed)
