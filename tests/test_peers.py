@@ -3,6 +3,8 @@
 import csv
 import importlib
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(PEERS))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for name in ("harness", "export", "report", "run_ours", *FOREIGN):
+    for name in ("harness", "export", "report", "interleave", "run_ours", *FOREIGN):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
     def load(name: str) -> ModuleType:
@@ -102,6 +104,48 @@ def test_export_holds_the_split_and_no_target(script: Any, export: Any) -> None:
     padded = export.train.padded(np.array([3, 5]), 4).numpy()
     own = domain.items[splits.train_start[3] : splits.train_end[3]][-4:]
     assert (padded[0] == np.concatenate([np.zeros(4 - len(own), int), own])).all()
+
+
+def test_generated_users_are_exported_without_a_folder(
+    script: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    run("export", "--reader", "synthetic", "--items", 50, "--k-core", 0, "--max-users", 100, "--out", tmp_path / "made")
+    export = script("harness").Export.load(tmp_path / "made")
+    assert (export.num_items, len(export.train)) == (50, 100)
+    assert opened(script, export).name == "synthetic-50"
+    with pytest.raises(SystemExit):
+        run("export", "--out", tmp_path / "other")
+    assert "--data-root" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="CPU seconds are read from /proc")
+def test_runs_take_turns(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two runs prints between the lines of the other; one that fails is told by its code."""
+    busy = (
+        "import time\nfor number in range(3):\n    until = time.process_time() + 0.3\n"
+        "    while time.process_time() < until: pass\n    print(time.monotonic(), flush=True)"
+    )
+    commands = [
+        [sys.executable, "-c", busy],
+        [sys.executable, "-c", busy],
+        [sys.executable, "-c", "raise SystemExit(3)"],
+    ]
+    assert script("interleave").interleave(commands, 0.2, tmp_path / "log") == [0, 0, 3]
+    first, second = (list(map(float, (tmp_path / "log" / f"{n}.log").read_text().split())) for n in (0, 1))
+    assert len(first) == len(second) == 3
+    assert first[0] < second[-1]
+    assert second[0] < first[-1]
+
+    started, plain = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *given, **named: started.append(plain(*given, **named)) or started[-1]
+    )
+    with pytest.raises(FileNotFoundError):
+        script("interleave").interleave(
+            [[sys.executable, "-c", "import time; time.sleep(600)"], ["none"]], 0.2, tmp_path
+        )
+    assert [process.poll() for process in started] == [-signal.SIGKILL]  # not left behind, held
 
 
 def test_lists_give_the_metrics_of_the_full_scores(script: Any, export: Any, tmp_path: Path) -> None:
