@@ -4,7 +4,8 @@
 
 No file of RecBole is changed. Three places that fail with current libraries are gone around: ``recbole.quick_start`` is
 not imported (it imports ray, which uses ``np.bool8``); no checkpoint is loaded (``torch.load`` of a pickled config);
-the command line is emptied before ``Config`` reads it as settings of its own.
+the command line is emptied before ``Config`` reads it as settings of its own. One thing is in its favour: its file of
+another model switches autograd's search for NaN on for the whole process; here it is switched off again.
 """
 
 from harness import Export, Score, parse, recorder_of  # isort: skip  sets the threads, so it stands first
@@ -100,6 +101,7 @@ def main() -> None:
         to_recbole = torch.tensor([0, *(int(tokens[str(item)]) for item in range(1, recorder.export.num_items + 1))])
         loader = TrainDataLoader(config, dataset, None, shuffle=True)
         model = get_model(config["model"])(config, dataset)
+        torch.autograd.set_detect_anomaly(False)  # recbole/model/sequential_recommender/sine.py, imported with all models
         trainer = Trainer(config, model)
         score = make_score(model, to_recbole)
         under_way = False
