@@ -27,8 +27,16 @@ FIGURES: list[tuple[str, str, Callable[[Any], float], float, bool]] = [
     ("SASRec on Beauty, peak GB", "stage1", operator.itemgetter("peak_rss_gb"), 1.0, True),
     ("test NDCG@10 after 100 CPU-s, Beauty", "stage1", lambda d: d["trained"]["ndcg@10"], 0.050, False),
     ("test NDCG@10 after 100 CPU-s, MovieLens-100K", "quality", operator.itemgetter("ndcg@10"), 0.096, False),
-    ("SASRec, NDCG@10 over the best peer's, 120 CPU-s", "peers", lambda d: _over_peer(d, "sasrec"), 0.98, False),
-    ("GRU4Rec, NDCG@10 over the peer's, 120 CPU-s", "peers", lambda d: _over_peer(d, "gru4rec"), 0.98, False),
+    ("SASRec, NDCG@10 over the best peer's, Beauty", "peers", lambda d: _over_peer(d, "sasrec", 120), 0.98, False),
+    ("GRU4Rec, NDCG@10 over the peer's, Beauty", "peers", lambda d: _over_peer(d, "gru4rec", 120), 0.98, False),
+    (
+        "SASRec over the best peer, MovieLens-100K",
+        "peers_movielens",
+        lambda d: _over_peer(d, "sasrec", 100),
+        0.98,
+        False,
+    ),
+    ("GRU4Rec over the peer, MovieLens-100K", "peers_movielens", lambda d: _over_peer(d, "gru4rec", 100), 0.98, False),
     ("full-catalogue evaluation, users a CPU-s", "stage1", operator.itemgetter("eval_users_per_cpu_s"), 8000, False),
     ("epoch with 1 M items over 10 k items", "catalogue", lambda d: d["rows"][-1]["ratio"], 1.5, True),
     ("1 M items, peak GB", "catalogue", lambda d: d["rows"][-1]["peak_gb"], 8.0, True),
@@ -70,8 +78,8 @@ def collect() -> list[dict[str, Any]]:
     return rows
 
 
-def _over_peer(peers: dict[str, Any], model: str) -> float:
-    return float(peers["comparison"][model]["120"]["test_ratio"])
+def _over_peer(peers: dict[str, Any], model: str, cpu_s: int) -> float:
+    return float(peers["comparison"][model][str(cpu_s)]["test_ratio"])
 
 
 def _machine(path: Path) -> str:

@@ -81,6 +81,8 @@ def main() -> None:
     if arguments.reader == "table" and not (arguments.root and arguments.folder):
         parser.error("--reader table needs --data-root and --folder")
     meta: dict[str, Any] = {name: getattr(arguments, name) for name in SOURCE}
+    if arguments.reader != "synthetic":
+        meta["items"] = None
     data = open_data(meta)
     domain, splits = data.domain, data.splits
     starts = domain.offsets[splits.eval_users]
