@@ -36,9 +36,12 @@ demo: $(STAMP)
 	@echo "The demo fetches two small models and MovieLens-100K once (about 180 MB), then works for about 10 minutes on 2 cores (16 CPU-minutes); on a CPU without bf16 instructions an hour or more."
 	@$(BIN)/lightning-sfubm fit --config configs/experiment/demo.yaml --trainer.default_root_dir $(RUN_DIR)
 
+# Flower takes a task for dead that gives no sign of life for 30 seconds; its processes have the cores to themselves.
+FLOWER := tests/federated/test_flower.py
 test: $(STAMP)
-	@echo "Running the tests, a process for each core up to four: about 20 minutes on 2 cores, 45 on a slow CPU; small models and an environment for Flower are fetched once."
-	@$(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder
+	@echo "Running the tests, a process for each core up to four, and those of Flower after them: 20 to 40 minutes on 2 cores; small models and an environment for Flower are fetched once."
+	@$(BIN)/python -m pytest tests -n auto --dist loadfile --no-loadscope-reorder --ignore $(FLOWER)
+	@$(BIN)/python -m pytest $(FLOWER)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
