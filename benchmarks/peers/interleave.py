@@ -74,6 +74,8 @@ def main() -> int:
     arguments = parser.parse_args()
     lines = [line.strip() for line in sys.stdin]
     commands = [shlex.split(line) for line in lines if line and not line.startswith("#")]
+    if not commands or arguments.turn <= 0:
+        parser.error("give commands, one a line, on standard input, and turns of more than 0 CPU seconds")
     codes = interleave(commands, arguments.turn, arguments.log)
     for number, (command, code) in enumerate(zip(commands, codes, strict=True)):
         print(f"{code:4d}  {shlex.join(command)}" + (f"  (see {arguments.log / f'{number}.log'})" if code else ""))

@@ -101,9 +101,8 @@ def main() -> None:
         to_recbole = torch.tensor([0, *(int(tokens[str(item)]) for item in range(1, recorder.export.num_items + 1))])
         loader = TrainDataLoader(config, dataset, None, shuffle=True)
         model = get_model(config["model"])(config, dataset)
-        torch.autograd.set_detect_anomaly(
-            False
-        )  # recbole/model/sequential_recommender/sine.py, imported with all models
+        # Switched on by recbole/model/sequential_recommender/sine.py, which is imported with all models.
+        torch.autograd.set_detect_anomaly(False)
         trainer = Trainer(config, model)
         score = make_score(model, to_recbole)
         under_way = False
