@@ -6,7 +6,6 @@ import os
 import secrets
 import zipfile
 from collections.abc import Set
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_sfubm.access import own_cache
-from lightning_sfubm.assets import cache_dir, resolve_model, sha256_of
+from lightning_sfubm.assets import cache_dir, model_parts, resolve_model
 from lightning_sfubm.contracts import TextEncoder
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.precision import has_fast_bf16
@@ -107,13 +106,10 @@ class HFTextEncoder:
     @property
     def fingerprint(self) -> str:
         """Changes whenever the vectors would: model weights, tokenizer, length limit, precision, layers."""
-        folder = resolve_model(self.model)
         layers = f" layers {self.layers}" if self.layers > 1 else ""  # nothing for 1: older caches stay valid
         digest = hashlib.sha256(f"mean-pool-1 {self.max_tokens} {self.bf16}{layers}".encode())
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".safetensors", ".json", ".txt", ".bin", ".model", ".spm", ".tiktoken"):
-                facts = path.stat()
-                digest.update(f"{path.name} {_content(path, facts.st_size, facts.st_mtime_ns)}".encode())
+        for name, content in model_parts(resolve_model(self.model)):
+            digest.update(f"{name} {content}".encode())
         return digest.hexdigest()[:24]
 
     @torch.inference_mode()
@@ -157,12 +153,6 @@ class HFTextEncoder:
         kept = [output.last_hidden_state] if self.layers == 1 else output.hidden_states[-self.layers :]
         pooled = [F.normalize((states.float() * weights).sum(1) / weights.sum(1), dim=-1) for states in kept]
         return (pooled[0] if self.layers == 1 else torch.cat(pooled, 1) / math.sqrt(self.layers)).cpu()
-
-
-@lru_cache
-def _content(path: Path, size: int, changed_ns: int) -> str:
-    """Hash of a whole file, read once a process as long as size and time stand: tuning may have changed one layer alone."""
-    return sha256_of(path)
 
 
 def encode_cached(

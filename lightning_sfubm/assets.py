@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -129,6 +130,21 @@ def resolve_model(name: str) -> Path:
     raise AssetError(
         f"model '{name}' is neither a folder, a hub id (org/model) nor one of {sorted(MODELS)}; {WAYS_OUT}"
     )
+
+
+def model_parts(folder: Path) -> list[tuple[str, str]]:
+    """Name and sha256 of each file of a model's folder that bears on what the model does, sorted by name.
+
+    A file is read once a process as long as its size and time stand.
+    """
+    kinds = (".safetensors", ".json", ".txt", ".bin", ".model", ".spm", ".tiktoken", ".jinja")
+    files = [(path, path.stat()) for path in sorted(folder.iterdir()) if path.suffix in kinds]
+    return [(path.name, _content(path, facts.st_size, facts.st_mtime_ns)) for path, facts in files]
+
+
+@lru_cache
+def _content(path: Path, size: int, changed_ns: int) -> str:
+    return sha256_of(path)
 
 
 def resolve_data(name: str) -> Path:

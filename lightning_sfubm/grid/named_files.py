@@ -1,11 +1,14 @@
-"""Settings that stand outside a configuration: the files it names."""
+"""What stands outside a configuration but bears on a run: settings files and folders of models that it names."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from lightning_sfubm.assets import MODELS, model_parts
 
 _SUFFIXES = (".yaml", ".yml", ".json")  # of settings; what data are read from is in the hash of the data
 
@@ -22,26 +25,57 @@ def named_files(configs: Iterable[Path], flags: Iterable[str]) -> list[tuple[str
     Returns:
         Name and sha256 of the content of each file that is there, sorted.
     """
-    found: dict[Path, tuple[str, str]] = {}
+    return sorted((name, hashlib.sha256(content).hexdigest()) for name, content in _files(configs, flags)[1].values())
+
+
+def named_models(configs: Iterable[Path], flags: Iterable[str]) -> dict[str, str]:
+    """Local folders of backbones and text encoders, as transformers saves them, named where :func:`named_files` looks.
+
+    Args:
+        configs: YAML files.
+        flags: options of ``lightning-sfubm fit``.
+
+    Returns:
+        ``model NAME`` -> digest of what lies in the folder. Embedded models are not among them: the one version of each that
+        there is was checked when it was fetched.
+    """
+    given, files = _files(configs, flags)
+    names = {name for text in (*given, *(content for _, content in files.values())) for name in _names(text)}
+    folders = {name: os.path.expanduser(name) for name in sorted(names - set(MODELS))}
+    return {
+        f"model {name}": hashlib.sha256(json.dumps(model_parts(Path(folder))).encode()).hexdigest()
+        for name, folder in folders.items()
+        if os.path.isfile(os.path.join(folder, "config.json"))
+    }
+
+
+def _files(configs: Iterable[Path], flags: Iterable[str]) -> tuple[list[str | bytes], dict[Path, tuple[str, bytes]]]:
+    """Texts of configurations and options, and the files they and each other name: where they are -> name and content."""
+    found: dict[Path, tuple[str, bytes]] = {}
+    texts: list[str | bytes] = []
     for path in configs:
-        _follow(path.read_bytes(), path.parent, found)
+        texts.append(path.read_bytes())
+        _follow(texts[-1], path.parent, found)
     for flag in flags:
-        _follow(flag.partition("=")[2] if flag.startswith("--") else flag, Path(), found)
-    return sorted(found.values())
+        texts.append(flag.partition("=")[2] if flag.startswith("--") else flag)
+        _follow(texts[-1], Path(), found)
+    return texts, found
 
 
-def _follow(text: str | bytes, folder: Path, found: dict[Path, tuple[str, str]]) -> None:
+def _follow(text: str | bytes, folder: Path, found: dict[Path, tuple[str, bytes]]) -> None:
     for name in _names(text):
-        for path in (Path(name).expanduser(), folder / name):
+        if not name.endswith(_SUFFIXES):
+            continue
+        for path in (Path(os.path.expanduser(name)), folder / name):
             if os.path.isfile(path) and path.resolve() not in found:
                 content = path.read_bytes()
-                found[path.resolve()] = name, hashlib.sha256(content).hexdigest()
+                found[path.resolve()] = name, content
                 _follow(content, path.parent, found)
 
 
 @lru_cache(maxsize=1024)
 def _names(text: str | bytes) -> tuple[str, ...]:
-    """Values of a YAML text that may name a settings file; none where it is no YAML."""
+    """Texts among the values of a YAML text; none where it is no YAML."""
     import yaml
 
     try:
@@ -54,5 +88,5 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _texts(part)
-    elif isinstance(value, str) and value.endswith(_SUFFIXES):
+    elif isinstance(value, str):
         yield value

@@ -24,6 +24,7 @@ from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.evaluation.results import PerUserResults, write_atomically
 from lightning_sfubm.federated.checkpoint import find_state, stored_states
 from lightning_sfubm.grid.cells import cell_path, read_cell, write_cell
+from lightning_sfubm.grid.named_files import named_models
 from lightning_sfubm.grid.spec import Grid, Run, cell_hash, values_of
 from lightning_sfubm.locks import locked
 
@@ -102,7 +103,7 @@ def run_grid(
     def compute(number: int, run: Run) -> bool:
         # Read once: what is edited while the run is at work is not what its cells were computed with.
         here, settings, name = data[parts[run.key]], run.settings_hash(), f"{number}/{len(chosen)} {run.key}"
-        key = cell_hash(settings, here)
+        key = cell_hash(settings, here | named_models(run.configs, run.flags))
         if _can_go_on(out / "runs" / run.key / "checkpoints"):
             # Rows whose cells are gone, or that a killed run had not made cells of: those of the commit and machine that
             # computed them.

@@ -69,7 +69,7 @@ class Run:
 
 
 def cell_hash(settings: str, sources: dict[str, str]) -> str:
-    """Of the settings of a run (:meth:`Run.settings_hash`) and the content of its data."""
+    """Of the settings of a run (:meth:`Run.settings_hash`) and the content of its data and of the local models it names."""
     return hashlib.sha256(json.dumps([settings, sources], sort_keys=True).encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.grid.cells import all_cells, without_users
 from lightning_sfubm.grid.command import results
 from lightning_sfubm.grid.comparisons import by_seed, comparisons
+from lightning_sfubm.grid.named_files import named_models
 from lightning_sfubm.grid.runner import run_grid
 from lightning_sfubm.grid.spec import load_grid
 from lightning_sfubm.grid.tables import left_out, ordered
@@ -122,6 +124,28 @@ def test_the_hash_of_a_run_follows_the_files_that_it_names(tmp_path: Path, text:
         hashes.append(run.settings_hash())
         assert run.settings_hash() == run.settings_hash()
     assert len(set(hashes)) == 4
+
+
+@pytest.mark.parametrize("flags", [["--model.init_args.llm={folder}"], ["--config", "{overlay}"]])
+def test_a_run_is_computed_again_where_its_local_model_has_changed(
+    tmp_path: Path, fit: FakeFit, flags: list[str]
+) -> None:
+    folder, overlay = tmp_path / "llm", tmp_path / "overlay.yaml"
+    folder.mkdir()
+    overlay.write_text(f"model: {{init_args: {{llm: {folder}}}}}\n")
+    flags = [flag.format(folder=folder, overlay=overlay) for flag in flags]
+    path = grid_file(tmp_path, runs={"v": {"rows": ["stage1"], "flags": flags}}, comparisons=[])
+    grid, out = load_grid(path, set(METHODS)), tmp_path / "out"
+    for number, weights in enumerate(("one", "one", "two"), 1):
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_text(weights)
+        os.utime(folder / "model.safetensors", ns=(number, number))  # as a file system with coarse times might not
+        assert run_grid(grid, out, None, [], None) == []
+        assert len(fit.calls) == (1 if weights == "one" else 2)
+    (run,) = grid.runs
+    assert list(named_models(run.configs, run.flags)) == [f"model {folder}"]
+    (folder / "config.json").unlink()  # then it is no model
+    assert named_models(run.configs, [*run.flags, "~nobody-of-this-name", "smollm2-135m", "a\0b"]) == {}
 
 
 def test_comments_layout_and_methods_of_a_configuration_make_no_cell_out_of_date(
