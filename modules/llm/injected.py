@@ -107,6 +107,8 @@ class InjectedLM(L.LightningModule):
                 hp.adapter_targets,
                 hp.activation_checkpointing,
             )
+        if not self.training:  # loaded late: adapters would drop inputs while the head ranks
+            self.backbone.eval()
         self._tree = supports_tree(self.backbone)
 
     def attach_stage1(self, stage1: Stage1 | None, catalogue: Catalogue) -> None:

@@ -52,6 +52,17 @@ def test_untrained_head_ranks_as_stage1(llm, stage1, catalogue, make_batch):
     torch.testing.assert_close(head.rank(batch).std(1, correction=0), torch.full((3,), 2.0))
 
 
+def test_a_backbone_loaded_late_drops_nothing_where_the_head_does_not(llm, catalogue, make_batch):
+    head = LLMHead(llm, template="movies", precision="32", adapter_dropout=0.5).eval()
+    head.attach_stage1(None, catalogue)
+    assert not any(module.training for module in head.modules())
+    prompts = head.prompts.build(make_batch()["history"])
+    first, second = (
+        head.lm.states(head.lm.embed(prompts.tokens), prompts.branch >= 0, prompts.positions) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
 def test_count_affinities_join_the_residual(llm, stage1, catalogue, make_batch, tmp_path):
     """Columns of the domain's counts beside those of stage 1; a checkpoint asks for them again."""
     histories = TrainHistories(np.arange(1, 31), np.array([0]), np.array([30]))
