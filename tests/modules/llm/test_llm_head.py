@@ -56,7 +56,8 @@ def test_a_backbone_loaded_late_drops_nothing_where_the_head_does_not(llm, catal
     head = LLMHead(llm, template="movies", precision="32", adapter_dropout=0.5).eval()
     head.attach_stage1(None, catalogue)
     assert not any(module.training for module in head.modules())
-    prompts = head.prompts.build(make_batch()["history"])
+    batch = make_batch()
+    prompts = head.prompts.build(batch["history"], batch["candidates"])
     first, second = (
         head.lm.states(head.lm.embed(prompts.tokens), prompts.branch >= 0, prompts.positions) for _ in range(2)
     )
