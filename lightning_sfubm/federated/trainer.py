@@ -11,20 +11,11 @@ from typing import Any, TypeVar
 import lightning as L
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import (
-    Callback,
-    DeviceStatsMonitor,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ProgressBar,
-    ThroughputMonitor,
-)
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lightning_sfubm.callbacks.data_card import DataCardPrinter
 from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
-from lightning_sfubm.callbacks.progress import LabelledProgressBar
 from lightning_sfubm.callbacks.round_logger import RoundLogger
 from lightning_sfubm.checkpoints import check_same_settings, resolve
 from lightning_sfubm.errors import CheckpointError, ConfigError
@@ -32,11 +23,11 @@ from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.checkpoint import find_state
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.evaluation import evaluate_clients, predict_clients, restore_trained, set_top_k
-from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.launch import run_together
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
 from lightning_sfubm.federated.state import OF_SILO
+from lightning_sfubm.federated.trainer_flags import TrainerFlags
 from lightning_sfubm.federated.twins import train_twins
 from lightning_sfubm.federated.workers import WorkerPool, import_ahead
 from lightning_sfubm.locks import locked
@@ -49,9 +40,6 @@ from lightning_sfubm.training import CloseAtExit, RankSeed, SeededTrainer
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _NEEDS = "a federated run needs trainer.federation and a FederatedDataModule with at least one entry in data.domains"
-_PARTS = {"accelerator", "strategy", "plugins", "profiler"}
-_NEED_LOGGER = (LearningRateMonitor, DeviceStatsMonitor, ThroughputMonitor)
-_OWN = {"max_epochs", "min_epochs", "callbacks", "logger", "default_root_dir", "num_sanity_val_steps", "max_steps"}
 
 
 class FederatedTrainer(L.Trainer):
@@ -73,12 +61,9 @@ class FederatedTrainer(L.Trainer):
         self.federation = federation
         if federation is not None and federation.workers:
             import_ahead()  # while models and data are made
-        # Copies of parts that a trainer makes its own: each training gets one of its own in turn.
-        self._flags = {k: copy.deepcopy(v) if k in _PARTS else v for k, v in kwargs.items()}
-        # A copy: Lightning adds callbacks of its own to the list it is given.
-        self._user_callbacks: list[Callback] = _as_list(kwargs.get("callbacks"))
+        self._flags = TrainerFlags(kwargs)
         if federation is not None:
-            if any(isinstance(c, ModelCheckpoint) for c in self._user_callbacks):
+            if any(isinstance(c, ModelCheckpoint) for c in self._flags.callbacks):
                 raise ConfigError(
                     "a federated run keeps states of its own below trainer.default_root_dir, and of each training the best "
                     "epoch: take ModelCheckpoint out of trainer.callbacks"
@@ -93,7 +78,7 @@ class FederatedTrainer(L.Trainer):
             # Lightning's default logger would open a folder that nothing is written to.
             kwargs["logger"] = kwargs.get("logger") or False
         kwargs.setdefault("use_distributed_sampler", False)  # the batch samplers shard by rank themselves
-        kwargs["callbacks"] = [*self._user_callbacks, CloseAtExit(), RankSeed(self.seed)]
+        kwargs["callbacks"] = [*self._flags.callbacks, CloseAtExit(), RankSeed(self.seed)]
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = SafeCheckpointIO()
@@ -140,29 +125,16 @@ class FederatedTrainer(L.Trainer):
 
         Callbacks with ``rounds_only`` (FedProx, differential privacy of what is shared) are left out unless it ``shares``.
         """
-        flags = {k: copy.deepcopy(v) if k in _PARTS else v for k, v in self._flags.items() if k not in _OWN} | overrides
-        local = (c for c in self._user_callbacks if _is_local(c) and (shares or not getattr(c, "rounds_only", False)))
-        if client is None:  # nowhere to log to
-            local = (c for c in local if not isinstance(c, _NEED_LOGGER))
-        own: list[Callback] = [copy.deepcopy(c) for c in local]
-        if flags.get("enable_progress_bar") in (None, True):
-            own.append(LabelledProgressBar(label))
-        callbacks = list(callbacks)
-        if not any(isinstance(c, RankSeed) for c in callbacks):
-            own.append(RankSeed(derive_seed(self.seed, "fit", label)))
-        # A training keeps its best epoch whatever was asked for: that is how it ends.
-        flags["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
-        flags["use_distributed_sampler"] = False  # the batch samplers shard by rank themselves
-        flags["enable_model_summary"] = flags.get("enable_model_summary") or False
+        flags = self._flags.of_training(
+            label, callbacks, client is not None, shares, derive_seed(self.seed, "fit", label), overrides
+        )
         quiet_lightning()
         return SeededTrainer(
             run_seed=self.run_seed,
             max_epochs=max_epochs,
             min_epochs=min_epochs,
-            callbacks=[*own, *callbacks],
             logger=self._client_loggers(client) if client else False,
             default_root_dir=folder or self.run_dir,
-            num_sanity_val_steps=0,
             **flags,
         )
 
@@ -174,7 +146,7 @@ class FederatedTrainer(L.Trainer):
             return self.make_trainer(**{"client": name, **kwargs})
 
         client = Client(name, copy.deepcopy(model), domain, make_trainer, seed)
-        for callback in self._user_callbacks:
+        for callback in self._flags.callbacks:
             if hasattr(callback, "order_seed"):
                 client.order_seed = callback.order_seed(seed, name)
         client.prepare()
@@ -197,15 +169,15 @@ class FederatedTrainer(L.Trainer):
             if self.world_size > 1:
                 raise ConfigError("federation.workers trains clients on one device each: set trainer.devices to 1")
             domains = {name: client.datamodule for name, client in clients.items()}
-            flags = {k: v for k, v in self._flags.items() if k != "logger"} | {"callbacks": self._user_callbacks}
+            flags = self._flags.of_worker()
             loop.workers = WorkerPool(federation.workers, copy.deepcopy(model), domains, flags, self.seed)
         return loop
 
     @property
     def loop_callbacks(self) -> list[Callback]:
         """Callbacks of a federated loop: those that were configured, and the one that logs rounds."""
-        quiet = self._flags.get("enable_progress_bar") is False or not is_first()
-        return [*self._user_callbacks, RoundLogger(quiet)]
+        quiet = self._flags.quiet or not is_first()
+        return [*self._flags.callbacks, RoundLogger(quiet)]
 
     def build_clients(self, model: L.LightningModule, datamodule: Any) -> dict[str, Client]:
         """A client for every domain, ready to train, with a copy of the model."""
@@ -242,7 +214,7 @@ class FederatedTrainer(L.Trainer):
             loop.go_on(ckpt_path)
         loop.check_start()
         if loop.counters.step == 0 and loop.shares_teacher and loop.federation.rounds:
-            for callback in self._user_callbacks:
+            for callback in self._flags.callbacks:
                 if isinstance(callback, DifferentialPrivacy):
                     for name, client in loop.clients.items():
                         epochs = loop.federation.epochs(name)
@@ -391,14 +363,3 @@ class FederatedTrainer(L.Trainer):
             csv = CSVLogger(self.run_dir / "csv", name=client)
             self.client_loggers[client] = [csv, *(PrefixedLogger(x, client) for x in self.shared_loggers)]
         return self.client_loggers[client]
-
-
-def _is_local(callback: Callback) -> bool:
-    # Progress bars get a label of their own; saving the config is the command line's, once per run.
-    return not isinstance(callback, (FederatedCallback, ProgressBar, SaveConfigCallback))
-
-
-def _as_list(callbacks: Any) -> list[Callback]:
-    if callbacks is None:
-        return []
-    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]

@@ -140,8 +140,8 @@ class InjectedLM(L.LightningModule):
             self.register_buffer("id_table", ids.detach().float().to(self.device), persistent=False)
             self.register_buffer("semantic_table", semantics.detach().float().to(self.device), persistent=False)
         self._build_prompts()
-        if not self.training:  # what was made here would be in training mode, its adapters drop inputs while the head ranks
-            self.eval()
+        if not self.training:
+            self.eval()  # what was made here is in training mode, and adapters would drop inputs while the head ranks
 
     def _build_trainables(self, hidden_dim: int, affinity_names: tuple[str, ...], restored: bool = False) -> None:
         """Projectors and residual for a stage 1 of this shape (H = 0: none). Keeps those already there.
