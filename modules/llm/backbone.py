@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_sfubm.assets import resolve_model
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.llm.attention import NAME, additive, register, use_own_gradient
+from lightning_sfubm.modules.llm.norms import use_frozen_norms
 from lightning_sfubm.modules.llm.quantized import QUANTIZED, keep_gradients, quantization_config
 from lightning_sfubm.precision import has_fast_bf16
 
@@ -31,10 +32,6 @@ DROPOUTS = (
     "embd_pdrop",
     "attn_pdrop",
 )
-
-
-#: architectures whose layers read ``input_layernorm`` and ``post_attention_layernorm`` by linear layers alone
-NORMS_TO_LINEAR = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Backbone(nn.Module):
@@ -85,8 +82,7 @@ class Backbone(nn.Module):
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
                 module.float()  # under autocast its input is fp32, and a CPU takes no weights of another precision
-        if self.bf16 and quantization is None:
-            _cast_once(model)
+        use_frozen_norms(model, cast=self.bf16 and quantization is None)
         if activation_checkpointing:
             _checkpoint_activations(model, llm)
         self.config = model.config
@@ -309,22 +305,6 @@ def _load(llm: str, num_layers: int | None, dtype: torch.dtype, quantization: An
     finally:
         logger.setLevel(level)
     return model.eval(), tokenizer
-
-
-def _cast_once(model: Any) -> None:
-    """Cast the output of a norm, of which there is one, in place of the input of each linear layer that reads it.
-
-    The residual stream is fp32 and so are the norms of it; under autocast every linear layer casts what it is given.
-    """
-    if model.config.model_type not in NORMS_TO_LINEAR:
-        return
-    for name, module in model.named_modules():
-        if name.endswith((".input_layernorm", ".post_attention_layernorm")):
-            module.register_forward_hook(_to_bf16)
-
-
-def _to_bf16(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-    return output.to(torch.bfloat16)
 
 
 def _checkpoint_activations(model: Any, llm: str) -> None:
