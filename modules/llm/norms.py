@@ -92,5 +92,5 @@ def _is_rms_norm(module: nn.Module) -> bool:
     one = [name for name, _ in module.named_parameters()] == ["weight"] and not list(module.children())
     if not (type(module).__name__.endswith("RMSNorm") and one and isinstance(eps, float) and weight is not None):
         return False
-    x = torch.linspace(-2, 3, 2 * len(weight), device=weight.device).view(2, -1)
+    x = torch.linspace(-2, 3, 2 * len(weight), dtype=torch.float32, device=weight.device).view(2, -1)
     return torch.allclose(module(x).float(), FrozenRMSNorm(module.weight, eps)(x).float(), rtol=1e-4, atol=1e-5)
