@@ -76,21 +76,22 @@ def use_frozen_norms(model: Any, cast: bool) -> None:
     """
     cast = cast and model.config.model_type in NORMS_TO_LINEAR
     for name, module in list(model.named_modules()):
-        to_linear = cast and name.endswith((".input_layernorm", ".post_attention_layernorm"))
-        if _is_rms_norm(module):
+        if (frozen := _same(module)) is not None:
+            if cast and name.endswith((".input_layernorm", ".post_attention_layernorm")):
+                frozen.dtype = torch.bfloat16
             parent, _, child = name.rpartition(".")
-            eps = getattr(module, "variance_epsilon", None) or module.eps
-            frozen = FrozenRMSNorm(module.weight, eps, torch.bfloat16 if to_linear else None)
             setattr(model.get_submodule(parent), child, frozen)
 
 
 @torch.no_grad()
-def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether it is such a norm by name and, for a few numbers, by what it computes (some add 1 to their weight)."""
+def _same(module: nn.Module) -> FrozenRMSNorm | None:
+    """The norm in its place, where it is one by name and computes the same of a few numbers (some add 1 to their weight)."""
     eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
-    weight = getattr(module, "weight", None)
-    one = [name for name, _ in module.named_parameters()] == ["weight"] and not list(module.children())
-    if not (type(module).__name__.endswith("RMSNorm") and one and isinstance(eps, float) and weight is not None):
-        return False
-    x = torch.linspace(-2, 3, 2 * len(weight), dtype=torch.float32, device=weight.device).view(2, -1)
-    return torch.allclose(module(x).float(), FrozenRMSNorm(module.weight, eps)(x).float(), rtol=1e-4, atol=1e-5)
+    parameters = dict(module.named_parameters())
+    if not (type(module).__name__.endswith("RMSNorm") and list(parameters) == ["weight"] and isinstance(eps, float)):
+        return None
+    frozen = FrozenRMSNorm(parameters["weight"], eps)
+    x = torch.linspace(-2, 3, 2 * len(frozen.weight), dtype=torch.float32, device=frozen.weight.device)
+    x = x.view(2, -1)
+    same = torch.allclose(module(x).float(), frozen(x).float(), rtol=1e-4, atol=1e-5)
+    return frozen if same else None
