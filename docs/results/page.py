@@ -108,6 +108,34 @@ EXCHANGE = {
         "default_exchange.stage1_local",
     ),
 }
+WRITTEN = {
+    "TALLRec, 600 samples": "tallrec",
+    "LLaRA, 200 samples": "llara",
+    "A-LLMRec, 200 samples": "a_llmrec",
+    "SF-UBM, candidates in the prompt, free answer": "sfubm_list.sfubm_list",
+    "the same head, answer among the candidates": "sfubm_list.sfubm_list_constrained",
+    "the same head, by title likelihood": "sfubm_list.sfubm_list_likelihood",
+}
+EVERYONE = {
+    "Popularity": ("popularity", "beauty.popularity"),
+    "Text similarity, untrained": ("text_similarity", "beauty.text_similarity"),
+    "GRU4Rec from co-occurrence": ("default.gru4rec", "beauty_baselines.gru4rec"),
+    "SASRec from co-occurrence": ("default.encoder", "beauty.encoder"),
+    "ID + text from co-occurrence": ("default.id_text", "beauty_baselines.id_text"),
+    "UniSRec without pre-training": ("even_unisrec.unisrec_scratch", "beauty_baselines.unisrec_scratch"),
+    "SF-UBM stage 1": ("default.stage1", "beauty.stage1"),
+    "SF-UBM stage 1, student and teacher": ("default.stage1_with_teacher", "beauty.stage1_with_teacher"),
+    "Late fusion of stage 1 and text": ("default.late_fusion", "beauty.late_fusion"),
+    "the same with counts": ("default.late_fusion_counts", "beauty.late_fusion_counts"),
+    "Late fusion of UniSRec with counts and products": (
+        "even_unisrec.unisrec_fusion_products",
+        "beauty_baselines.unisrec_fusion_products",
+    ),
+    "**Late fusion of stage 1 with counts and products**": (
+        "default.late_fusion_products",
+        "beauty.late_fusion_products",
+    ),
+}
 ABLATIONS = {
     "**the default**": "stage1",
     "without distillation": "stage1_no_fkd",
@@ -119,15 +147,15 @@ ABLATIONS = {
 
 
 @cache
-def rows_of(pair: str) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
-    """Published cells of a pair that its grid has, by domain and row."""
-    grid = load_grid(HERE.parents[1] / "configs" / "results" / f"{pair}.yaml", set(METHODS))
-    return ordered(grid, all_cells(HERE / pair))
+def rows_of(grid: str) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
+    """Published cells that a grid has, by pair and domain, then by row."""
+    chosen = load_grid(HERE.parents[1] / "configs" / "results" / f"{grid}.yaml", set(METHODS))
+    return ordered(chosen, all_cells(HERE / grid))
 
 
-def cells(pair: str, domain: str, method: str) -> list[dict[str, Any]]:
-    """The cells of a row, by seed; none where it was not run, or with other settings than the grid has."""
-    return rows_of(pair).get((pair, domain), {}).get(method, [])
+def cells(pair: str, domain: str, method: str, grid: str = "") -> list[dict[str, Any]]:
+    """The cells of a row, by seed; none where it was not run, or with other settings than the grid (the pair's own) has."""
+    return rows_of(grid or pair).get((pair, domain), {}).get(method, [])
 
 
 @cache
@@ -148,9 +176,9 @@ def signed(value: float, digits: int = 3) -> str:
     return ("" if float(text) == 0 else "+" if value > 0 else "−") + text
 
 
-def mean(pair: str, domain: str, method: str, metric: str, digits: int) -> str:
+def mean(pair: str, domain: str, method: str, metric: str, digits: int, grid: str = "") -> str:
     """Mean over seeds, with their standard deviation where there are several."""
-    values = [cell["metrics"][metric]["value"] for cell in cells(pair, domain, method)]
+    values = [cell["metrics"][metric]["value"] for cell in cells(pair, domain, method, grid)]
     if not values or None in values:
         return "–"
     spread = f" ± {short(statistics.stdev(values), digits)}" if len(values) > 1 else ""
@@ -215,6 +243,31 @@ def llm_rows() -> str:
     return lines(["row", *(domain.capitalize().replace("lens", "Lens") for _, domain in DOMAINS)], rows)
 
 
+def written() -> str:
+    """How many answers of a generating row name exactly one candidate, and how many the right one."""
+    pair, rows = "health_beauty", []
+    for label, method in WRITTEN.items():
+        values = [
+            mean(pair, domain, method, metric, 3) for metric in ("valid_ratio", "hit@1") for domain in PAIRS[pair]
+        ]
+        rows.append([label, *values])
+    return lines(["row", "valid, Beauty", "Health", "Hit@1, Beauty", "Health"], rows)
+
+
+def everyone() -> str:
+    """Rows of 10,000 users of Beauty beside those of all of them."""
+    rows = []
+    for label, methods in EVERYONE.items():
+        chosen = zip(methods, ("health_beauty", "full_data"), strict=True)
+        values = [
+            mean("health_beauty", "beauty, all users", method, metric, digits, grid)
+            for method, grid in chosen
+            for metric, digits in (("hit@1", 3), ("full_ndcg@10", 4))
+        ]
+        rows.append([label, *values])
+    return lines(["row", "10,000 users", "full NDCG@10", "22,332 users", "full NDCG@10"], rows)
+
+
 def ablations() -> str:
     """What the parts of distillation bring to the student, on Health and Beauty."""
     pair, everyone, rows = "health_beauty", ", all users", []
@@ -240,6 +293,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "llm": llm_rows,
     "llm differences": lambda: paired(LLM_DIFFERENCES, domain="pooled"),
     "ablations": ablations,
+    "written": written,
+    "everyone": everyone,
 }
 
 
