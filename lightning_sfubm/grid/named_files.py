@@ -41,7 +41,7 @@ def named_models(configs: Iterable[Path], flags: Iterable[str]) -> dict[str, str
     """
     given, files = _files(configs, flags)
     names = {name for text in (*given, *(content for _, content in files.values())) for name in _names(text)}
-    folders = {name: os.path.expanduser(name) for name in sorted(names - set(MODELS))}
+    folders = {name: os.path.expanduser(name) for name in sorted(names - {*MODELS, ""})}
     return {
         f"model {name}": hashlib.sha256(json.dumps(model_parts(Path(folder))).encode()).hexdigest()
         for name, folder in folders.items()
