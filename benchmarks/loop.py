@@ -53,7 +53,7 @@ def main() -> None:
         quiet = ["--trainer.default_root_dir", folder, "--trainer.enable_progress_bar", "false"]
         cli = Parsed(args=["fit", *sys.argv[1:], *quiet])
         trainer = cli.trainer
-        trainer._user_callbacks.append(EpochTime())
+        trainer.flags.callbacks.append(EpochTime())
         loop = trainer.build_loop(cli.model, cli.datamodule)
         started = time.process_time()
         loop.run()

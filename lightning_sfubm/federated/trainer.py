@@ -61,9 +61,9 @@ class FederatedTrainer(L.Trainer):
         self.federation = federation
         if federation is not None and federation.workers:
             import_ahead()  # while models and data are made
-        self._flags = TrainerFlags(kwargs)
+        self.flags = TrainerFlags(kwargs)  #: what was asked for
         if federation is not None:
-            if any(isinstance(c, ModelCheckpoint) for c in self._flags.callbacks):
+            if any(isinstance(c, ModelCheckpoint) for c in self.flags.callbacks):
                 raise ConfigError(
                     "a federated run keeps states of its own below trainer.default_root_dir, and of each training the best "
                     "epoch: take ModelCheckpoint out of trainer.callbacks"
@@ -78,7 +78,7 @@ class FederatedTrainer(L.Trainer):
             # Lightning's default logger would open a folder that nothing is written to.
             kwargs["logger"] = kwargs.get("logger") or False
         kwargs.setdefault("use_distributed_sampler", False)  # the batch samplers shard by rank themselves
-        kwargs["callbacks"] = [*self._flags.callbacks, CloseAtExit(), RankSeed(self.seed)]
+        kwargs["callbacks"] = [*self.flags.callbacks, CloseAtExit(), RankSeed(self.seed)]
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = SafeCheckpointIO()
@@ -125,7 +125,7 @@ class FederatedTrainer(L.Trainer):
 
         Callbacks with ``rounds_only`` (FedProx, differential privacy of what is shared) are left out unless it ``shares``.
         """
-        flags = self._flags.of_training(
+        flags = self.flags.of_training(
             label, callbacks, client is not None, shares, derive_seed(self.seed, "fit", label), overrides
         )
         quiet_lightning()
@@ -146,7 +146,7 @@ class FederatedTrainer(L.Trainer):
             return self.make_trainer(**{"client": name, **kwargs})
 
         client = Client(name, copy.deepcopy(model), domain, make_trainer, seed)
-        for callback in self._flags.callbacks:
+        for callback in self.flags.callbacks:
             if hasattr(callback, "order_seed"):
                 client.order_seed = callback.order_seed(seed, name)
         client.prepare()
@@ -169,15 +169,15 @@ class FederatedTrainer(L.Trainer):
             if self.world_size > 1:
                 raise ConfigError("federation.workers trains clients on one device each: set trainer.devices to 1")
             domains = {name: client.datamodule for name, client in clients.items()}
-            flags = self._flags.of_worker()
+            flags = self.flags.of_worker()
             loop.workers = WorkerPool(federation.workers, copy.deepcopy(model), domains, flags, self.seed)
         return loop
 
     @property
     def loop_callbacks(self) -> list[Callback]:
         """Callbacks of a federated loop: those that were configured, and the one that logs rounds."""
-        quiet = self._flags.quiet or not is_first()
-        return [*self._flags.callbacks, RoundLogger(quiet)]
+        quiet = self.flags.quiet or not is_first()
+        return [*self.flags.callbacks, RoundLogger(quiet)]
 
     def build_clients(self, model: L.LightningModule, datamodule: Any) -> dict[str, Client]:
         """A client for every domain, ready to train, with a copy of the model."""
@@ -214,7 +214,7 @@ class FederatedTrainer(L.Trainer):
             loop.go_on(ckpt_path)
         loop.check_start()
         if loop.counters.step == 0 and loop.shares_teacher and loop.federation.rounds:
-            for callback in self._flags.callbacks:
+            for callback in self.flags.callbacks:
                 if isinstance(callback, DifferentialPrivacy):
                     for name, client in loop.clients.items():
                         epochs = loop.federation.epochs(name)

@@ -207,8 +207,8 @@ def test_uploads_are_perturbed_once_and_in_a_private_order(federated_data: Any, 
                 self.clean.setdefault(client, tensors["vectors"])
             return tensors
 
-    before, after = Spy(), Spy()
-    trainer = federated_trainer(callbacks=[before, PrivacyNoise(0.1), after], rounds=1)
+    before, noise, after = Spy(), PrivacyNoise(0.1), Spy()
+    trainer = federated_trainer(callbacks=[before, noise, after], rounds=1)
     trainer.fit(small_distiller(), datamodule=federated_data())
     for name, client in trainer.loop.clients.items():
         stored = client.module.semantics()
@@ -217,7 +217,7 @@ def test_uploads_are_perturbed_once_and_in_a_private_order(federated_data: Any, 
         cosine = (before.clean[name] * after.clean[name]).sum(1).mean()
         assert abs(float(cosine) - (1 + 32 * 0.01) ** -0.5) < 0.05
         first = client.semantics()
-        mechanism = trainer._user_callbacks[1].mechanism(trainer.seed, name)
+        mechanism = noise.mechanism(trainer.seed, name)
         assert torch.equal(mechanism(first), after.clean[name])
         # The answer lands on the right rows: undoing the private order gives it back.
         client.receive_semantics(first)
