@@ -69,6 +69,21 @@ def test_a_weight_that_is_trained_gets_its_gradient() -> None:
     torch.testing.assert_close(norm.weight.grad, (without / norm.weight).sum(0).detach())
 
 
+class GatedRMSNorm(LlamaRMSNorm):
+    """One that takes more than its input."""
+
+    def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(hidden_states) * gate
+
+
+class HeadsRMSNorm(LlamaRMSNorm):
+    """One with a weight for each head."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__(width)
+        self.weight = nn.Parameter(torch.ones(heads, width))
+
+
 class Layers(nn.Module):
     """Norms of several kinds under the names that layers give them."""
 
@@ -80,6 +95,8 @@ class Layers(nn.Module):
         self.layer.q_norm = LlamaRMSNorm(8)
         self.layer.other = GemmaRMSNorm(WIDTH)
         self.layer.mean = nn.LayerNorm(WIDTH)
+        self.layer.gated = GatedRMSNorm(WIDTH)
+        self.layer.heads = HeadsRMSNorm(2, 8)
         self.requires_grad_(False)
 
 
@@ -94,6 +111,8 @@ def test_norms_that_compute_the_same_are_replaced_and_no_others(model_type: str,
         "q_norm": FrozenRMSNorm,
         "other": GemmaRMSNorm,  # 1 + weight
         "mean": nn.LayerNorm,
+        "gated": GatedRMSNorm,
+        "heads": HeadsRMSNorm,
     }
     to_bf16 = cast and model_type == "llama"
     assert model.layer.input_layernorm.dtype == (torch.bfloat16 if to_bf16 else None)
