@@ -18,7 +18,7 @@ from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.privacy.accounting import Mechanism, PrivacyAccountant, noise_multiplier_for
 from lightning_sfubm.privacy.noise import NoiseStream
-from lightning_sfubm.privacy.per_user import Method, PerUserGradients, private_gradient
+from lightning_sfubm.privacy.per_user import Method, PerUserGradients, private_gradient, without_user_draws
 from lightning_sfubm.privacy.poisson import PoissonSampler
 from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.privacy.teacher_loss import TeacherLoss
@@ -46,6 +46,9 @@ class DifferentialPrivacy(Callback):
       among them), choosing an epoch or a setting by them, ``weighting: examples``, k-core filtering, which lets one user decide
       whether others are kept: each would need noise and accounting of its own. Neither is anything of this trained before,
       without this callback.
+    - The encoder's dropout is off in these steps: masks are drawn for a batch one user after the other, so that a user more
+      would move everybody's behind them, and with them their clipped gradients. That of the text vectors, drawn once a step
+      for the item table, stays.
     - Sampling and noise come from named streams of a pseudo-random generator, among the names all that a step's sum follows
       from. Whoever knows the seed can subtract the noise: give ``secret_dir`` where the guarantee has to hold, and read "noise"
       as that of floating-point numbers.
@@ -231,7 +234,7 @@ class DifferentialPrivacy(Callback):
         step, rate = self.accountant.steps, self._sampler.sample_rate
         self.accountant.check(self._sigma, rate)
         release = (self._client, step, self._sum_of(module, batch))
-        with seeded(self._root, "private dropout", self._client, step):
+        with seeded(self._root, "private dropout", self._client, step), without_user_draws(module.teacher.encoder):
             private = private_gradient(
                 per_user,
                 batch["history"],

@@ -199,6 +199,9 @@ def _membership(
 ) -> list[Facts]:
     """Each update by its loss, the last of the client and the last aggregated one also against shadow models."""
     mine = [update for update in updates if update.client in (client.name, GLOBAL)]
+    if not mine:  # a run that ended before its first update did
+        not_run.append(f"Membership inference, {client.name}: no weights of its own and none aggregated were recorded.")
+        return []
     losses = []
     for update in mine:
         _load(client, update, update.after)

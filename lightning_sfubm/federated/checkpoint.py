@@ -5,7 +5,7 @@ shared teacher and the state of its aggregation) and ``clients/<name>.ckpt`` (a 
 filled under another name and renamed when complete; a torn one, by crash or by hand, is recognised by its hashes and the
 one before is used. Most states link the files of clients that have not changed, so that their cost does not grow with the
 number of clients; once in a while one is whole. Kept are the two newest states and the newest whole one, which shares no
-file with another.
+file with another. Where a run goes on from an older state than the newest, the newer ones are removed once it has written one.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def stored_states(root: Path) -> list[Path]:
 def save_state(
     root: Path, step: int, stored: dict[str, Any], server: Server, clients: dict[str, Client], linked: bool = False
 ) -> Path:
-    """Write state ``step`` under ``root`` and remove those no longer needed.
+    """Write state ``step`` under ``root`` and remove those no longer needed, and any of a higher number.
 
     Args:
         root: folder of the states.
@@ -78,6 +78,9 @@ def save_state(
     for name, client in clients.items():
         client.saved_as(final / "clients" / f"{name}.ckpt")
     states = stored_states(root)
+    for abandoned in states[states.index(final) + 1 :]:  # the run went on from a state before them
+        shutil.rmtree(abandoned)
+    states = states[: states.index(final) + 1]
     own = next((state for state in reversed(states) if not _shares_files(state)), final)
     for old in states[:-2]:
         if old != own:

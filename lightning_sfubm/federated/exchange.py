@@ -22,6 +22,8 @@ from lightning_sfubm.ranks import is_first, wait_for_all
 
 log = logging.getLogger(__name__)
 
+_MASKED = "secagg masked input"  #: kind of the message that holds a client's weights under masks
+
 
 class Exchange(RunState):
     """The messages of a run between its clients and its server."""
@@ -237,6 +239,10 @@ class Exchange(RunState):
                 del updates[name]
                 self._drop(name, number, error)
         self._check_updates(len(updates))
+        # Masks are new each time, so that the bytes do not tell whether private weights are released a second time.
+        released = {name: content_hash(updates[name]) for name in updates if PRIVATE in mechanisms[name]}
+        for name, content in released.items():
+            self._check_released_once(name, number, _MASKED, content)
         weights = None
         if self.federation.weighting == "examples":
             weights = {name: float(self.clients[name].num_examples) for name in updates}
@@ -244,7 +250,8 @@ class Exchange(RunState):
         def record(client: str, direction: str, kind: str, payload: bytes) -> None:
             masked = {**mechanisms[client], "secure aggregation": f"threshold {secure.threshold:g}"}
             about = masked if direction == "up" else {}
-            self.ledger.record_bytes(client, direction, kind, number, payload, about)
+            content = released.get(client) if (direction, kind) == ("up", _MASKED) else None
+            self.ledger.record_bytes(client, direction, kind, number, payload, about, content=content)
 
         self.server.take_mean(number, secure.mean(number, updates, weights, record))
         return list(updates)
@@ -273,11 +280,11 @@ class Exchange(RunState):
         tensors, mechanism = self._protect(name, schema.kind, tensors)
         message = pack(schema, name, round, tensors)
         if PRIVATE in mechanism:
-            self._check_released_once(name, message)
+            self._check_released_once(name, round, schema.kind, content_hash(message.tensors))
         self.ledger.record(name, "up", message, mechanism)
         return message.payload
 
-    def _check_released_once(self, name: str, message: Message) -> None:
+    def _check_released_once(self, name: str, round: int, kind: str, content: str) -> None:
         """Refuse what would be a second private release of one round: its noise is another, and epsilon counts one.
 
         A run that goes on from its newest state sends the same again. From an earlier one, whose later state was lost, it may
@@ -286,13 +293,9 @@ class Exchange(RunState):
         for line in self.ledger.since:
             place = line["client"], line["round"], line["kind"], line["direction"]
             private = PRIVATE in cast("dict[str, Any]", line["mechanism"])
-            if (
-                private
-                and place == (name, message.round, message.kind, "up")
-                and line["content_sha256"] != content_hash(message.tensors)
-            ):
+            if private and place == (name, round, kind, "up") and line["content_sha256"] != content:
                 raise CheckpointError(
-                    f"{self.ledger.path}: in round {message.round} '{name}' sent other weights with differential privacy than "
+                    f"{self.ledger.path}: in round {round} '{name}' sent other weights with differential privacy than "
                     "it has now, and both would count once: put the later states back, or start anew in another "
                     "trainer.default_root_dir; nothing is sent"
                 )

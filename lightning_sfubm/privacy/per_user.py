@@ -20,15 +20,17 @@ SASRec of width 64, 8 to 10 items a user), one after the other and vectorised: 3
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_sfubm.errors import ConfigError, PrivacyError
+from lightning_sfubm.modules.layers.modes import evaluating
 from lightning_sfubm.privacy.noise import NoiseStream
 from lightning_sfubm.privacy.teacher_loss import TeacherLoss
 
@@ -147,6 +149,23 @@ class PerUserGradients:
             )
             grads = {**grads, **dict(zip(behind, pulled, strict=True))}
         return grads
+
+
+@contextmanager
+def without_user_draws(encoder: nn.Module) -> Iterator[None]:
+    """No dropout for a while, so that a user's gradient does not depend on who else is in the batch.
+
+    Recurrent layers stay in training mode, as cuDNN computes no gradients in the other, with their own dropout at 0.
+    """
+    recurrent = [(part, part.dropout) for part in encoder.modules() if isinstance(part, nn.RNNBase)]
+    with evaluating(encoder):
+        for part, _ in recurrent:
+            part.training, part.dropout = True, 0.0
+        try:
+            yield
+        finally:
+            for part, probability in recurrent:
+                part.dropout = probability
 
 
 def clip_users(grads: Gradients, clip_norm: float) -> ClippedSum:

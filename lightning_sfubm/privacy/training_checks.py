@@ -38,7 +38,10 @@ def checked_rows(rows: Dataset, delta: float) -> TrainSequences:
         PrivacyError: there are several rows a user, or delta would allow to publish one of them.
     """
     if not isinstance(rows, TrainSequences) or len(np.unique(rows.users)) < len(rows):
-        raise PrivacyError("user-level privacy needs one training row a user: set the datamodule's windows to 'last'")
+        raise PrivacyError(
+            "user-level privacy needs one training row a user: set the windows of every domain to 'last' "
+            "(--data.init_args.domains.NAME.init_args.windows last)"
+        )
     if delta * len(rows) >= 1:
         raise PrivacyError(
             f"delta = {delta:g} with {len(rows)} users would allow to publish one of them: set it below {1 / len(rows):.1g}"

@@ -289,19 +289,27 @@ def test_no_noise_is_added_to_two_sums_that_differ(domain: Any) -> None:
     assert float(overlap) < 6 / math.sqrt(noise.shape[1])  # independent directions: sd 1 / sqrt(n)
 
 
-def test_dropout_differs_by_step_and_seed_and_repeats_with_them(domain: Any) -> None:
-    def steps(seed: int) -> list[torch.Tensor]:
-        """Gradients of two steps over all users, without noise and all but without movement."""
-        spy, callback = Spy(), private(seed=seed, noise_multiplier=0.0, expected_batch_size=USERS)
-        run = trainer(callback, spy, epochs=2, limit_val_batches=0)
-        run.fit(distiller(lr=1e-12), datamodule=domain())
-        return [torch.cat([g.flatten() for g in gradient.values()]) for gradient in spy.gradients]
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_users_gradient_does_not_depend_on_who_else_is_in_the_batch(domain: Any, recurrent: bool) -> None:
+    """Masks of dropout would be drawn one user after the other: the bound holds for the sum only where they do not shift."""
 
-    (first, second), again, (other, _) = steps(1), steps(1), steps(2)
-    assert torch.equal(first, again[0])
-    assert torch.equal(second, again[1])
-    for different in (second, other):
-        assert 0.05 < float((first - different).norm() / first.norm()) < 1  # the same users, other units left out
+    def gradient(part: slice) -> torch.Tensor:
+        """Sum over the chosen users of a step of all, without noise and clipping, times 1 / expected users."""
+        rows, callback = domain(), private(noise_multiplier=0.0, clip_norm=math.inf, expected_batch_size=USERS)
+        torch.manual_seed(0)
+        encoder = GRU4Rec(16, 2, dropout=0.5) if recurrent else SASRec(16, 1, 2, 16, dropout=0.5)
+        module, spy = distiller(encoder, lr=1e-12), Spy()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PoissonSampler, "draw", lambda sampler, step: np.arange(USERS)[part])
+            trainer(callback, spy, epochs=1, limit_val_batches=0).fit(module, datamodule=rows)
+        assert module.teacher.encoder.drop.p == 0.5
+        if recurrent:
+            assert module.teacher.encoder.gru.dropout == 0.5  # is back
+        return torch.cat([g.flatten() for g in spy.gradients[0].values()])
+
+    first, others, everybody = gradient(slice(0, 1)), gradient(slice(1, None)), gradient(slice(None))
+    torch.testing.assert_close(first + others, everybody, rtol=1e-3, atol=1e-6)
+    assert first.norm() > 0.001 * everybody.norm()
 
 
 class Collect(Callback):
@@ -490,7 +498,7 @@ def test_other_modules_are_refused(domain: Any) -> None:
 
 
 def test_data_with_several_rows_a_user_is_refused(domain: Any) -> None:
-    with pytest.raises(PrivacyError, match="windows to 'last'"):
+    with pytest.raises(PrivacyError, match="windows of every domain to 'last'"):
         fit(private(), domain(windows="all", max_length=4))
 
 

@@ -18,6 +18,7 @@ from lightning_sfubm.audit.replay import replay
 from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import ConfigError, DataError, PrivacyError
+from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.privacy.rounding import round_up
 from tests.conftest import small_distiller
 
@@ -32,12 +33,16 @@ def private() -> DifferentialPrivacy:
 def recorded(federated_data: Any, federated_trainer: Any) -> Any:
     """A factory: fit a recorded run and return its trainer and data."""
 
-    def make(folder: str = "run", callbacks: list | None = None, users: int = 80, **settings: Any) -> Any:
+    def make(
+        folder: str = "run", callbacks: list | None = None, users: int = 80, kept: list | None = None, **settings: Any
+    ) -> Any:
         callbacks = [PrivacyNoise(0.05)] if callbacks is None else callbacks
         trainer = federated_trainer(
             folder, callbacks=callbacks, **{"keep_messages": True, "local_max_epochs": 1, **settings}
         )
         data = federated_data(num_users=users, num_items=120, train_users=40)
+        if kept is not None:  # also of a run that does not come to its end
+            kept.extend((trainer, data))
         trainer.fit(small_distiller(), datamodule=data)
         return trainer, data
 
@@ -72,6 +77,22 @@ def test_a_recorded_run_is_checked_attacked_and_reported(recorded: Any) -> None:
     page = report.read_text()
     for words in ("In plain words", "heuristic", "no protection", "Self-check", "chance"):
         assert words in page
+
+
+def test_a_run_that_ended_before_all_had_sent_is_audited(recorded: Any, federated_data: Any) -> None:
+    class Killed(FederatedCallback):
+        def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+            if (client, kind) == ("beta", "teacher"):
+                raise KeyboardInterrupt
+            return tensors
+
+    kept: list[Any] = []
+    with pytest.raises(KeyboardInterrupt):
+        recorded(callbacks=[PrivacyNoise(0.05), Killed()], kept=kept)
+    trainer, data = kept
+    facts, _ = audited(trainer, data)
+    assert {row["domain"] for row in facts["membership"]} == {"alpha"}
+    assert "Membership inference, beta: no weights of its own and none aggregated were recorded." in facts["not_run"]
 
 
 def test_what_is_attacked_is_what_was_sent(recorded: Any) -> None:

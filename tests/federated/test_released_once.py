@@ -14,6 +14,8 @@ from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.checkpoint import stored_states
 from lightning_sfubm.federated.ledger import read_ledger
 from lightning_sfubm.federated.messages import pack, unpack
+from lightning_sfubm.federated.secure import SecureAggregation
+from lightning_sfubm.federated.server import Server
 from tests.conftest import small_distiller
 from tests.federated.test_silo import hello, private
 
@@ -121,3 +123,46 @@ def test_a_lost_state_and_another_teacher_do_not_release_a_round_twice(hello: An
     again = make().answer(replace(train, round=2)).teacher  # the same once more: nothing new is spent
     assert again
     assert ledger(tmp_path)[-1].get("resent")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_masks_do_not_hide_whether_a_private_round_is_released_twice(
+    lost: bool, federated_data: Any, federated_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed behind the masked inputs: the same weights are known again under other masks, and others are refused."""
+    pytest.importorskip("cryptography")
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    def run(**flags: Any) -> Any:
+        settings = {
+            "exchange": "teacher",
+            "secure_aggregation": SecureAggregation(),
+            "rounds": 1,
+            "local_max_epochs": 1,
+        }
+        trainer = federated_trainer(callbacks=[private(tmp_path)], **settings, flags={"limit_val_batches": 1})
+        trainer.fit(small_distiller(), datamodule=federated_data(num_users=40), **flags)
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "take_mean", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    folder = tmp_path / "run"
+    before = read_ledger(folder / "ledger.jsonl")
+    masked = [line for line in before if line["kind"] == "secagg masked input"]
+    assert [line["client"] for line in masked] == ["alpha", "beta"]
+    assert all("differential privacy" in line["mechanism"] for line in masked)
+    if lost:  # with the number in it that keys the noise: the round would be trained anew, with other noise
+        shutil.rmtree(folder / "checkpoints")
+        with pytest.raises(CheckpointError, match="in round 1 'alpha' sent other weights with differential privacy"):
+            run(ckpt_path="last")
+        assert read_ledger(folder / "ledger.jsonl") == before
+        return
+    again = read_ledger(run(ckpt_path="last").run_dir / "ledger.jsonl")[len(before) :]
+    resent = [line for line in again if line["kind"] == "secagg masked input"]
+    assert [line.get("resent") for line in resent] == [True, True]
+    assert [line["content_sha256"] for line in resent] == [line["content_sha256"] for line in masked]
+    assert {line["sha256"] for line in resent}.isdisjoint(line["sha256"] for line in masked)

@@ -260,6 +260,44 @@ def test_the_newest_states_are_kept_and_a_whole_one_shares_no_file(
     assert len(list((trainer.run_dir / "checkpoints").iterdir())) == 2
 
 
+def test_a_run_goes_on_from_a_state_before_the_newest(
+    federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By choice, or because the newer ones, which share files, are torn; they are gone once it has written a state."""
+
+    def run(folder: str, **flags: Any) -> Any:
+        settings = {"rounds": 2, "local_max_epochs": 1, "flags": {"limit_val_batches": 1}}
+        trainer = federated_trainer(folder, callbacks=[PrivacyNoise(0.05)], **settings)
+        trainer.fit(small_distiller(), datamodule=federated_data(domains=4, num_users=30), **flags)
+        return trainer
+
+    expected = finished_state(run("straight").run_dir)
+    written = run_state.save_state
+
+    def cut(root: Path, step: int, *args: Any, **kwargs: Any) -> Path:
+        if step == 8:
+            raise KeyboardInterrupt
+        return written(root, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_state, "save_state", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    whole, *newer = stored_states(tmp_path / "cut/checkpoints")
+    numbers = [int(state.name[-4:]) for state in (whole, *newer)]
+    assert len(newer) == 2
+    assert numbers[1] > numbers[0] + 1  # there is room for a state between them
+    for torn in (False, True):
+        copy = tmp_path / f"torn {torn}"
+        subprocess.run(["cp", "-a", str(tmp_path / "cut"), str(copy)], check=True)  # with its links
+        if torn:
+            older, newest = (copy / "checkpoints" / state.name / "clients" for state in newer)
+            garbage(next(file for file in newest.iterdir() if file.samefile(older / file.name)))
+            assert find_state(copy / "checkpoints").name == whole.name
+        again = run(copy.name, ckpt_path="last" if torn else str(copy / "checkpoints" / whole.name))
+        assert same(finished_state(again.run_dir), expected)
+
+
 def test_a_run_cut_off_before_its_first_state_starts_again_and_its_ledger_remembers(
     federated_data: Any, federated_trainer: Any
 ) -> None:

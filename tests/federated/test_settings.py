@@ -1,6 +1,7 @@
 """A run that goes on has the settings and the data of the one before, also where nothing is left to train."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_sfubm.errors import CheckpointError, PrivacyError
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.settings import difference, lasting_settings, schedule_difference
+from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from tests.conftest import small_distiller
 
 SYNTHETIC = Path(__file__).resolve().parents[2] / "configs/debug/synthetic.yaml"
@@ -145,6 +147,19 @@ def test_rows_are_of_the_prompts_that_a_template_file_holds(monkeypatch: pytest.
     hashes = []
     for noun in ("film", "book", "film"):
         Path("words.yaml").write_text(f"noun: {noun}\n")
+        hashes.append(SFUBMCLI(args=arguments, run=False)._config_hash())
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_rows_are_of_the_weights_that_a_folder_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    llm = "--experiment.init_args.llm"
+    arguments = ["--config", str(SYNTHETIC), "--trainer.accelerator", "cpu"]
+    arguments += [llm, "lightning_sfubm.modules.llm_head.LLMHead", f"{llm}.init_args.llm", "mine"]
+    hashes = []
+    for seed in (1, 2, 1):
+        shutil.rmtree("mine", ignore_errors=True)
+        write_tiny_llm("mine", seed=seed)
         hashes.append(SFUBMCLI(args=arguments, run=False)._config_hash())
     assert hashes[0] == hashes[2] != hashes[1]
 
