@@ -18,6 +18,9 @@ from lightning_sfubm.errors import ConfigError
 
 USER, ITEM, CANDIDATE = -1, -2, -3
 
+#: what a chat template calls for today's date, in front of the template: any day will do, as long as it stays the same
+_SOME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+
 
 @dataclass
 class PromptBatch:
@@ -191,7 +194,12 @@ class PromptBuilder:
             mark = "PLACE-OF-THE-PROMPT"
             messages = [{"role": "system", "content": self.template.system}] if self.template.system else []
             messages.append({"role": "user", "content": mark})
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            template = self.tokenizer.get_chat_template()
+            if "strftime_now" in template:  # some write today's date, and a prompt must not depend on the day
+                template = _SOME_DAY + template
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
             before, after = text.split(mark)
             return self._ids([before], special=True)[0], self._ids([after], special=True)[0]
         probe = "a"

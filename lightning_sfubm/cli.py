@@ -27,7 +27,7 @@ from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.settings import lasting_settings
 from lightning_sfubm.federated.trainer import FederatedTrainer
-from lightning_sfubm.grid.named_files import named_files
+from lightning_sfubm.grid.named_files import named_files, named_models
 from lightning_sfubm.locks import check_writable
 from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.next_steps import next_steps
@@ -212,7 +212,14 @@ class SFUBMCLI(LightningCLI):
         self._refuse_unwritable()
 
     def before_predict(self) -> None:
-        """Refuse a stage-1 model that nothing has trained, and a run folder that cannot be."""
+        """Refuse a stage-1 model that nothing has trained, an LLM, and a run folder that cannot be."""
+        from lightning_sfubm.modules.llm.ranking import RankingLM
+
+        if isinstance(self.model, RankingLM):
+            raise ConfigError(
+                f"predict writes the best of a whole catalogue, and {type(self.model).__name__} ranks the candidates it is "
+                "given: predict with a stage-1 model, or evaluate this one with test"
+            )
         self._refuse_untrained()
         self._refuse_unwritable()
 
@@ -278,7 +285,14 @@ class SFUBMCLI(LightningCLI):
             k: v for k, v in config["experiment"]["init_args"].items() if k not in ("title", "methods", "sigmas")
         }
         rounds = config["trainer"]["federation"]["init_args"]["rounds"]
-        settings = [lasting_settings(config), rounds, experiment, *named_files((), [yaml.safe_dump(experiment)])]
+        named = [yaml.safe_dump(experiment)]
+        settings = [
+            lasting_settings(config),
+            rounds,
+            experiment,
+            *named_files((), named),
+            *sorted(named_models((), named).items()),
+        ]
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning_sfubm.datamodules.prompt_templates import load_template
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods import METHODS
+from lightning_sfubm.methods.llm import ANSWERS
 from lightning_sfubm.methods.published_llm import PUBLISHED_LLM
 from lightning_sfubm.modules.baselines.published_head import PublishedHead
 from lightning_sfubm.modules.llm_head import LLMHead
@@ -140,7 +141,7 @@ def check_templates(
             f"experiment.templates names {unknown}; the domains are {', '.join(sorted(domains))}: correct it, or leave it out"
         )
     if llm is not None and any(METHODS[key].needs_llm for key in methods):
-        forms = {"branch", llm.hparams["form"]} | {"list" for key in methods if key in PUBLISHED_LLM}
+        forms = {"branch", llm.hparams["form"]} | {"list" for key in methods if key in PUBLISHED_LLM or key in ANSWERS}
         for template in sorted({llm.hparams["template"], *templates.values()}):
             for form in sorted(forms):
                 load_template(template, form)

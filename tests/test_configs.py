@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lightning_sfubm.cli import SFUBMCLI
+from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation import report_plots
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 
@@ -32,7 +33,7 @@ def command(config: Path) -> list[str]:
     return shlex.split(found[1])
 
 
-def generated(value: Any, index: int = 0) -> Any:
+def generated(value: Any, index: int = 0, mean_length: int = 8) -> Any:
     """The same configuration with generated data in the place of files, and small."""
     if isinstance(value, dict):
         changed = {}
@@ -40,7 +41,10 @@ def generated(value: Any, index: int = 0) -> Any:
             if key == "reader":
                 changed[key] = {
                     **QUICK["synthetic"],
-                    "init_args": {"num_users": 60, "num_items": 60, "mean_length": 8, "domain_index": index},
+                    "init_args": {
+                        **{"num_users": 60, "num_items": max(60, 4 * mean_length), "mean_length": mean_length},
+                        "domain_index": index,
+                    },
                 }
             elif key == "k_core":
                 changed[key] = 0
@@ -49,7 +53,7 @@ def generated(value: Any, index: int = 0) -> Any:
             elif key == "text_layers":  # the generated vectors are of one layer
                 changed[key] = 1
             else:
-                changed[key] = generated(entry, place if key != "init_args" else index)
+                changed[key] = generated(entry, place if key != "init_args" else index, mean_length)
         return changed
     return value
 
@@ -67,7 +71,9 @@ def prepared(config: Path, folder: Path) -> list[str]:
         elif argument.endswith(".yaml"):
             assert (ROOT / argument).exists(), f"{config}: names {argument}, which is not there"
             rewritten = folder / argument.replace("/", "_")
-            rewritten.write_text(yaml.safe_dump(generated(yaml.safe_load((ROOT / argument).read_text()))))
+            length = 60 if config.name == "differential_privacy.yaml" else 8  # users of several windows, as in the demo
+            content = generated(yaml.safe_load((ROOT / argument).read_text()), mean_length=length)
+            rewritten.write_text(yaml.safe_dump(content))
             out.append(str(rewritten))
         else:
             out.append(argument)
@@ -132,3 +138,10 @@ def stage1_checkpoint(folder: Path) -> str:
 def test_every_group_of_the_design_is_there() -> None:
     groups = {c.parent.name for c in CONFIGS}
     assert {"domain", "encoder", "llm", "federated", "privacy", "trainer", "logger", "debug", "experiment"} <= groups
+
+
+def test_predict_refuses_a_model_that_ranks_what_it_is_given(tmp_path: Path) -> None:
+    arguments = prepared(ROOT / "configs" / "llm" / "text_only.yaml", tmp_path)
+    llm = ["--model.init_args.llm", str(write_tiny_llm(tmp_path / "llm")), "--model.init_args.num_layers", "null"]
+    with pytest.raises(ConfigError, match="LLMHead ranks the candidates it is given: predict with a stage-1 model"):
+        SFUBMCLI(args=["predict", *arguments[1:], *llm, "--trainer.default_root_dir", str(tmp_path / "run")])

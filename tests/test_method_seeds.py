@@ -196,5 +196,6 @@ def test_forms_of_a_template_that_rows_need_are_read_before_anything_is_trained(
     llm = LLMHead(llm=str(write_tiny_llm(tmp_path / "llm")), template="shopping", history_length=3, title_tokens=6)
     templates = {"alpha": str(tmp_path / "words.yaml")}
     check_templates(["zero_shot"], llm, templates, ["alpha"])
-    with pytest.raises(ConfigError, match=r"words\.yaml"):
-        check_templates(["tallrec"], llm, templates, ["alpha"])
+    for row in ("tallrec", "sfubm_list"):
+        with pytest.raises(ConfigError, match=r"words\.yaml"):
+            check_templates([row], llm, templates, ["alpha"])

@@ -57,7 +57,8 @@ def commit() -> str:
         return answer.stdout.strip()
 
     try:
-        head = git("rev-parse", "--short=12", "HEAD")
+        # A package that is installed below somebody's repository, in an environment of it, is no part of that repository.
+        head = git("ls-files", "environment.py") and git("rev-parse", "--short=12", "HEAD")
         return f"{head}+changes" if head and git("status", "--porcelain", "-uno") else head or "unknown"
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"

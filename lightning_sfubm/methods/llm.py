@@ -184,7 +184,7 @@ ANSWERS = {
 }
 _WRITTEN = answering(
     "sfubm_list",
-    _sfubm("sfubm_list", form="list", rank_mode="generate", residual=False, num_layers=None),
+    _sfubm("sfubm_list", form="list", rank_mode="generate", subtract_prior=False, residual=False, num_layers=None),
     {key: mode for key, (mode, _) in ANSWERS.items()},
 )
 

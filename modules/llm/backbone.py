@@ -90,11 +90,13 @@ class Backbone(nn.Module):
         self.quantized = quantization is not None
         self.hidden_dim = int(model.get_output_embeddings().weight.shape[1])
         with torch.no_grad():
-            rows = torch.arange(0, model.get_input_embeddings().num_embeddings, 7)
-            embedded = model.get_input_embeddings()(rows).float()
+            words = model.get_input_embeddings()
+            # a quantised base is on the GPU from the start
+            embedded = words(torch.arange(0, words.num_embeddings, 7, device=words.weight.device)).float()
         self.embedding_dim = int(embedded.shape[1])
         self.token_norm = float(embedded.norm(dim=-1).mean())
-        self._fingerprint = _fingerprint(model)  # now: later the weights may be divided among processes
+        # now: later the weights may be divided among processes
+        self._fingerprint, self._weights_sample = _fingerprint(model), "" if quantization else _weights_sample(model)
         self.model: Any = model
         if adapter_rank > 0:
             self.model = _with_adapters(model, adapter_rank, adapter_alpha, adapter_dropout, adapter_targets)
@@ -249,6 +251,10 @@ class Backbone(nn.Module):
         """Tells base models apart: shape of the architecture and a sample of the embedding weights."""
         return self._fingerprint
 
+    def weights_sample(self) -> str:
+        """Tells apart base models of the same embeddings, such as one with adapters merged; "" where quantised."""
+        return self._weights_sample
+
 
 def _is_empty(cache: Any) -> bool:
     """Whether this is a new cache that keeps all tokens (a sliding window's layers count what they have dropped)."""
@@ -267,6 +273,15 @@ def _fingerprint(model: Any) -> str:
     return digest.hexdigest()[:24]
 
 
+def _weights_sample(model: Any) -> str:
+    samples = [
+        p.detach()[0, :64].to("cpu", torch.bfloat16).view(torch.int16) for p in model.parameters() if p.ndim == 2
+    ]
+    return hashlib.sha256(b"".join(sorted(sample.contiguous().numpy().tobytes() for sample in samples))).hexdigest()[
+        :24
+    ]
+
+
 def _load(llm: str, num_layers: int | None, dtype: torch.dtype, quantization: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -278,6 +293,10 @@ def _load(llm: str, num_layers: int | None, dtype: torch.dtype, quantization: An
         raise ConfigError(
             f"'{llm}' holds no usable model config or tokenizer: {' '.join(str(error).split())}"
         ) from error
+    if not hasattr(config, "num_hidden_layers"):
+        raise ConfigError(
+            f"'{llm}' ({config.model_type}) is a model of several parts, such as text and images; give one of text alone"
+        )
     if num_layers is not None:
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ConfigError(f"num_layers must lie in 1..{config.num_hidden_layers} for '{llm}', got {num_layers}")

@@ -308,6 +308,7 @@ class InjectedLM(L.LightningModule):
         hidden_dim, names = self._shape or (0, ())
         checkpoint["sfubm_llm"] = {
             "base": self.lm.fingerprint(),
+            "weights": self.lm.weights_sample(),
             "hidden_dim": hidden_dim,
             "affinity_names": list(names),
         }
@@ -322,7 +323,9 @@ class InjectedLM(L.LightningModule):
         if note is None:
             raise CheckpointError("this is not a checkpoint of an LLM head (it has no entry 'sfubm_llm')")
         self.configure_model()
-        if note["base"] != self.lm.fingerprint():
+        # checkpoints of before, and those of a quantised base, have no sample of the weights
+        samples = {note.get("weights"), self.lm.weights_sample()} - {None, ""}
+        if note["base"] != self.lm.fingerprint() or len(samples) > 1:
             raise CheckpointError(
                 f"the checkpoint was trained on another base model than '{self.settings.llm}'; name that one as llm"
             )

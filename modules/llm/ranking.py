@@ -17,7 +17,7 @@ from lightning_sfubm.modules.layers.modes import evaluating
 from lightning_sfubm.modules.llm.injected import InjectedLM
 from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
 from lightning_sfubm.modules.llm.sharding import is_sharded
-from lightning_sfubm.modules.losses.ranks import any_rank, union_over_ranks
+from lightning_sfubm.modules.losses.ranks import any_rank, least_over_ranks, union_over_ranks
 
 T = TypeVar("T")
 
@@ -121,6 +121,8 @@ class RankingLM(InjectedLM):
         context = getattr(self.lm.config, "max_position_embeddings", None)
         if tries is None and context is not None:  # a title fits, what else may be said need not
             length = max(1, min(length, int(context) - prompts.tokens.shape[1]))
+            if is_sharded(self):  # all ranks take part in every step
+                length = least_over_ranks(length, self.device)
         anyone = partial(any_rank, device=self.device) if is_sharded(self) else bool
         answers = greedy(self.lm, embeddings, prompts, length, tokenizer.eos_token_id, tries, anyone)
         if tries is not None:

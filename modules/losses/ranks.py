@@ -42,6 +42,20 @@ def any_rank(here: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
+def least_over_ranks(here: int, device: torch.device) -> int:
+    """The least of a number that each rank has. Every rank has to ask.
+
+    Args:
+        here: the number on this rank.
+        device: of the model, which the ranks' backend can send from.
+    """
+    if num_ranks() == 1:
+        return here
+    number = torch.tensor(here, device=device)
+    dist.all_reduce(number, op=dist.ReduceOp.MIN)
+    return int(number)
+
+
 def union_over_ranks(ids: Tensor, size: int) -> Tensor:
     """The distinct ids of all ranks, in rising order.
 

@@ -161,6 +161,11 @@ def test_chat_format_wraps_and_bos_is_kept(tokenizer, tmp_path):
     assert text.startswith("<s>system: Be brief.</s><s>user: A user<U>")
     assert text.endswith("</s><s>assistant: Aliens<C>")
     assert (batch.tokens[0] == tokenizer.bos_token_id).sum() == 3
+    tokenizer.chat_template = "<s>Today is {{ strftime_now('%d %b %Y') }}.</s>" + tokenizer.chat_template
+    batch = PromptBuilder(tokenizer, load_template(str(own), "branch"), TITLES).build(
+        torch.tensor([[1]]), torch.tensor([[2]])
+    )  # the same on every day
+    assert spell(tokenizer, batch.tokens[0]).startswith("<s>Today is 26 Jul 2024.</s><s>system: Be brief.")
     from tokenizers import processors
 
     plain = _tokenizer()

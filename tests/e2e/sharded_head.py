@@ -31,7 +31,8 @@ def strategy(name: str) -> Any:
 def main(llm: str, out: Path, name: str, form: str) -> None:
     processes = 1 if name == "one" else 2
     settings = {"adapter_dropout": 0.0, "adapter_learning_rate": 1e-2, "head_learning_rate": 1e-2, "warmup": 0.0}
-    if form == "constrained":
+    written = form in ("constrained", "generate")
+    if written:
         settings["rank_mode"] = form
     if form == "list" and processes == 2:  # the same gradients by another way
         settings["activation_checkpointing"] = True
@@ -50,9 +51,13 @@ def main(llm: str, out: Path, name: str, form: str) -> None:
     shards = [{k: v[rank::processes] for k, v in batch.items()} for batch in batches]
     trainer.fit(head, torch.utils.data.DataLoader(shards, batch_size=None))
     factor = head.calibrate(batches) if form == "branch" else 1.0
-    if form == "constrained":  # users of its own on each rank, whose answers take more or fewer steps
+    if written:  # users of its own on each rank, whose answers take more or fewer steps, or have more or less room
+        ends = head.lm.tokenizer.eos_token
+        if form == "generate":
+            head.lm.tokenizer.eos_token = "<unk>"  # never written, so that an answer takes all the room that there is
         for seed in range(6):
             head.rank(batch_of(rows=1, seed=20 + seed + 100 * rank))
+        head.lm.tokenizer.eos_token = ends
     one_user = {k: v[rank::processes] for k, v in batch_of(rows=1, seed=77).items()}
     assert head.rank(one_user).shape == (1 - rank, 5)  # the second rank has nobody, and computes in step all the same
     scores = head.rank(batch_of(rows=4, seed=9))

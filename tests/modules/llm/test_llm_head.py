@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sfubm.contracts import TrainHistories
 from lightning_sfubm.errors import CheckpointError, ConfigError
@@ -522,6 +523,17 @@ def test_checkpoint_of_another_model_is_refused(llm, catalogue, make_batch, tmp_
     other = str(write_tiny_llm(tmp_path / "other", seed=1))
     with pytest.raises(CheckpointError, match="another base model"):
         LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", llm=other, weights_only=True)
+    merged = AutoModelForCausalLM.from_pretrained(llm)  # the same embeddings
+    with torch.no_grad():
+        merged.model.layers[0].self_attn.q_proj.weight += 0.1
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(llm).save_pretrained(tmp_path / "merged")
+    with pytest.raises(CheckpointError, match="another base model"):
+        LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", llm=str(tmp_path / "merged"), weights_only=True)
+    earlier = torch.load(tmp_path / "head.ckpt", weights_only=True)
+    del earlier["sfubm_llm"]["weights"]  # as versions before wrote it
+    torch.save(earlier, tmp_path / "earlier.ckpt")
+    LLMHead.load_from_checkpoint(tmp_path / "earlier.ckpt", weights_only=True)
     with pytest.raises(CheckpointError, match="has shape"):
         LLMHead.load_from_checkpoint(tmp_path / "head.ckpt", adapter_rank=4, weights_only=True)
     with pytest.raises(CheckpointError, match="holds the unknown"):

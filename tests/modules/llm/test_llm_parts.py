@@ -314,3 +314,11 @@ def test_a_strategy_that_divides_a_head_otherwise_is_refused(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"configs/trainer/sharded\.yaml"):
         head.configure_model()
     assert head.backbone is None
+
+
+def test_a_model_of_several_parts_is_refused(tmp_path: Path) -> None:
+    folder = write_tiny_llm(tmp_path / "llm")
+    (folder / "config.json").write_text('{"model_type": "gemma3"}')  # of text and images
+    for layers in (None, 1):
+        with pytest.raises(ConfigError, match=r"\(gemma3\) is a model of several parts"):
+            Backbone(str(folder), num_layers=layers)
