@@ -94,6 +94,10 @@ LLM = {
 LLM_DIFFERENCES = {
     "SF-UBM − late fusion": ("default.sfubm", "default.late_fusion"),
     "SF-UBM over counts and products − that fusion": ("default.sfubm_products", "default.late_fusion_products"),
+    "SF-UBM − late fusion, 2,000 samples, 4,000 users": (
+        "default_more_users.sfubm",
+        "default_more_users.late_fusion",
+    ),
     "SF-UBM − UniSRec": ("default.sfubm", "even_unisrec.unisrec_scratch"),
     "SF-UBM − SASRec from co-occurrence": ("default.sfubm", "default.encoder"),
     "SF-UBM − GRU4Rec from co-occurrence": ("default.sfubm", "default.gru4rec"),
@@ -115,6 +119,8 @@ WRITTEN = {
     "SF-UBM, candidates in the prompt, free answer": "sfubm_list.sfubm_list",
     "the same head, answer among the candidates": "sfubm_list.sfubm_list_constrained",
     "the same head, by title likelihood": "sfubm_list.sfubm_list_likelihood",
+    "SF-UBM, tuned for two passes, free answer": "sfubm_list_twice.sfubm_list",
+    "that head, answer among the candidates": "sfubm_list_twice.sfubm_list_constrained",
 }
 EVERYONE = {
     "Popularity": ("popularity", "beauty.popularity"),
