@@ -199,9 +199,11 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     sent: list[bytes] = []
     record = Ledger.record_bytes
 
-    def tapped(self: Ledger, client: str, direction: str, kind: str, round: int, payload: bytes, *rest: Any) -> None:
+    def tapped(
+        self: Ledger, client: str, direction: str, kind: str, round: int, payload: bytes, *rest: Any, **named: Any
+    ) -> None:
         sent.append(payload)
-        record(self, client, direction, kind, round, payload, *rest)
+        record(self, client, direction, kind, round, payload, *rest, **named)
 
     monkeypatch.setattr(Ledger, "record_bytes", tapped)
     return sent
