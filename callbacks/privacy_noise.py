@@ -1,6 +1,7 @@
 """The privacy noise as a callback of the federated loop."""
 
 import hashlib
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -34,7 +35,8 @@ class PrivacyNoise(FederatedCallback):
         """Perturb ``vectors`` of a semantics message; other kinds pass unchanged."""
         if kind != "semantics":
             return tensors
-        return {**tensors, "vectors": self.mechanism(loop.seed, client)(tensors["vectors"])}
+        mechanism = self.mechanism(loop.seed, client, names=loop.clients[client].text_names())
+        return {**tensors, "vectors": mechanism(tensors["vectors"])}
 
     def describe_upload(self, kind: str) -> dict[str, object]:
         """The mechanism, and where its secret comes from."""
@@ -47,14 +49,23 @@ class PrivacyNoise(FederatedCallback):
         """Root of the order in which a client's vectors leave: its secret where it has one, or the run's seed."""
         return seed if self.secret_dir is None else int.from_bytes(self._secret(seed, client), "big")
 
-    def mechanism(self, seed: int, client: str, sigma: float | None = None) -> GaussianPerturbation:
-        """The perturbation of one client, at this callback's sigma or another (for sweeps)."""
+    def mechanism(
+        self, seed: int, client: str, sigma: float | None = None, names: Mapping[bytes, bytes] | None = None
+    ) -> GaussianPerturbation:
+        """The perturbation of one client.
+
+        Args:
+            seed: of the run.
+            client: its name.
+            sigma: another than this callback's, for sweeps.
+            names: what its vectors are the vectors of, see :meth:`~lightning_sfubm.federated.client.Client.text_names`.
+        """
         sigma = self.sigma if sigma is None else sigma
         secret = self._secret(seed, client)
         if self.secret_dir is not None:
             # The same noise at two sigmas would be two equations for one vector: whoever holds both uploads solves them.
             secret = hashlib.blake2b(repr(float(sigma)).encode(), key=secret[:64]).digest()
-        return GaussianPerturbation(sigma, secret)
+        return GaussianPerturbation(sigma, secret, names)
 
     def _secret(self, seed: int, client: str) -> bytes:
         if self.secret_dir is None:

@@ -1,6 +1,7 @@
 """What a domain's data module has loaded: source -> rules -> splits -> candidate lists."""
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import replace
 from functools import partial
@@ -188,6 +189,15 @@ class LoadedDomain(L.LightningDataModule, ABC):
     def data_card(self) -> DataCard:
         """Counts and statistics."""
         return self.domain.card
+
+    @property
+    def text_names(self) -> list[bytes] | None:
+        """By item a hash of its text and of what encodes it, whatever the last bits of its vector; ``None`` without text."""
+        if self.text_encoder is None:
+            return None
+        encoder = getattr(self.text_encoder, "identity", self.text_encoder.fingerprint).encode()
+        texts = (text.encode("utf-8", "surrogatepass") for text in self.domain.texts[1:])
+        return [hashlib.blake2b(text, key=encoder[:64], digest_size=16).digest() for text in texts]
 
     @property
     def num_items(self) -> int:

@@ -1,11 +1,13 @@
 """Frozen text encoder: item texts to unit vectors, computed once and cached by content."""
 
+import fcntl
 import hashlib
 import math
 import os
 import secrets
 import zipfile
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +108,16 @@ class HFTextEncoder:
     @property
     def fingerprint(self) -> str:
         """Changes whenever the vectors would: model weights, tokenizer, length limit, precision, layers."""
+        return self._digest(f" {self.bf16}")
+
+    @property
+    def identity(self) -> str:
+        """As :attr:`fingerprint`, but for the precision: the same where vectors differ by rounding only."""
+        return self._digest("")
+
+    def _digest(self, precision: str) -> str:
         layers = f" layers {self.layers}" if self.layers > 1 else ""  # nothing for 1: older caches stay valid
-        digest = hashlib.sha256(f"mean-pool-1 {self.max_tokens} {self.bf16}{layers}".encode())
+        digest = hashlib.sha256(f"mean-pool-1 {self.max_tokens}{precision}{layers}".encode())
         for name, content in model_parts(resolve_model(self.model)):
             digest.update(f"{name} {content}".encode())
         return digest.hexdigest()[:24]
@@ -162,7 +172,9 @@ def encode_cached(
 
     Vectors are stored in pieces of ``chunk`` texts under names derived from the encoder's fingerprint and the texts
     themselves, each piece written to a temporary file and renamed; an interrupted run continues after the last
-    complete piece. A text keeps its vector when other texts come or go, because the cache is keyed by text.
+    complete piece. A text keeps its vector when other texts come or go, because the cache is keyed by text. Of two processes
+    that encode a text at once, the one that stores it first gives the vector to both: the last bits of a vector depend on
+    what is encoded beside it.
 
     Args:
         encoder: any :class:`~lightning_sfubm.contracts.TextEncoder`.
@@ -181,7 +193,8 @@ def encode_cached(
     distinct = {_key(text): text for text in texts}
     with own_cache(store):
         store.mkdir(parents=True, exist_ok=True)
-        known = _read_store(store, distinct.keys())
+        read: set[str] = set()
+        known = _read_store(store, distinct.keys(), read)
     missing = [key for key in distinct if key not in known]
     for start in _bar(range(0, len(missing), chunk), progress and len(missing) > chunk):
         keys = missing[start : start + chunk]
@@ -191,9 +204,13 @@ def encode_cached(
                 f"the text encoder returned shape {tuple(vectors.shape)} or non-finite values for {len(keys)} texts; "
                 f"expected finite ({len(keys)}, {encoder.dim})"
             )
-        with own_cache(store):
-            _write_piece(store, keys, vectors.float().numpy())
-        known.update(zip(keys, vectors.float().numpy(), strict=True))
+        made = dict(zip(keys, vectors.float().numpy(), strict=True))
+        with own_cache(store), _in_turn(store):
+            known |= _read_store(store, made.keys(), read)  # what another process has stored meanwhile
+            fresh = {key: vector for key, vector in made.items() if key not in known}
+            if fresh:
+                read.add(_write_piece(store, list(fresh), np.stack(list(fresh.values()))))
+        known |= fresh
     if not texts:
         return torch.zeros(0, encoder.dim)
     return torch.from_numpy(np.stack([known[_key(text)] for text in texts]))
@@ -203,10 +220,28 @@ def _key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _read_store(store: Path, wanted: Set[str]) -> dict[str, np.ndarray]:
-    """The cached vectors of the wanted keys: the store may hold many times as many. A damaged piece is deleted."""
+@contextmanager
+def _in_turn(store: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks; without, two may store a text each, in other last bits."""
+    with open(store / ".lock", "a") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read_store(store: Path, wanted: Set[str], read: set[str]) -> dict[str, np.ndarray]:
+    """The cached vectors of the wanted keys: the store may hold many times as many. A damaged piece is deleted.
+
+    Args:
+        store: folder of the pieces.
+        wanted: keys.
+        read: names of pieces to pass over; those that are read are added.
+    """
     known: dict[str, np.ndarray] = {}
     for path in sorted(store.glob("*.npz")):
+        if path.name in read:
+            continue
+        read.add(path.name)
         try:
             with np.load(path, allow_pickle=False) as piece:
                 keys = piece["keys"].tolist()
@@ -214,14 +249,15 @@ def _read_store(store: Path, wanted: Set[str]) -> dict[str, np.ndarray]:
                 if rows:
                     chosen = piece["vectors"][rows]  # a copy: a view would keep the whole piece
                     known.update(zip([keys[row] for row in rows], chosen, strict=True))
-        except PermissionError:
-            raise
-        except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile):
+        except FileNotFoundError:  # another process has found it damaged
+            continue
+        except (ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile):
             path.unlink(missing_ok=True)
     return known
 
 
-def _write_piece(store: Path, keys: list[str], vectors: np.ndarray) -> None:
+def _write_piece(store: Path, keys: list[str], vectors: np.ndarray) -> str:
+    """Write a piece as a whole or not at all; returns its name."""
     name = hashlib.sha256("".join(keys).encode()).hexdigest()[:32]
     # A name by chance, as processes in two containers may have one number. Not a file of tempfile's, which no other
     # account could read: what is said of items is no secret.
@@ -232,6 +268,7 @@ def _write_piece(store: Path, keys: list[str], vectors: np.ndarray) -> None:
         os.replace(partial, store / f"{name}.npz")
     finally:
         partial.unlink(missing_ok=True)
+    return f"{name}.npz"
 
 
 def _bar(steps: range, show: bool) -> Any:

@@ -292,7 +292,7 @@ class Experiment:
         hidden = isinstance(loop.federation.aggregator, SecureKMeans)  # then no vector is sent
         return privacy_figures(
             {name: client.module.semantics() for name, client in loop.clients.items()},
-            lambda name, sigma: noise.mechanism(loop.seed, name, sigma),
+            lambda name, sigma: noise.mechanism(loop.seed, name, sigma, loop.clients[name].text_names()),
             loop.federation.aggregator.aggregate if loop.federation.sends_semantics else lambda uploads: {},
             sigmas=self.sigmas,
             used=noise.sigma if loop.counters.exchanged is not None and not hidden else None,

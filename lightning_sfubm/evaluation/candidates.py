@@ -6,8 +6,6 @@ so that an answer in words names one candidate; the target's place is uniform.
 """
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from lightning_sfubm.access import own_cache
 from lightning_sfubm.errors import ConfigError, DataError
 from lightning_sfubm.evaluation.parsing import normalise_title
+from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.seeds import numpy_generator
 
 #: Rounds of vectorised rejection before the few rows left are drawn from their explicit set of allowed items.
@@ -63,11 +62,8 @@ class CandidateLists:
         """Write a safetensors file as a whole or not at all."""
         from safetensors.numpy import save
 
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"candidates": self.candidates, "target_index": self.target_index}
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            file.write(save(tensors, {"sha256": self.sha256}))
-        os.replace(file.name, path)
+        write_atomically(path, save(tensors, {"sha256": self.sha256}), mode=0o600)
 
     @classmethod
     def load(cls, path: Path) -> "CandidateLists":

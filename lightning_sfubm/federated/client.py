@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_sfubm.contracts import FederatedModule
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError
+from lightning_sfubm.privacy.mechanisms import row_hashes
 from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.safe_load import load_checkpoint
 from lightning_sfubm.seeds import derive_seed, numpy_generator
@@ -81,6 +82,21 @@ class Client:
     def semantics(self) -> Tensor:
         """Unperturbed item vectors (N, D) in the client's private order."""
         return self.module.semantics()[self._order()]
+
+    def text_names(self) -> dict[bytes, bytes]:
+        """Hashes of the rows of :meth:`semantics` -> hashes of the texts they are vectors of; ``{}`` where rows hold more.
+
+        A text is encoded to other last bits on another machine. It keeps its name.
+        """
+        texts = getattr(self.datamodule, "text_names", None)
+        if texts is None or not getattr(self.module, "semantics_of_texts", False):
+            return {}
+        vectors = self.module.semantics()
+        form = (
+            f"{type(self.module).__name__} {vectors.shape[1]} ".encode()
+        )  # another module may make another vector of it
+        # Where two texts have one vector, either name will do, and always the same.
+        return {row: form + text for text, row in sorted(zip(texts, row_hashes(vectors), strict=True), reverse=True)}
 
     def receive_semantics(self, vectors: Tensor) -> None:
         """Take the server's answer, rows in the private order of :meth:`semantics`."""

@@ -23,6 +23,7 @@ from lightning_sfubm.privacy.secure_kmeans import (
     MOMENTS_SENSITIVITY,
     ClusterSums,
     cluster_sensitivity,
+    filled_by_several,
     first_centroids,
     local_cluster_sums,
     local_moments,
@@ -67,7 +68,9 @@ class SecureKMeans:
 
     Clients assign their own vectors to the centroids they are sent; the server sees per-cluster sums and counts over all
     clients through secure aggregation (:mod:`lightning_sfubm.privacy.secure_aggregation`, extra ``secagg``). With
-    two clients each can subtract its own sums from the total. Without noise the sums are exact: where one item changes its
+    two clients each can subtract its own sums from the total. Without noise the number of clients in each cluster is summed
+    first, and a cluster that one alone fills is left out, because its sum is that client's own; with noise it is not. Without
+    noise the sums are exact: where one item changes its
     cluster between two steps, the difference of the sums is that item's vector, whatever ``min_members`` is, and all clients
     are sent the centroids of every step. Only ``epsilon`` bounds that: with it the sums of all steps together are (epsilon,
     delta)-private for one item of one client, against a server that follows the secure aggregation and against any other
@@ -229,6 +232,9 @@ class SecureKMeans:
         for step in range(1, self.iterations + 1):
             held = self._send(names, round, centroids, deliver)
             local = {name: local_cluster_sums(rows[name], held[name], self.min_members) for name in names}
+            if not noise.scale:
+                contributors = total({n: {"contributors": local[n]["contributors"]} for n in names})["contributors"]
+                local = {name: filled_by_several(local[name], contributors) for name in names}
             noise = replace(noise, centroids=content_hash({"centroids": centroids}))
             sums = ClusterSums(**total({n: noise(n, step, local[n], sensitivity) for n in names}))
             moved = sums.centroids(centroids, spread, torch_generator(self.seed, "secure k-means", step))

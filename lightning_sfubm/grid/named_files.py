@@ -1,4 +1,4 @@
-"""What stands outside a configuration but bears on a run: settings files and folders of models that it names."""
+"""What stands outside a configuration but bears on a run: settings files, prompt templates and folders of models it names."""
 
 import hashlib
 import json
@@ -9,14 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sfubm.assets import MODELS, model_parts
+from lightning_sfubm.datamodules.prompt_templates import TEMPLATE_DIR
 
 _SUFFIXES = (".yaml", ".yml", ".json")  # of settings; what data are read from is in the hash of the data
+
+#: Beginnings of the digests of shipped prompt templates as they were when these began to count. Such a template adds
+#: nothing, so that rows of before stay valid; one that is changed does, and this table stays as it is.
+_TEMPLATES_OF_BEFORE = {
+    "base": "27ff580c60eacacc",
+    "beauty": "83f9454e6e1ddbed",
+    "books": "ce92a54e7238c7b4",
+    "food": "ddbbf35ffae622e5",
+    "health": "014fbaaf77930fc3",
+    "kitchen": "e6cb4418bc9f7d76",
+    "movies": "fb6ccd2e0c3cd430",
+    "shopping": "dc5abf321d58fcc9",
+}
 
 
 def named_files(configs: Iterable[Path], flags: Iterable[str]) -> list[tuple[str, str]]:
     """Settings files named by configurations, by options or by each other: overlays, prompt templates and the like.
 
-    A name is looked up in the working directory and in the folder of the file it stands in.
+    A name is looked up in the working directory and in the folder of the file it stands in; one without ending may be that
+    of a shipped prompt template.
 
     Args:
         configs: YAML files.
@@ -25,7 +40,29 @@ def named_files(configs: Iterable[Path], flags: Iterable[str]) -> list[tuple[str
     Returns:
         Name and sha256 of the content of each file that is there, sorted.
     """
-    return sorted((name, hashlib.sha256(content).hexdigest()) for name, content in _files(configs, flags)[1].values())
+    given, files = _files(configs, flags)
+    names = {name for text in (*given, *(content for _, content in files.values())) for name in _names(text)}
+    found = [(name, hashlib.sha256(content).hexdigest()) for name, content in files.values()]
+    return sorted([*found, *_changed_templates(names)])
+
+
+def _changed_templates(names: set[str]) -> Iterator[tuple[str, str]]:
+    """Shipped prompt templates that are named, and what lies under all of them, where they are not as they were."""
+    shipped = {path.stem: path for path in TEMPLATE_DIR.glob("*.yaml")}
+    if not any(name in shipped or name.endswith(_SUFFIXES) for name in names):
+        return
+    for name in sorted({"base", *names} & shipped.keys()):
+        digest = template_digest(shipped[name])
+        if not digest.startswith(_TEMPLATES_OF_BEFORE.get(name, "none")):
+            yield f"template {name}", digest
+
+
+def template_digest(path: Path) -> str:
+    """sha256 of a template's entries, whatever its comments and layout."""
+    import yaml
+
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def named_models(configs: Iterable[Path], flags: Iterable[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@
 
 What a client computes is a tensor of fixed size, whatever the number of its vectors, made for a secure sum. A step equals
 Lloyd's step on the union of all vectors, to fixed-point precision, where no noise is added, every client has ``min_members``
-vectors in each of its clusters, and no cluster is empty.
+vectors in each of its clusters, and no cluster is empty. Without noise a cluster that one client alone fills counts as empty.
 """
 
 from collections.abc import Mapping
@@ -122,6 +122,17 @@ def local_cluster_sums(vectors: Tensor, centroids: Tensor, min_members: int = 1)
     counts = torch.bincount(assigned, minlength=k)
     enough = (counts >= min_members).double()
     return {"sums": sums * enough.unsqueeze(1), "counts": counts * enough, "contributors": enough}
+
+
+def filled_by_several(local: Mapping[str, Tensor], contributors: Tensor) -> dict[str, Tensor]:
+    """The client's part of a step without clusters that fewer than two clients fill: such a sum is one client's own.
+
+    Args:
+        local: see :func:`local_cluster_sums`.
+        contributors: (k,), those of all clients.
+    """
+    several = (contributors > 1.5).double()
+    return {name: value * several.reshape(-1, *[1] * (value.dim() - 1)) for name, value in local.items()}
 
 
 def cluster_sensitivity(min_members: int) -> float:

@@ -116,7 +116,8 @@ def test_what_is_attacked_is_what_was_sent(recorded: Any) -> None:
     for name, client in finished.clients.items():
         assert torch.equal(last.views[name], client.module.teacher.global_text[1:])
         sent = next(upload.vectors for upload in uploads if upload.client == name)
-        noise = next(c for c in finished.callbacks if isinstance(c, PrivacyNoise)).mechanism(finished.seed, name)
+        callback = next(c for c in finished.callbacks if isinstance(c, PrivacyNoise))
+        noise = callback.mechanism(finished.seed, name, names=client.text_names())
         assert torch.equal(sent, noise(client.module.semantics()))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
+from lightning_sfubm.datamodules.synthetic import HashingTextEncoder
 from lightning_sfubm.errors import CheckpointError, ConfigError, MessageError, PrivacyError
 from lightning_sfubm.federated.aggregation import KMeans, NoAggregation
 from lightning_sfubm.federated.checkpoint import find_state
@@ -217,11 +219,40 @@ def test_uploads_are_perturbed_once_and_in_a_private_order(federated_data: Any, 
         cosine = (before.clean[name] * after.clean[name]).sum(1).mean()
         assert abs(float(cosine) - (1 + 32 * 0.01) ** -0.5) < 0.05
         first = client.semantics()
-        mechanism = noise.mechanism(trainer.seed, name)
+        mechanism = noise.mechanism(trainer.seed, name, names=client.text_names())
         assert torch.equal(mechanism(first), after.clean[name])
         # The answer lands on the right rows: undoing the private order gives it back.
         client.receive_semantics(first)
         torch.testing.assert_close(client.module.teacher.global_text[1:], stored)
+
+
+class _OnAnotherMachine(HashingTextEncoder):
+    """Vectors with other last bits under the same fingerprint."""
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        vectors = super().encode(texts)
+        noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(0))
+        return torch.nn.functional.normalize(vectors + 1e-4 * noise, dim=1)
+
+
+def test_what_two_machines_send_of_an_item_has_the_same_noise(
+    federated_data: Any, federated_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T6: a silo whose texts are encoded anew elsewhere gives nobody a second draw to average with the first."""
+    sent = []
+    for machine, encoder in (("here", HashingTextEncoder(32)), ("there", _OnAnotherMachine(32))):
+        monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / machine))
+        data = federated_data(num_users=30)
+        for domain in data.domains.values():
+            domain.text_encoder = encoder
+        trainer = federated_trainer(machine, callbacks=[PrivacyNoise(0.1)], rounds=0, exchange="semantics")
+        client = trainer.build_clients(small_distiller(), data)["alpha"]
+        loop = SimpleNamespace(seed=trainer.seed, clients={"alpha": client})
+        tensors = PrivacyNoise(0.1).on_upload(loop, "alpha", "semantics", {"vectors": client.semantics()})
+        sent.append((client.semantics(), tensors["vectors"]))
+    (clean, first), (other, second) = sent
+    assert 0 < float((clean - other).abs().max()) < 1e-3
+    assert float((first - second).abs().max()) < 1e-3
 
 
 def test_semantics_never_leave_unprotected(federated_data: Any, federated_trainer: Any) -> None:

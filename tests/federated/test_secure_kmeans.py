@@ -66,6 +66,32 @@ def test_where_no_cluster_suffices_all_items_get_the_mean_of_all() -> None:
         torch.testing.assert_close(view, mean.expand(4, 8))
 
 
+def test_no_sum_of_a_single_client_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shops that sell different things and one thing alike: what is opened besides is of both."""
+    opened: list[dict[str, Tensor]] = []
+    aggregator = SecureKMeans(num_clusters=12, min_members=3, iterations=4)
+    real = aggregator.secure.sum
+
+    def spy(*args: Any, **settings: Any) -> dict[str, Tensor]:
+        opened.append(real(*args, **settings))
+        return opened[-1]
+
+    monkeypatch.setattr(aggregator.secure, "sum", spy)
+    alike, far = normalize(torch.eye(1, 8) + 0.1 * units(20, 5), dim=1), torch.eye(8)
+    own = {"a": far[2:4], "b": far[5:7]}
+    uploads = {n: torch.cat([alike, normalize(v.repeat(10, 1) + 0.1 * units(20, 6), dim=1)]) for n, v in own.items()}
+    aggregator.views(0, uploads, 0, 1, silent, silent)
+    counts = [sums["contributors"] for sums in opened if set(sums) == {"contributors"}]
+    steps = [sums for sums in opened if "counts" in sums]
+    assert len(counts) == len(steps)
+    assert any(bool((of == 1).any()) for of in counts)
+    for of, sums in zip(counts, steps, strict=True):
+        assert sums["counts"][of < 2].abs().max() == 0
+        assert sums["sums"][of < 2].abs().max() == 0
+        assert torch.equal(sums["contributors"], of * (of > 1))
+        assert float(sums["counts"].sum()) > 0
+
+
 def test_the_order_of_clients_changes_nothing_and_neither_do_fresh_keys() -> None:
     uploads = {"a": planted(1), "b": planted(2), "c": planted(3)}
     for settings in ({}, {"epsilon": 5.0}):

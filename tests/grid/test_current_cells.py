@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.grid import named_files
 from lightning_sfubm.grid.cells import all_cells, without_users
 from lightning_sfubm.grid.command import results
 from lightning_sfubm.grid.comparisons import by_seed, comparisons
@@ -124,6 +126,24 @@ def test_the_hash_of_a_run_follows_the_files_that_it_names(tmp_path: Path, text:
         hashes.append(run.settings_hash())
         assert run.settings_hash() == run.settings_hash()
     assert len(set(hashes)) == 4
+
+
+@pytest.mark.parametrize("edited", ["base", "movies"])
+def test_the_hash_of_a_run_follows_the_shipped_templates_that_its_prompts_are_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: str
+) -> None:
+    grid = grid_file(tmp_path, runs={"main": {"rows": ["stage1"]}}, comparisons=[])
+    (tmp_path / "base.yaml").write_text("experiment: {templates: {a: movies}}\n")
+    (run,) = load_grid(grid, set(METHODS)).runs
+    shipped = shutil.copytree(named_files.TEMPLATE_DIR, tmp_path / "templates")
+    monkeypatch.setattr(named_files, "TEMPLATE_DIR", shipped)
+    before = run.settings_hash()
+    for name, changes in ((edited, False), ("books", False), (edited, True)):
+        text = (shipped / f"{name}.yaml").read_text()
+        (shipped / f"{name}.yaml").write_text(f"# a remark\n{text}" + ("system: Be brief.\n" if changes else ""))
+        assert (run.settings_hash() != before) == changes
+    (tmp_path / "base.yaml").write_text("experiment: {templates: {a: words}}\n")  # no template
+    assert named_files.named_files(run.configs, run.flags) == []
 
 
 @pytest.mark.parametrize("flags", [["--model.init_args.llm={folder}"], ["--config", "{overlay}"]])

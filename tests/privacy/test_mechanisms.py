@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.privacy.attacks import linkage, nearest_matches, one_to_one_matches
-from lightning_sfubm.privacy.mechanisms import GaussianPerturbation, expected_cosine
+from lightning_sfubm.privacy.mechanisms import GaussianPerturbation, expected_cosine, row_hashes
 from lightning_sfubm.privacy.report import perturbation_report
 
 
@@ -48,6 +48,18 @@ def test_two_uploads_of_an_item_are_identical_whatever_lies_beside_it() -> None:
     assert torch.equal(first, mechanism(x))
     assert torch.equal(first[10:20], mechanism(x[10:20]))
     assert torch.equal(first.flip(0), mechanism(x.flip(0)))
+
+
+def test_a_vector_that_differs_by_rounding_keeps_its_noise_under_its_name() -> None:
+    """T6: on another machine a text has other last bits; the mean of two uploads must not be nearer to it than one."""
+    here, texts = items(50), [bytes([place]) for place in range(50)]
+    there = normalize(here + 1e-4 * items(50, seed=1), dim=1)
+    noises = [
+        GaussianPerturbation(0.1, b"secret", dict(zip(row_hashes(x), texts, strict=True)))._noise(x)
+        for x in (here, there)
+    ]
+    assert torch.equal(*noises)
+    assert not torch.isclose(GaussianPerturbation(0.1, b"secret")._noise(there), noises[1]).all(dim=1).any()
 
 
 def test_noise_differs_by_item_and_by_secret() -> None:
