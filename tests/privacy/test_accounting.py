@@ -4,6 +4,7 @@ import io
 import math
 import sys
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from opacus.accountants.utils import get_noise_multiplier
 from lightning_sfubm.errors import ConfigError, PrivacyError
 from lightning_sfubm.privacy import accounting
 from lightning_sfubm.privacy.accounting import PrivacyAccountant, noise_multiplier_for
+from lightning_sfubm.privacy.gaussian import gaussian_delta
 
 #: noise multiplier, sample rate, steps, delta, and the epsilon dp-accounting 0.6.0 gives for add-or-remove-one, computed in an
 #: environment of its own: RdpAccountant(orders=range(2, 64)), and PLDAccountant() at its defaults.
@@ -226,6 +228,37 @@ def test_the_noise_for_a_budget_is_the_least_that_keeps_it(
         target_epsilon=epsilon, target_delta=1e-5, sample_rate=rate, steps=steps, accountant=mechanism
     )
     assert noise == pytest.approx(theirs, rel=0.03)
+
+
+def test_a_delta_too_small_for_the_numbers_of_prv_is_refused() -> None:
+    """Against the exact Gaussian at q = 1: a bound down to the least delta, which at a hundredth of it PRV would not be."""
+    sigma, steps = 200.0, 20_000
+    for delta in (1e-5, 1e-8, 1e-10):
+        spent = accountant_of("prv", (sigma, 1.0, steps)).epsilon(delta)
+        assert gaussian_delta(spent, sigma, math.sqrt(steps)) <= delta
+    for refused in (
+        lambda: accountant_of("prv", (sigma, 1.0, steps)).epsilon(9e-11),
+        lambda: noise_multiplier_for(3.0, 1e-12, 0.1, 10, "prv"),
+    ):
+        with pytest.raises(PrivacyError, match="no bound at delta .*account with 'rdp'"):
+            refused()
+    assert gaussian_delta(accountant_of("rdp", (sigma, 1.0, steps)).epsilon(1e-12), sigma, math.sqrt(steps)) <= 1e-12
+
+
+def test_the_search_for_the_noise_asks_prv_of_no_noise_that_is_much_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 100,000 steps of all users it takes 109 GiB for a noise multiplier of 1."""
+    asked: list[float] = []
+    real = accounting._epsilon
+
+    def epsilon(mechanism: str, history: Any, *rest: Any) -> float:
+        if mechanism == "prv":
+            asked.append(history[0][0])
+        return real(mechanism, history, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(accounting, "_epsilon", epsilon)
+    noise = noise_multiplier_for(3.0, 1e-6, 1.0, 100_000, "prv")
+    assert min(asked) > noise / 3
+    assert gaussian_delta(3.0, noise, math.sqrt(100_000)) <= 1e-6
 
 
 def test_an_impossible_budget_is_refused() -> None:
