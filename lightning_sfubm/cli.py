@@ -32,6 +32,7 @@ from lightning_sfubm.locks import check_writable
 from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.next_steps import next_steps
 from lightning_sfubm.quiet import quiet_command_line
+from lightning_sfubm.seeds import drawn_again
 
 #: above the options in the help of each command
 _ABOUT = {
@@ -269,6 +270,9 @@ class SFUBMCLI(LightningCLI):
             return
         if not isinstance(self.trainer, FederatedTrainer) or self.trainer.federation is None:
             raise ConfigError("an experiment follows federated rounds: set trainer.federation, or experiment to null")
+        for name, module in experiment.baselines.items():
+            if any(True for _ in module.parameters()):  # an LLM has none before its model is loaded
+                experiment.baselines[name] = drawn_again(module, self.trainer.seed, "first weights", name)
         experiment.run(
             self.trainer,
             self.model,

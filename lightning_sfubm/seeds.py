@@ -53,6 +53,21 @@ def follow_seed(module: Any, seed: int) -> None:
         module.seed = seed
 
 
+def drawn_again(module: Any, seed: int, *names: object) -> Any:
+    """A module of the same settings whose first weights are of a named stream, whatever was drawn before it was made.
+
+    Args:
+        module: a LightningModule that is not bound or trained, with all its settings in ``hparams``.
+        seed: root seed of the run.
+        names: of the stream.
+    """
+    from lightning.pytorch.cli import instantiate_module
+
+    settings = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+    with seeded(seed, *names):
+        return instantiate_module(type(module), settings)
+
+
 def step_of(module: Any) -> tuple[int, ...]:
     """Names of the training step at work, for a stream that is drawn from anew in each.
 

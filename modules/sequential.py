@@ -255,12 +255,12 @@ class SequentialRecommender(CatalogueModule):
         assert self.items.ids is not None
         vectors = cooccurrence_vectors(self.train_histories(), self.num_items, self.hidden_dim, self.seed)
         vectors /= self.input_scale
-        # Under cosine logits alone a zero row has gradients without bound: items without neighbours keep their random start.
-        started = vectors.any(1, keepdim=True) | (self.logits != "cosine" or "text" in self.features)
+        # Items without neighbours keep a random start: under cosine logits a zero row has gradients without bound, and under
+        # dot logits all zero rows would have the same ones, so that these items tie for ever. There a short one parts them.
+        random = self.items.ids.weight * (1.0 if self.logits == "cosine" and "text" not in self.features else 0.1)
+        started = vectors.any(1, keepdim=True).to(self.device)
         with torch.no_grad():
-            self.items.ids.weight.copy_(
-                torch.where(started.to(self.device), vectors.to(self.device), self.items.ids.weight)
-            )
+            self.items.ids.weight.copy_(torch.where(started, vectors.to(self.device), random))
             self.items.ids.weight[0].zero_()
         self.items_started.fill_(True)
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from lightning_sfubm.__main__ import main
+from lightning_sfubm.experiment import Experiment
 
 SYNTHETIC = str(Path(__file__).resolve().parent.parent / "configs/debug/synthetic.yaml")
 
@@ -256,6 +257,48 @@ def test_hyper_parameters_of_nested_modules_are_their_own(tmp_path: Path, monkey
     head = parsed.config_init["fit"]["experiment"].llm
     assert (head.hparams.llm, head.hparams.history_length) == ("folder", 4)
     assert parsed.model.hparams["encoder"]["init_args"]["hidden_dim"] == 32
+
+
+def test_first_weights_of_a_baseline_do_not_depend_on_what_else_is_configured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ablation that gives the model another part, or a table with one row more, must not redraw the rows beside it."""
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(Experiment, "run", lambda self, *args, **kwargs: given.append(self.baselines))
+    sasrec = {"class_path": "lightning_sfubm.modules.encoders.sasrec.SASRec", "init_args": {"hidden_dim": 8}}
+    gru = {"class_path": "lightning_sfubm.modules.encoders.gru4rec.GRU4Rec", "init_args": {"hidden_dim": 8}}
+
+    def row(encoder: dict[str, Any]) -> dict[str, Any]:
+        name = "lightning_sfubm.modules.sequential.SequentialRecommender"
+        return {"class_path": name, "init_args": {"encoder": encoder, "lr": 0.01}}
+
+    for place, (baselines, seed) in enumerate(
+        [
+            ({"encoder": row(sasrec)}, 1),
+            ({"gru4rec": row(gru), "encoder": row(sasrec)}, 1),
+            ({"encoder": row(sasrec)}, 2),
+        ]
+    ):
+        methods = list(baselines)
+        overlay = {"seed_everything": seed, "experiment": {"init_args": {"methods": methods, "baselines": baselines}}}
+        (tmp_path / f"{place}.yaml").write_text(yaml.safe_dump(overlay))
+        run = str(tmp_path / "run")
+        main(
+            [
+                "fit",
+                "--config",
+                SYNTHETIC,
+                "--config",
+                str(tmp_path / f"{place}.yaml"),
+                "--trainer.default_root_dir",
+                run,
+            ]
+        )
+    first, beside, other = (baselines["encoder"].state_dict() for baselines in given)
+    assert len(first) > 5
+    assert all(torch.equal(first[name], beside[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert all(baselines["encoder"].lr == 0.01 for baselines in given)
 
 
 def test_predict_writes_recommendations_a_user_has_not_had(sequential: list[str], tmp_path: Path) -> None:

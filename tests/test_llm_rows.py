@@ -1,5 +1,6 @@
 """Settings of LLM rows: what a row was configured with is what it runs with."""
 
+import inspect
 import json
 from itertools import permutations
 from pathlib import Path
@@ -51,6 +52,25 @@ def test_template_of_the_domain_then_of_the_baseline_then_of_the_llm(key: str, k
     assert template(kind("no-model", template="books"), beta="food") == "books"
     assert template(kind("no-model", template="books"), alpha="food") == "food"
     assert kind("no-model").settings.template == "shopping"
+
+
+@pytest.mark.parametrize(("key", "kind"), [("tallrec", TALLRec), ("llara", LLaRA), ("a_llmrec", ALLMRec)])
+def test_a_baseline_that_sets_one_thing_keeps_the_backbone_and_the_budget_of_all_rows(key: str, kind: Any) -> None:
+    """What is left at a method's default is not set: a row must not move to another LLM by one setting of its own."""
+    shared = LLMHead(
+        "the-llm", history_length=6, title_tokens=9, adapter_learning_rate=2e-3, projector_learning_rate=2e-3
+    )
+    plain = vars(_head(run_of(shared), key, kind).settings)
+    offered = inspect.signature(kind.__init__).parameters
+    assert {name: plain[name] for name in ("llm", "history_length", "title_tokens")} == {
+        "llm": "the-llm",
+        "history_length": 6,
+        "title_tokens": 9,
+    }
+    for own in ({"warmup": 0.3}, {"history_length": 8}, {"llm": "another-llm"}):
+        assert own.keys() <= offered.keys()
+        head = _head(run_of(shared, baselines={key: kind(**own)}), key, kind)
+        assert vars(head.settings) == {**plain, **own}
 
 
 @pytest.mark.parametrize(("form", "data"), [("branch", "sampled"), ("list", "all of them")])

@@ -24,10 +24,11 @@ LIKELIHOOD = "_likelihood"  #: ending of the rows in which a head that answers i
 
 
 def _head(run: DomainRun, key: str, kind: type[PublishedHead]) -> PublishedHead:
-    """The method's head: as configured under ``experiment.baselines``, else its defaults on the shared backbone.
+    """The method's head on the shared backbone, with what ``experiment.baselines`` sets otherwise than the method's defaults.
 
-    Its template is that of the domain (``experiment.templates``), else the one set for the baseline itself, else that of
-    ``experiment.llm``.
+    A setting that is left at its default there is not one's own: backbone, prompt lengths and optimiser are those of
+    ``experiment.llm``, so that the rows of a table share them. Its template is that of the domain
+    (``experiment.templates``), else the one set for the baseline itself, else that of ``experiment.llm``.
     """
     assert run.experiment.llm is not None
     configured = run.experiment.baselines.get(key)
@@ -35,14 +36,17 @@ def _head(run: DomainRun, key: str, kind: type[PublishedHead]) -> PublishedHead:
         raise ConfigError(f"experiment.baselines.{key} must be a {kind.__name__}, not {type(configured).__name__}")
     shared = run.experiment.llm.hparams
     template = run.experiment.templates.get(run.name) or getattr(configured, "own_template", None) or shared["template"]
-    own = {} if configured is None else dict(vars(configured.settings))
-    settings = {**_offered(kind, own), "seed": run.trainer.seed}
-    return kind.from_head({**shared, **own}, template=template, **settings)
+    own = {} if configured is None else _set_otherwise(configured)
+    cls = kind if configured is None else type(configured)
+    return cls.from_head(shared, template=template, **{**own, "seed": run.trainer.seed})
 
 
-def _offered(kind: type[PublishedHead], settings: dict[str, object]) -> dict[str, object]:
-    names = inspect.signature(kind.__init__).parameters
-    return {name: value for name, value in settings.items() if name in names and name != "template"}
+def _set_otherwise(head: PublishedHead) -> dict[str, object]:
+    """Settings of a head that are not its class's defaults, but for the template."""
+    given = vars(head.settings)
+    offered = inspect.signature(type(head).__init__).parameters
+    names = [name for name in offered if name in given and name != "template"]
+    return {name: given[name] for name in names if given[name] != offered[name].default}
 
 
 def _recommender(run: DomainRun) -> SequentialRecommender:

@@ -1,14 +1,17 @@
 """T32 for the sequential baselines and the control with text: each learns the planted chain of topics."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from lightning_sfubm.contracts import TrainHistories
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
@@ -78,6 +81,25 @@ def test_items_start_from_their_cooccurrence_once(
     make_trainer(max_epochs=4, limit_val_batches=0).fit(resumed, synthetic, ckpt_path=tmp_path / "half.ckpt")
     for (name, ours), theirs in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(("logits", "features", "length"), [("dot", "id", 0.1), ("cosine", "id", 1.0)])
+def test_items_that_nobody_took_do_not_start_alike(
+    logits: str, features: str, length: float, synthetic: DomainDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of zeros have the same gradients in every step: such items would tie in every ranking, each tie a miss."""
+    catalogue = replace(synthetic.catalogue, histories=None)
+    module = SequentialRecommender(SASRec(8), logits=logits, features=features, item_init="cooccurrence")  # type: ignore[arg-type]
+    module.bind(catalogue)
+    assert module.items.ids is not None
+    random = module.items.ids.weight.detach().clone()
+    taken = TrainHistories(np.array([1, 2, 3, 1, 3]), np.array([0]), np.array([5]))
+    monkeypatch.setattr(module, "train_histories", lambda: taken)
+    module._start_items()
+    table = module.items.ids.weight.detach()
+    assert torch.equal(table[4:], length * random[4:])
+    assert not torch.isclose(table[1:4], random[1:4]).all(1).any()
+    assert not table[0].any()
 
 
 def test_cooccurrence_needs_learned_vectors_and_sequences(

@@ -240,7 +240,7 @@ def test_a_delta_too_small_for_the_numbers_of_prv_is_refused() -> None:
         lambda: accountant_of("prv", (sigma, 1.0, steps)).epsilon(9e-11),
         lambda: noise_multiplier_for(3.0, 1e-12, 0.1, 10, "prv"),
     ):
-        with pytest.raises(PrivacyError, match="no bound at delta .*account with 'rdp'"):
+        with pytest.raises(PrivacyError, match=r"no bound at delta .*account with 'rdp'"):
             refused()
     assert gaussian_delta(accountant_of("rdp", (sigma, 1.0, steps)).epsilon(1e-12), sigma, math.sqrt(steps)) <= 1e-12
 
