@@ -103,6 +103,11 @@ class DomainDataModule(LoadedDomain):
         self.max_eval_users = max_eval_users
         self.num_workers = num_workers
 
+    @property
+    def longest_history(self) -> int:
+        """Items of the longest history that a model is given: a whole sequence, where recommendations are made."""
+        return min(self.max_length, int(np.diff(self.domain.offsets).max()))
+
     def train_dataloader(self) -> DataLoader[TrainBatch]:
         """Batches of training sequences, bucketed by length; their order follows the run's seed and the epoch."""
         rows = TrainSequences(self.domain, self.splits, self.max_length, self.windows)

@@ -24,7 +24,14 @@ from lightning_sfubm.evaluation.facts import result_rows
 from lightning_sfubm.evaluation.report import build_report
 from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.evaluation.terminal import print_results
-from lightning_sfubm.experiment_checks import check_heads, check_names, check_needs, check_sizes, check_templates
+from lightning_sfubm.experiment_checks import (
+    check_heads,
+    check_models,
+    check_names,
+    check_needs,
+    check_sizes,
+    check_templates,
+)
 from lightning_sfubm.federated.loop import FederatedLoop, refuse_folder_of_silo
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.trainer import FederatedTrainer
@@ -185,6 +192,7 @@ class Experiment:
                 "configs/domain is for one model alone; give a pair's, or leave out the experiment"
             )
         check_templates(self.methods, self.llm, self.templates, domains)
+        check_models(self.methods, self.llm, self.baselines)
         run_dir.mkdir(parents=True, exist_ok=True)
         with watch("data and text vectors"):
             first_prepares(datamodule)
@@ -246,7 +254,7 @@ class Experiment:
             "comparisons": [{"a": a, "b": b} for a, b in COMPARISONS if a in self.methods and b in self.methods],
             "reference_method": "encoder",
             "protocol": self._protocol(datamodule),
-            "llm": dict(self.llm.hparams) if self.llm is not None else {},
+            "llm": dict(self.llm.hparams) if self.llm is not None and self._asks_llm else {},
             "notes": [] if ckpt_path is None else [_GONE_ON],
         }
         report = run_dir / "report.html"
@@ -298,6 +306,10 @@ class Experiment:
             used=noise.sigma if loop.counters.exchanged is not None and not hidden else None,
             seed=loop.seed,
         )
+
+    @property
+    def _asks_llm(self) -> bool:
+        return any(METHODS[key].needs_llm for key in self.methods)
 
     def _protocol(self, datamodule: Any) -> dict[str, Any]:
         domains = datamodule.domains

@@ -10,8 +10,9 @@ from lightning_sfubm.datamodules.prompt_templates import load_template
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods import METHODS
 from lightning_sfubm.methods.llm import ANSWERS
-from lightning_sfubm.methods.published_llm import PUBLISHED_LLM
-from lightning_sfubm.modules.baselines.published_head import PublishedHead
+from lightning_sfubm.methods.published_llm import PUBLISHED_LLM, set_otherwise
+from lightning_sfubm.modules.baselines.published_head import SHARED, PublishedHead
+from lightning_sfubm.modules.llm.opening import check_model
 from lightning_sfubm.modules.llm_head import LLMHead
 
 
@@ -145,6 +146,29 @@ def check_templates(
         for template in sorted({llm.hparams["template"], *templates.values()}):
             for form in sorted(forms):
                 load_template(template, form)
+
+
+def check_models(methods: Collection[str], llm: LLMHead | None, baselines: Mapping[str, LightningModule]) -> None:
+    """Open every language model now, not after stage 1 has been trained; weights are not read.
+
+    Args:
+        methods: rows asked for.
+        llm: configured head.
+        baselines: modules by row.
+
+    Raises:
+        ConfigError: one is not there, or has no such layers, adapters or number format.
+    """
+    if llm is None or not any(METHODS[key].needs_llm for key in methods):
+        return
+    heads = [dict(llm.hparams)]
+    for key in methods:
+        if isinstance(head := baselines.get(key), PublishedHead):
+            shared = {name: heads[0][name] for name in SHARED if name in heads[0]}
+            heads.append({**vars(head.settings), **shared, **set_otherwise(head)})
+    for settings in heads:
+        rank = settings["adapter_rank"] if settings["tuning"] == "lora" else 0
+        check_model(settings["llm"], settings["num_layers"], settings["precision"], rank, settings["adapter_targets"])
 
 
 def check_needs(methods: Collection[str], model: LightningModule, domains: Mapping[str, Any]) -> None:

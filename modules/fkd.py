@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
 from lightning_sfubm.errors import ConfigError, MessageError
+from lightning_sfubm.modules.encoders.acceptance import encoder_width
 from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors
 from lightning_sfubm.modules.layers.items import id_table
 from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_affinities
@@ -20,7 +21,7 @@ from lightning_sfubm.modules.losses.fkd import align, prefixes, swap_items
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks, union_over_ranks
 from lightning_sfubm.modules.semantic import SemanticTeacher
-from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
+from lightning_sfubm.modules.stage1 import CatalogueModule, check_state
 from lightning_sfubm.seeds import own_step_of, torch_generator
 
 PHASES = ("teacher", "student", "joint")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.encoders.acceptance import encoder_width
 from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors
 from lightning_sfubm.modules.layers.items import ItemTable
 from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_affinities
@@ -25,7 +26,7 @@ from lightning_sfubm.modules.losses.sampled import (
     sampled_cross_entropy,
 )
 from lightning_sfubm.modules.row_adam import RowAdamW
-from lightning_sfubm.modules.stage1 import CatalogueModule, encoder_width
+from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.seeds import own_step_of, step_of, torch_generator
 
 FEATURES = ("id", "text", "id+text")

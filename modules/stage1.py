@@ -17,6 +17,7 @@ from lightning_sfubm.contracts import Catalogue, PredictBatch, RankBatch, TrainB
 from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics, user_blocks
 from lightning_sfubm.memory import hand_back, keep_freed
+from lightning_sfubm.modules.encoders.acceptance import check_lengths
 
 SHAPES_KEY = "stage1_shapes"
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -102,10 +103,15 @@ class CatalogueModule(L.LightningModule):
         self.num_items, self.text_dim = num_items, text_dim
 
     def setup(self, stage: str) -> None:
-        """Bind to the datamodule's catalogue if that has not happened yet."""
+        """Bind to the datamodule's catalogue if that has not happened yet.
+
+        Raises:
+            ConfigError: there is no catalogue, it has other shapes, or histories are longer than an encoder takes.
+        """
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.bind(datamodule.catalogue)
+            check_lengths(self, datamodule)
         elif not self.is_bound:
             raise ConfigError(
                 f"{type(self).__name__} has no items: pass a datamodule with a catalogue or call bind(catalogue) first."
@@ -324,20 +330,6 @@ class CatalogueModule(L.LightningModule):
                 )
         self.restore_shapes(shapes)
         check_state(self.state_dict(), checkpoint["state_dict"], name)
-
-
-def encoder_width(encoder: nn.Module) -> int:
-    """H of an encoder.
-
-    Raises:
-        ConfigError: if the module is no encoder.
-    """
-    width = getattr(encoder, "hidden_dim", None)
-    if not isinstance(width, int):
-        raise ConfigError(
-            f"{type(encoder).__name__} is no encoder: it has no integer attribute 'hidden_dim' (see the Encoder contract)."
-        )
-    return width
 
 
 def check_state(

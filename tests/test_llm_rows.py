@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.evaluation.results import PerUserResults
 from lightning_sfubm.experiment import Experiment
+from lightning_sfubm.experiment_checks import check_models
 from lightning_sfubm.methods import METHODS, llm, published_llm
 from lightning_sfubm.methods.answers import answering
 from lightning_sfubm.methods.published_llm import _head
@@ -23,7 +25,7 @@ from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
 from lightning_sfubm.modules.llm_head import LLMHead
-from tests.conftest import small_distiller
+from tests.conftest import quiet_trainer, small_distiller, small_federation
 
 
 def run_of(head: LLMHead, **experiment: Any) -> Any:
@@ -265,3 +267,35 @@ def test_the_head_of_a_published_method_is_no_llm_that_rows_are_derived_from(kin
         match=rf"experiment\.llm is {kind.__name__}, .* the row you want \(tallrec, llara, a_llmrec\) in exp",
     ):
         Experiment(methods=["tallrec", "zero_shot"], llm=kind("no-model", template=template))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"llm": "no/folder/of/a/model/"}, "no/folder"),
+        ({"llm": "{empty}"}, "holds no config.json"),
+        ({"llm": "{bare}"}, "holds no weights"),
+        ({"num_layers": 20}, r"num_layers must lie in 1..2 for .*, got 20"),
+        ({"adapter_targets": ".*nomatch"}, "adapter_targets '.*nomatch'"),
+        ({"precision": "half"}, "precision 'half'"),
+    ],
+)
+def test_a_language_model_that_cannot_be_had_is_refused_before_anything_is_trained(
+    tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    whole, bare, empty = str(write_tiny_llm(tmp_path / "llm")), tmp_path / "bare", tmp_path / "empty"
+    shutil.copytree(whole, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    empty.mkdir()
+    given = {k: v.format(bare=bare, empty=empty) if isinstance(v, str) else v for k, v in settings.items()}
+    trainer = quiet_trainer(tmp_path / "run", rounds=1)
+    head = LLMHead(**{"llm": whole, **given}, history_length=3, title_tokens=6)
+    with pytest.raises(SFUBMError, match=words):
+        Experiment(methods=["stage1", "text_lora"], llm=head).run(trainer, small_distiller(), small_federation())
+    assert not (tmp_path / "run").exists()
+    # No row asks for it: it is neither opened nor named in the report.
+    Experiment(methods=["popularity"], llm=head).run(trainer, small_distiller(), small_federation())
+    assert json.loads((tmp_path / "run/run.json").read_text())["llm"] == {}
+    fine = LLMHead(llm=whole, history_length=3, title_tokens=6)
+    check_models(["llara"], fine, {"llara": LLaRA(curriculum=0.3)})
+    with pytest.raises(SFUBMError, match=words):
+        check_models(["llara"], fine, {"llara": LLaRA(**given)})

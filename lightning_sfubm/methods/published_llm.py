@@ -36,13 +36,17 @@ def _head(run: DomainRun, key: str, kind: type[PublishedHead]) -> PublishedHead:
         raise ConfigError(f"experiment.baselines.{key} must be a {kind.__name__}, not {type(configured).__name__}")
     shared = run.experiment.llm.hparams
     template = run.experiment.templates.get(run.name) or getattr(configured, "own_template", None) or shared["template"]
-    own = {} if configured is None else _set_otherwise(configured)
+    own = {} if configured is None else set_otherwise(configured)
     cls = kind if configured is None else type(configured)
     return cls.from_head(shared, template=template, **{**own, "seed": run.trainer.seed})
 
 
-def _set_otherwise(head: PublishedHead) -> dict[str, object]:
-    """Settings of a head that are not its class's defaults, but for the template."""
+def set_otherwise(head: PublishedHead) -> dict[str, object]:
+    """Settings of a head that are not its class's defaults, but for the template.
+
+    Args:
+        head: as configured for a row.
+    """
     given = vars(head.settings)
     offered = inspect.signature(type(head).__init__).parameters
     names = [name for name in offered if name in given and name != "template"]

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
 from lightning_sfubm.errors import ConfigError, MessageError
 from lightning_sfubm.modules.baselines.ffmsr_items import FFMSRItems, ItemVectors
+from lightning_sfubm.modules.encoders.acceptance import encoder_width
 from lightning_sfubm.modules.encoders.filter_mixer import CausalFilter, FilterLayer
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_affinities
 from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs, full_cross_entropy
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks
-from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
+from lightning_sfubm.modules.stage1 import CatalogueModule, check_state
 
 PHASES = ("federated", "finetune")
 

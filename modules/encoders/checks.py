@@ -14,6 +14,8 @@ from lightning_sfubm.contracts import Encoder
 from lightning_sfubm.seeds import torch_generator
 
 BATCH, LENGTH = 4, 7
+PADDED = 3
+LONGEST = LENGTH + PADDED  #: history that an encoder has to take here
 
 
 def _inputs(encoder: Encoder) -> tuple[Tensor, Tensor]:
@@ -62,11 +64,11 @@ def check_padding_content(encoder: Encoder, tolerance: float) -> None:
 def check_left_padding(encoder: Encoder, tolerance: float) -> None:
     """Three more padded positions on the left change no state of a real position."""
     x, mask = _inputs(encoder)
-    longer = torch.cat([x.new_zeros(BATCH, 3, x.shape[-1]), x], 1)
-    longer_mask = torch.cat([mask.new_zeros(BATCH, 3), mask], 1)
+    longer = torch.cat([x.new_zeros(BATCH, PADDED, x.shape[-1]), x], 1)
+    longer_mask = torch.cat([mask.new_zeros(BATCH, PADDED), mask], 1)
     _require_close(
         encoder(x, mask)[mask],
-        encoder(longer, longer_mask)[:, 3:][mask],
+        encoder(longer, longer_mask)[:, PADDED:][mask],
         tolerance,
         "the amount of left padding changes the states of real positions",
     )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_sfubm.assets import resolve_model
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.llm.attention import NAME, additive, register, use_own_gradient
 from lightning_sfubm.modules.llm.norms import use_frozen_norms
+from lightning_sfubm.modules.llm.opening import check_precision, open_config, with_adapters
 from lightning_sfubm.modules.llm.quantized import QUANTIZED, keep_gradients, quantization_config
 from lightning_sfubm.precision import has_fast_bf16
 
@@ -70,8 +70,7 @@ class Backbone(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if precision not in ("auto", "bf16", "32", *QUANTIZED):
-            raise ConfigError(f"LLM precision '{precision}' is not one of auto, bf16, 32, 8bit, 4bit")
+        check_precision(precision)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = precision == "bf16" or (precision != "32" and has_fast_bf16(device))
         dtype = torch.bfloat16 if self.bf16 else torch.float32
@@ -99,7 +98,7 @@ class Backbone(nn.Module):
         self._fingerprint, self._weights_sample = _fingerprint(model), "" if quantization else _weights_sample(model)
         self.model: Any = model
         if adapter_rank > 0:
-            self.model = _with_adapters(model, adapter_rank, adapter_alpha, adapter_dropout, adapter_targets)
+            self.model = with_adapters(model, adapter_rank, adapter_alpha, adapter_dropout, adapter_targets)
         if self.bf16 and quantization is None:
             for module in self.model.modules():
                 if hasattr(module, "cast_input_dtype_enabled"):  # to fp32, from which autocast would turn it back
@@ -283,26 +282,9 @@ def _weights_sample(model: Any) -> str:
 
 
 def _load(llm: str, num_layers: int | None, dtype: torch.dtype, quantization: Any) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    folder = resolve_model(llm)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"'{llm}' holds no usable model config or tokenizer: {' '.join(str(error).split())}"
-        ) from error
-    if not hasattr(config, "num_hidden_layers"):
-        raise ConfigError(
-            f"'{llm}' ({config.model_type}) is a model of several parts, such as text and images; give one of text alone"
-        )
-    if num_layers is not None:
-        if not 1 <= num_layers <= config.num_hidden_layers:
-            raise ConfigError(f"num_layers must lie in 1..{config.num_hidden_layers} for '{llm}', got {num_layers}")
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_layers]
-        config.num_hidden_layers = num_layers
+    folder, config, tokenizer = open_config(llm, num_layers)
     for name in DROPOUTS:
         if getattr(config, name, None):
             setattr(config, name, 0.0)
@@ -335,15 +317,3 @@ def _checkpoint_activations(model: Any, llm: str) -> None:
         raise ConfigError(
             f"'{llm}' cannot compute its layers again ({' '.join(str(error).split())}); leave out activation_checkpointing"
         ) from error
-
-
-def _with_adapters(model: Any, rank: int, alpha: int, dropout: float, targets: str) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", bias="none"
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(f"adapter_targets '{targets}': {' '.join(str(error).split())}") from error

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_sfubm.contracts import TrainHistories
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.encoders.filter_mixer import FilterMixer
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.layers.cooccurrence import cooccurrence_vectors
@@ -81,6 +82,18 @@ def test_items_start_from_their_cooccurrence_once(
     make_trainer(max_epochs=4, limit_val_batches=0).fit(resumed, synthetic, ckpt_path=tmp_path / "half.ckpt")
     for (name, ours), theirs in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+def test_histories_longer_than_the_encoder_takes_are_refused_before_training(
+    synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer]
+) -> None:
+    """Those of training are two items shorter than those of `test` and three than those of `predict`."""
+    longest = synthetic.longest_history
+    assert longest <= synthetic.max_length
+    for kind in (SASRec, FilterMixer):
+        with pytest.raises(ConfigError, match=rf"max_length={longest - 1} items, and domain .* has some of {longest}"):
+            make_trainer(max_epochs=1).fit(SequentialRecommender(kind(8, max_length=longest - 1)), synthetic)
+        make_trainer(max_epochs=0).fit(SequentialRecommender(kind(8, max_length=longest)), synthetic)
 
 
 @pytest.mark.parametrize(("logits", "features", "length"), [("dot", "id", 0.1), ("cosine", "id", 1.0)])

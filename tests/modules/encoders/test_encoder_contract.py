@@ -1,5 +1,7 @@
 """T14: every encoder keeps the contract, and the checks catch those that do not."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.encoders.checks import CHECKS, check_encoder
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.fkd import FKDDistiller
+from lightning_sfubm.modules.sequential import SequentialRecommender
 
 
 class DecayingMean(nn.Module):
@@ -76,6 +80,17 @@ def test_checks_catch_a_broken_encoder(fault: str) -> None:
         CHECKS[fault](_Broken(fault).eval(), 1e-5)
     with pytest.raises(AssertionError, match="_Broken breaks the encoder contract"):
         check_encoder(_Broken(fault))
+
+
+@pytest.mark.parametrize("fault", CHECKS)
+@pytest.mark.parametrize("kind", [SequentialRecommender, FKDDistiller])
+def test_a_module_refuses_an_encoder_from_outside_that_breaks_the_contract(fault: str, kind: Any) -> None:
+    """One that looks ahead would train without a word, to figures too good to be true."""
+    with pytest.raises(ConfigError, match=rf"_Broken breaks the encoder contract, {fault}: .*contracts\.Encoder"):
+        kind(_Broken(fault))
+    kind(DecayingMean())
+    with pytest.raises(ConfigError, match="no integer attribute 'hidden_dim'"):
+        kind(nn.Linear(2, 2))
 
 
 def test_check_encoder_restores_the_mode() -> None:
