@@ -236,9 +236,8 @@ class Experiment:
             set_aside(run_dir / "results", runs, config_hash)
         wait_for_all()
         for domain in runs.values():
-            domain.to_come = {
-                key for key in self.methods if not finished_row(domain.row_path(key), domain, config_hash)
-            }
+            domain.kept = {key for key in METHODS if finished_row(domain.row_path(key), domain, config_hash)}
+            domain.to_come = set(self.methods) - domain.kept
         wait_for_all()  # all have looked before the first writes
         for order, key in enumerate(self.methods):
             for name, domain in runs.items():

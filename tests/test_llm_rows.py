@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,7 @@ def run_of(head: LLMHead, **experiment: Any) -> Any:
         experiment=SimpleNamespace(llm=head, **settings),
         stage1=None,
         data=SimpleNamespace(catalogue=None),
+        tuned=set(),
     )
 
 
@@ -115,7 +117,7 @@ def test_rows_of_a_method_share_one_tuned_head(order: tuple[str, ...]) -> None:
         return tuned[-1]
 
     run = run_of(LLMHead("no-model"))
-    run.shared, run.to_come = {}, set(order)
+    run.shared, run.to_come, run.kept = {}, set(order), set()
     for key in order:
         run.to_come.remove(key)
         row: Any = answering("llara", build, MODES)[key](run)
@@ -129,15 +131,22 @@ def test_rows_of_a_method_share_one_tuned_head(order: tuple[str, ...]) -> None:
 def test_a_head_whose_other_row_is_kept_does_not_stay_in_memory(
     kept: str, tmp_path: Path, federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor is it tuned again: it is read, and ranks as it did."""
     shared: dict[str, Any] = {}
     tuned: list[str] = []
 
     def watched(run: Any, head: Any, key: str) -> Any:
         run.shared = shared
-        tuned.append(run.name)
         return llm.tune(run, head, key)
 
+    def counted(run: Any, *rest: Any) -> Any:
+        tuned.append(run.name)
+        return _trainer(run, *rest)
+
+    _trainer = llm._trainer
     monkeypatch.setattr(published_llm, "tune", watched)
+    monkeypatch.setattr(llm, "_trainer", counted)
+    before: dict[Path, Any] = {}
     head = LLMHead(llm=str(write_tiny_llm(tmp_path / "llm")), history_length=3, title_tokens=4)
     limits = {"max_test_users": 10, "max_train_users": 8, "calibration_users": 0}
     rows = ["tallrec", "tallrec_likelihood"]
@@ -145,12 +154,18 @@ def test_a_head_whose_other_row_is_kept_does_not_stay_in_memory(
     for more in ({}, {"ckpt_path": "last"}):
         trainer = federated_trainer(rounds=1)
         for path in trainer.run_dir.glob(f"results/*/{made}.parquet"):
+            before[path] = PerUserResults.load(path)
             path.unlink()
         Experiment(methods=rows, llm=head, **limits).run(
             trainer, small_distiller(), federated_data(), config_hash="these", **more
         )
         assert not shared
-    assert sorted(tuned) == ["alpha", "alpha", "beta", "beta"]  # once for both rows, then for the one that was gone
+    assert sorted(tuned) == ["alpha", "beta"]  # once for both rows
+    assert len(before) == 2
+    for path, result in before.items():
+        again = PerUserResults.load(path)
+        assert np.array_equal(again.rank, result.rank)
+        assert np.array_equal(again.valid, result.valid)
     assert len(list(trainer.run_dir.glob("results/*/*.parquet"))) == 4
 
 

@@ -176,6 +176,8 @@ class PerUserResults:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write ``path`` (``.parquet``) and its ``.json`` side file, each atomically, the side file last.
 
+        The first says which item each user took, so it is readable by its owner alone.
+
         Returns:
             The path of the Parquet file.
 
@@ -192,7 +194,7 @@ class PerUserResults:
         pq.write_table(pa.table({name: getattr(self, name) for name in COLUMNS}), buffer)
         data = buffer.getvalue()
         side = {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), "rows": len(self), **asdict(self.meta)}
-        write_atomically(path, data)
+        write_atomically(path, data, mode=0o600)
         write_atomically(path.with_suffix(".json"), json.dumps(side, indent=1).encode())
         return path
 

@@ -46,7 +46,7 @@ def write_cell(path: Path, result: PerUserResults, about: Json) -> None:
     columns = {name: plain(getattr(result, name).tolist()) for name in COLUMNS}
     meta = {name: getattr(result.meta, name) for name in _META}
     cell = {"format": FORMAT, **row, **meta, "domain": result.meta.domain, **about, "per_user": columns}
-    write_atomically(path, json.dumps(plain(cell)).encode())
+    write_atomically(path, json.dumps(plain(cell)).encode(), mode=0o600)  # with what each user took
 
 
 def read_cell(path: Path) -> Json | None:

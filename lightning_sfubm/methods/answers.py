@@ -14,7 +14,8 @@ def answering(
 ) -> dict[str, Callable[[DomainRun], Ranker]]:
     """How the ranker of each row is made, from one head that is tuned once.
 
-    Where a process makes several of the rows, the costs of the tuning stand in the row that comes first.
+    Where a process makes several of the rows, the costs of the tuning stand in the row that comes first. Where an earlier one
+    made some of them, its head is read again.
 
     Args:
         key: names the head.
@@ -26,6 +27,8 @@ def answering(
         shared = f"head {key} {run.name}"
         head = run.shared.pop(shared, None)
         if head is None:
+            if run.kept.intersection(modes):  # then it was stored whole
+                run.tuned.add(key)
             head = build(run)
         if any(other in run.to_come for other in modes if other != name):
             run.shared[shared] = head

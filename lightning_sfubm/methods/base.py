@@ -88,6 +88,8 @@ class DomainRun:
 
     Attributes:
         to_come: rows that this process makes after the one at work; rows kept from before are not among them.
+        kept: rows that an earlier process made of these settings and data, whether they are asked for now or not.
+        tuned: heads that an earlier process tuned for one of them, by name.
     """
 
     def __init__(
@@ -105,6 +107,8 @@ class DomainRun:
         self.name, self.client, self.watch, self.run_dir = name, client, watch, run_dir
         self.shared, self.common_cpu_s = shared, 0.0
         self.to_come: set[str] = set()
+        self.kept: set[str] = set()
+        self.tuned: set[str] = set()
 
     @property
     def data(self) -> DomainDataModule:

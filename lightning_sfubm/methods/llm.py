@@ -19,6 +19,7 @@ from lightning_sfubm.modules.baselines.late_fusion import LateFusion
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.modules.prompt_projector import PromptProjector
 from lightning_sfubm.ranks import is_first
+from lightning_sfubm.safe_load import load_checkpoint
 from lightning_sfubm.seeds import derive_seed
 
 BOTH = "{model}, both stages"  #: heading of the rows that are the whole method
@@ -47,7 +48,7 @@ def _trainer(run: DomainRun, key: str, epochs: int) -> Trainer:
 
 
 def tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
-    """Tune a head on the domain's stage-2 samples and store it.
+    """Tune a head on the domain's stage-2 samples and store it; or read it again where an earlier process has.
 
     Where the candidates stand in the prompt, a sample has as many in training as in ranking.
 
@@ -56,6 +57,12 @@ def tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
         head: with stage 1 attached.
         key: of the row.
     """
+    path = run.run_dir / "models" / run.name / f"{key}.ckpt"
+    if key in run.tuned and path.is_file():  # a folder, where the model is divided among processes
+        stored = load_checkpoint(path)
+        head.on_load_checkpoint(stored)
+        head.load_state_dict(stored["state_dict"])
+        return head
     torch.manual_seed(derive_seed(run.trainer.seed, "llm", key, run.name))
     trainer = _trainer(run, key, run.experiment.llm_epochs)
     trainer.fit(head, datamodule=run.list_data if head.settings.form == "list" else run.ranking_data)
@@ -69,7 +76,7 @@ def tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
         Console(highlight=False, quiet=not is_first()).print(
             f"  what the LLM adds, weighed on validation users: times {factor:.2f}"
         )
-    trainer.save_checkpoint(run.run_dir / "models" / run.name / f"{key}.ckpt", weights_only=True)
+    trainer.save_checkpoint(path, weights_only=True)
     return head
 
 

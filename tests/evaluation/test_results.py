@@ -14,6 +14,7 @@ from .conftest import make_result
 def test_save_and_load_give_the_same_result(tmp_path):
     result = make_result(full=False, answers=True, label="SASRec", order=3, extra={"train_cpu_s": 1.5})
     path = result.save(tmp_path / "deep" / "sasrec.parquet")
+    assert path.stat().st_mode & 0o777 == 0o600  # what each user took
     loaded = PerUserResults.load(path)
     assert loaded.meta == result.meta
     for name, dtype in COLUMNS.items():
