@@ -100,7 +100,8 @@ def epoch_times(data: DomainDataModule, rounds: int, steps: int) -> dict[str, fl
         "plain, fp32": make(data, PlainLoss),
         "GRU4Rec, chunked, auto": make(data, SequentialRecommender, GRU4Rec),
     }
-    if matmul_dtype("auto", torch.device("cpu")) == torch.bfloat16:  # elsewhere ours is in fp32 too, and bf16 is emulated
+    # Elsewhere ours is in fp32 too, and bf16 would be emulated.
+    if matmul_dtype("auto", torch.device("cpu")) == torch.bfloat16:
         variants["plain, bf16 autocast"] = make(data, PlainLoss, autocast=True)
     times: dict[str, list[float]] = {name: [] for name in variants}
     for train in variants.values():
