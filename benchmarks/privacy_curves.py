@@ -12,10 +12,11 @@ others are the non-members; test figures are over both.
 - by sigma: perturbed item vectors exchanged, nothing else.
 
 Writes benchmarks/results/privacy_curves.json, and with ``--publish`` the figures to docs/images/. Finished runs below ``--out``
-are not run again.
+are not run again where they are of the same settings and the same data.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -49,6 +50,8 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "privacy_curves.json"
 IMAGES = ROOT.parent / "docs" / "images"
 DOMAINS = ("beauty", "health")
+#: what a single run does not depend on; of the data its content counts, not where it lies
+NOT_OF_A_RUN = ("data_root", "epsilons", "sigmas", "out", "publish")
 
 
 def evaluate(loop: FederatedLoop, method: str) -> None:
@@ -103,9 +106,16 @@ def model() -> FKDDistiller:
     return FKDDistiller(encoder, num_experts=1, lr=3e-3)
 
 
-def run(options: argparse.Namespace, folder: str, exchange: Any, callbacks: list[Any]) -> Path:
-    """One federation with its audit; returns the run's folder."""
-    run_dir = options.out / folder
+def run_key(options: argparse.Namespace) -> str:
+    """Of the settings and the data of a run, so that a run of others is never taken for it."""
+    chosen = {name: value for name, value in vars(options).items() if name not in NOT_OF_A_RUN}
+    sources = {name: domain.source_fingerprint() for name, domain in data(options).domains.items()}
+    return hashlib.sha256(json.dumps([chosen, sources], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run(options: argparse.Namespace, name: str, exchange: Any, callbacks: list[Any]) -> Path:
+    """One federation with its audit; returns the run's folder, whose name tells the settings apart."""
+    run_dir: Path = options.out / f"{name}_{run_key(options)}"
     if (run_dir / "audit.json").is_file():
         return run_dir
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -138,8 +148,8 @@ def run(options: argparse.Namespace, folder: str, exchange: Any, callbacks: list
     with watch("audit"):
         settings = AuditSettings(shadows=options.shadows, max_users=options.users, seed=options.seed)
         audit_run(again, again.build_loop(model(), data(options)), settings)
-    spent = ", ".join(f"{name} {entry['cpu_s']:.0f} CPU-s" for name, entry in watch.timings.items())
-    print(f"{folder}: {spent}", flush=True)
+    spent = ", ".join(f"{part} {entry['cpu_s']:.0f} CPU-s" for part, entry in watch.timings.items())
+    print(f"{name}: {spent}", flush=True)
     return run_dir
 
 

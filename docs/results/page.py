@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sfubm.grid.cells import all_cells
+from lightning_sfubm.grid.comparisons import still_given
 from lightning_sfubm.grid.spec import load_grid
 from lightning_sfubm.grid.tables import ordered
 from lightning_sfubm.methods import METHODS
@@ -166,9 +167,9 @@ def cells(pair: str, domain: str, method: str, grid: str = "") -> list[dict[str,
 
 @cache
 def facts(pair: str) -> list[dict[str, Any]]:
-    """Published paired differences of a pair."""
+    """Published paired differences that a pair's cells still give: none of rows that :func:`cells` leaves out."""
     found: list[dict[str, Any]] = json.loads((HERE / pair / "comparisons.json").read_text())
-    return found
+    return [fact for fact in found if still_given(rows_of(pair), fact)]
 
 
 def short(value: float, digits: int) -> str:

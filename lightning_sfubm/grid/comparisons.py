@@ -54,7 +54,7 @@ def comparisons(
     for fact in published or []:
         here = best.get(_key(fact))
         more_seeds = here is None or here["seeds"] < fact["seeds"]
-        if (fact["pair"], fact["a"], fact["b"]) in wanted and more_seeds and _is_of(tables, fact):
+        if (fact["pair"], fact["a"], fact["b"]) in wanted and more_seeds and still_given(tables, fact):
             best[_key(fact)] = fact
     facts, labels = list(best.values()), grid.labels()
     for fact in facts:  # a published one has the labels of its time
@@ -62,6 +62,17 @@ def comparisons(
     for fact, p in zip(facts, holm([fact["p_mcnemar"] for fact in facts]), strict=True):
         fact["p_holm"] = p
     return plain(facts)
+
+
+def still_given(tables: dict[tuple[str, str], dict[str, list[Json]]], fact: Json) -> bool:
+    """Whether the cells, whose users need not be at hand, still give a published difference.
+
+    Args:
+        tables: see :func:`ordered`.
+        fact: see :func:`comparisons`.
+    """
+    of_seeds = by_seed(tables, fact)[: fact["seeds"]]
+    return len(of_seeds) == fact["seeds"] and abs(statistics.mean(of_seeds) - fact["difference"]) < 1e-4
 
 
 def _key(fact: Json) -> tuple[str, ...]:
@@ -142,12 +153,6 @@ def by_seed(tables: dict[tuple[str, str], dict[str, list[Json]]], fact: Json) ->
         sum(users * difference for users, difference in of_seed) / sum(users for users, _ in of_seed)
         for of_seed in ([part[seed] for part in parts] for seed in seeds)
     ]
-
-
-def _is_of(tables: dict[tuple[str, str], dict[str, list[Json]]], fact: Json) -> bool:
-    """Whether the cells, whose users need not be at hand, still give a published difference."""
-    of_seeds = by_seed(tables, fact)[: fact["seeds"]]
-    return len(of_seeds) == fact["seeds"] and abs(statistics.mean(of_seeds) - fact["difference"]) < 1e-4
 
 
 def _hit1(cell: Json) -> float:

@@ -66,7 +66,8 @@ def write_tiny_llm(
         layers: decoder layers.
         seed: of the weights.
         dtype: of the weights.
-        settings: entries of the transformers config to override.
+        settings: entries of the transformers config to override; a ``vocab_size`` above the tokenizer's few hundred words
+            gives vectors that no text asks for.
 
     Returns:
         The folder, to be given as ``llm``.
