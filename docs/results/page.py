@@ -166,10 +166,10 @@ def cells(pair: str, domain: str, method: str, grid: str = "") -> list[dict[str,
 
 
 @cache
-def facts(pair: str) -> list[dict[str, Any]]:
-    """Published paired differences that a pair's cells still give: none of rows that :func:`cells` leaves out."""
-    found: list[dict[str, Any]] = json.loads((HERE / pair / "comparisons.json").read_text())
-    return [fact for fact in found if still_given(rows_of(pair), fact)]
+def facts(grid: str) -> list[dict[str, Any]]:
+    """Published paired differences that a grid's cells still give: none of rows that :func:`cells` leaves out."""
+    found: list[dict[str, Any]] = json.loads((HERE / grid / "comparisons.json").read_text())
+    return [fact for fact in found if still_given(rows_of(grid), fact)]
 
 
 def short(value: float, digits: int) -> str:
@@ -192,9 +192,9 @@ def mean(pair: str, domain: str, method: str, metric: str, digits: int, grid: st
     return short(statistics.mean(values), digits) + spread
 
 
-def difference(pair: str, a: str, b: str, domain: str = "pooled, all users", full: bool = False) -> str:
+def difference(grid: str, a: str, b: str, domain: str = "pooled, all users", full: bool = False) -> str:
     """A paired difference with its interval, the corrected p and the seeds where there are several."""
-    for fact in facts(pair):
+    for fact in facts(grid):
         if (fact["domain"], fact["a"], fact["b"]) == (domain, a, b):
             names = ("full_difference", "full_low", "full_high") if full else ("difference", "low", "high")
             if fact[names[0]] is None:
@@ -236,9 +236,14 @@ def costs() -> str:
     return lines(["row", *(domain.capitalize().replace("lens", "Lens") for _, domain in DOMAINS)], shown)
 
 
-def paired(chosen: dict[str, tuple[str, str]], domain: str = "pooled, all users", full: bool = False) -> str:
+def paired(
+    chosen: dict[str, tuple[str, str]],
+    domain: str = "pooled, all users",
+    full: bool = False,
+    grids: tuple[str, ...] = (*PAIRS,),
+) -> str:
     """Pooled differences of every pair."""
-    rows = [[label, *(difference(pair, a, b, domain, full) for pair in PAIRS)] for label, (a, b) in chosen.items()]
+    rows = [[label, *(difference(grid, a, b, domain, full) for grid in grids)] for label, (a, b) in chosen.items()]
     return lines(["difference", *NAMES.values()], [row for row in rows if set(row[1:]) != {"–"}])
 
 
@@ -296,7 +301,7 @@ TABLES: dict[str, Callable[[], str]] = {
         {k: v for k, v in DIFFERENCES.items() if "fusion" not in k and "teacher" not in k}, full=True
     ),
     "costs": costs,
-    "exchange": lambda: paired(EXCHANGE),
+    "exchange": lambda: paired(EXCHANGE, grids=("health_beauty", "food_kitchen", "books_4000")),
     "llm": llm_rows,
     "llm differences": lambda: paired(LLM_DIFFERENCES, domain="pooled"),
     "ablations": ablations,
