@@ -52,8 +52,9 @@ class FKDDistiller(CatalogueModule):
         temperature: T of the FKD terms.
         swap_probability: chance that ``what_if`` swaps an item for a neighbour in z-space.
         num_neighbours: neighbours to swap for.
-        init_from_teacher: start the student's ID table from the trained teacher's item vectors [choice: on 10,000 Beauty
-            users validation Hit@1 .421 after 3 epochs, against .410 after 9 from a random table].
+        init_from_teacher: start the student's ID table from the teacher's item vectors as they are when the student's phase
+            begins: trained ones after the teacher's phase, untrained ones where phase ``"joint"`` comes first [choice: on
+            10,000 Beauty users a trained teacher gave validation Hit@1 .421 after 3 epochs, a random table .410 after 9].
         cooccurrence: add to that start, at the same length, which items stand near each other in this domain's training
             sequences (:func:`~lightning_sfubm.modules.layers.cooccurrence.cooccurrence_vectors`). The ID table never leaves.
         alpha: weight of the teacher's cross-entropy in the joint phase.
