@@ -20,6 +20,7 @@ from lightning_sfubm.modules.losses.fkd import align, prefixes, swap_items
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks, union_over_ranks
 from lightning_sfubm.modules.semantic import SemanticTeacher
+from lightning_sfubm.modules.settings import check_dropout
 from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
 from lightning_sfubm.seeds import own_step_of, torch_generator
 
@@ -113,6 +114,7 @@ class FKDDistiller(CatalogueModule):
             )
         if not 0 < own_share < 1:
             raise ConfigError(f"own_share={own_share} must lie between 0 and 1.")
+        check_dropout(type(self).__name__, text_dropout=text_dropout)
         if teacher_encoder is not None and encoder_width(teacher_encoder) != self.hidden_dim:
             raise ConfigError(
                 f"teacher_encoder has hidden_dim {encoder_width(teacher_encoder)}, the student's has {self.hidden_dim}."

@@ -25,6 +25,7 @@ from lightning_sfubm.modules.losses.sampled import (
     sampled_cross_entropy,
 )
 from lightning_sfubm.modules.row_adam import RowAdamW
+from lightning_sfubm.modules.settings import check_dropout
 from lightning_sfubm.modules.stage1 import CatalogueModule, encoder_width
 from lightning_sfubm.seeds import own_step_of, step_of, torch_generator
 
@@ -123,6 +124,7 @@ class SequentialRecommender(CatalogueModule):
             raise ConfigError(
                 f"input_scale={input_scale} with features={features!r}: it must be finite and above 0, and 1 with text."
             )
+        check_dropout(type(self).__name__, text_dropout=text_dropout)
         self.save_plain_hyperparameters()
         self.encoder = encoder
         self.features = features

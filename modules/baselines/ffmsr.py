@@ -17,6 +17,7 @@ from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_a
 from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs, full_cross_entropy
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks
+from lightning_sfubm.modules.settings import check_dropout
 from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
 
 PHASES = ("federated", "finetune")
@@ -109,6 +110,7 @@ class FFMSR(CatalogueModule):
             )
         if tau <= 0 or w_orthogonal < 0:
             raise ConfigError(f"tau={tau} must be positive and w_orthogonal={w_orthogonal} not negative.")
+        check_dropout(type(self).__name__, text_dropout=text_dropout, filter_dropout=filter_dropout)
         self.save_plain_hyperparameters()
         self.encoder = encoder
         self.text_layers = text_layers

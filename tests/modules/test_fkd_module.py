@@ -320,6 +320,7 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
         ({"own_share": 1.0}, "own_share=1.0"),
         ({"swap_probability": 1.5}, "swap_probability=1.5"),
         ({"phase": "warm-up"}, "phase='warm-up'"),
+        ({"text_dropout": 2}, r"FKDDistiller: text_dropout=2 must lie in \[0, 1\)"),
         ({"teacher_encoder": GRU4Rec(4)}, "teacher_encoder has hidden_dim 4, the student's has 8"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -159,6 +159,7 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
         ({"logq": 1.5}, r"logq=1.5 must lie in \[0, 1\]"),
         ({"loss": "bpr_max", "bpreg": -1.0}, "bpreg=-1.0"),
         ({"loss": "bpr_max", "elu_param": -0.5}, "elu_param=-0.5"),
+        ({"text_dropout": 2}, r"SequentialRecommender: text_dropout=2 must lie in \[0, 1\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             SequentialRecommender(SASRec(8), **kwargs)

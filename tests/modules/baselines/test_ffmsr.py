@@ -298,6 +298,8 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
         ({"tau": 0.0}, r"tau=0\.0"),
         ({"w_orthogonal": -1.0}, r"w_orthogonal=-1\.0"),
         ({"phase": "warm-up"}, "phase='warm-up'"),
+        ({"text_dropout": 1.0}, r"FFMSR: text_dropout=1\.0 must lie in"),
+        ({"filter_dropout": -0.1}, r"FFMSR: filter_dropout=-0\.1 must lie in"),
     ):
         with pytest.raises(ConfigError, match=message):
             FFMSR(SASRec(8), **kwargs)
