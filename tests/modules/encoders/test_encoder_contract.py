@@ -54,20 +54,22 @@ def test_contract(name: str, check: str) -> None:
 class _Broken(DecayingMean):
     def __init__(self, fault: str) -> None:
         super().__init__()
-        self.fault = fault
+        self.kind = fault
+        if fault != "arguments":
+            self.fault = fault
         self.unused = nn.Parameter(torch.ones(1)) if fault == "gradients" else None
 
     def forward(self, item_embeddings: Tensor, mask: Tensor) -> Tensor:
-        if self.fault == "padding_content":
+        if self.kind == "padding_content":
             mask = torch.ones_like(mask)
         states = super().forward(item_embeddings, mask)
-        if self.fault == "causality":
+        if self.kind == "causality":
             return states + item_embeddings.sum(1, keepdim=True)
-        if self.fault == "left_padding":
+        if self.kind == "left_padding":
             return states + torch.arange(mask.shape[1])[:, None]
-        if self.fault == "batching":
+        if self.kind == "batching":
             return states - states.mean(0)
-        if self.fault == "shape":
+        if self.kind == "shape":
             return states / mask.unsqueeze(-1)
         return states
 
