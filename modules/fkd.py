@@ -22,6 +22,7 @@ from lightning_sfubm.modules.losses.ranks import mean_over_ranks, union_over_ran
 from lightning_sfubm.modules.semantic import SemanticTeacher
 from lightning_sfubm.modules.settings import check_dropout
 from lightning_sfubm.modules.stage1 import CatalogueModule, check_state, encoder_width
+from lightning_sfubm.ranks import needs_every_gradient
 from lightning_sfubm.seeds import own_step_of, torch_generator
 
 PHASES = ("teacher", "student", "joint")
@@ -213,7 +214,8 @@ class FKDDistiller(CatalogueModule):
             if name == "teacher":
                 module.requires_grad_(phase != "student")
             elif name in ("encoder", "ids", "align_projection"):
-                # What no loss reaches must not ask for gradients: DDP waits for all that do.
+                # What no loss reaches must not ask for gradients: DDP waits for all that do. The teacher's fusion is the
+                # exception, unreached until a global view is received: `on_fit_start` refuses such a DDP.
                 module.requires_grad_(phase != "teacher" and (name != "align_projection" or self.w_align > 0))
         self.train(self.training)
 
@@ -230,8 +232,15 @@ class FKDDistiller(CatalogueModule):
         """Start the student's table from the teacher's vectors, from co-occurrences or from both, once, where asked for.
 
         Raises:
-            ConfigError: co-occurrences are asked for, but there are no training sequences to count them in.
+            ConfigError: co-occurrences are asked for, but there are no training sequences to count them in; or the strategy
+                takes no step without a gradient of every parameter, and there is no global view to fuse.
         """
+        unreached = self.phase != "student" and self.teacher.global_text is None
+        if unreached and needs_every_gradient(self.trainer.strategy):
+            raise ConfigError(
+                "the teacher's fusion gets no gradient before a federation has sent a global view, which trainer.strategy does "
+                "not look for: set it to ddp_find_unused_parameters_true"
+            )
         if self.phase == "teacher" or bool(self.student_started):
             return
         starts = []

@@ -271,8 +271,9 @@ def test_only_the_teacher_leaves_and_comes_back(catalogue: Catalogue) -> None:
         module.load_shared_state(shared)
 
 
-def test_table_can_start_from_the_teacher_once(catalogue: Catalogue) -> None:
+def test_table_can_start_from_the_teacher_once(catalogue: Catalogue, make_trainer: Callable[..., L.Trainer]) -> None:
     module = build(catalogue, "teacher", init_from_teacher=True)
+    module.trainer = make_trainer()
     drawn = module.ids.weight.clone()
     module.on_fit_start()
     assert torch.equal(module.ids.weight, drawn)
@@ -310,6 +311,32 @@ def test_table_can_start_from_cooccurrences(
     module.trainer.datamodule = synthetic  # type: ignore[attr-defined]
     module.on_fit_start()
     torch.testing.assert_close(module.ids.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("phase", ["teacher", "student", "joint"])
+@pytest.mark.parametrize("received", [False, True])
+def test_a_strategy_that_waits_for_the_idle_fusion_is_refused(
+    catalogue: Catalogue, train_batch: TrainBatch, phase: str, received: bool
+) -> None:
+    """Refused are the phases in which a parameter asks for a gradient that no term gives it."""
+    module = build(catalogue, phase)
+    if received:
+        module.receive_semantics(module.semantics().flip(0))
+    logged_step(module, train_batch)[0].backward()
+    idle = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == (
+        [] if received or phase == "student" else ["teacher.fusion.gate.weight", "teacher.fusion.gate.bias"]
+    )
+    module.trainer = L.Trainer(accelerator="cpu", strategy="ddp_find_unused_parameters_true", devices=2, logger=False)
+    module.on_fit_start()
+    module.trainer = L.Trainer(accelerator="cpu", strategy="ddp", devices=2, logger=False)
+    if idle:
+        with pytest.raises(
+            ConfigError, match=r"fusion gets no gradient .* trainer\.strategy .*ddp_find_unused_parameters_true"
+        ):
+            module.on_fit_start()
+    else:
+        module.on_fit_start()
 
 
 def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
