@@ -257,7 +257,8 @@ class SequentialRecommender(CatalogueModule):
         assert self.items.ids is not None
         vectors = cooccurrence_vectors(self.train_histories(), self.num_items, self.hidden_dim, self.seed)
         vectors /= self.input_scale
-        # Under cosine logits alone a zero row has gradients without bound: items without neighbours keep their random start.
+        # Under cosine logits alone a zero row has no direction to be compared by: items without neighbours keep their random
+        # start.
         started = vectors.any(1, keepdim=True) | (self.logits != "cosine" or "text" in self.features)
         with torch.no_grad():
             self.items.ids.weight.copy_(

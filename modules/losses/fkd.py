@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_sfubm.modules.losses.unit import unit
+
 
 def pool_mask(exclude: Tensor, targets: Tensor) -> Tensor:
     """Columns that are not in the pool.
@@ -148,7 +150,7 @@ def align(ids: Tensor, semantics: Tensor, tau: float = 0.07) -> Tensor:
     """
     if len(ids) < 2:
         return 0.0 * ids.sum()
-    logits = F.normalize(ids, dim=-1) @ F.normalize(semantics.detach(), dim=-1).T / tau
+    logits = unit(ids) @ unit(semantics.detach()).T / tau
     return F.cross_entropy(logits, torch.arange(len(ids), device=ids.device))
 
 

@@ -339,6 +339,32 @@ def test_a_strategy_that_waits_for_the_idle_fusion_is_refused(
         module.on_fit_start()
 
 
+@pytest.mark.parametrize("phase", ["teacher", "joint", "student", "alone"])
+def test_an_item_without_text_has_no_overwhelming_gradient(phase: str) -> None:
+    """Its vector is zero at the start: normalised, it would take AdamW's steps from what it shares with all others."""
+    items, generator, norms = 300, torch_generator(0, "no text"), []
+    text = torch.nn.functional.normalize(torch.randn(items + 1, 16, generator=generator), dim=1)
+    rows = torch.randint(1, items + 1, (16, 21), generator=generator)
+    rows[0, :2] = 3
+    batch = TrainBatch(history=rows[:, :-1], targets=rows[:, 1:], user=torch.arange(16))
+    for row in (text[3], torch.zeros(16)):
+        text[3] = row
+        catalogue = Catalogue("t", items, [""] * (items + 1), text.clone(), torch.ones(items + 1))
+        if phase == "alone":
+            torch.manual_seed(0)
+            module = SequentialRecommender(SASRec(8, num_heads=1), features="text", logits="cosine")
+            module.bind(catalogue)
+            module.log_losses = lambda batch, **terms: None  # type: ignore[method-assign]
+        else:
+            module = build(catalogue, phase)
+            module.log_losses = lambda batch, **terms: None  # type: ignore[method-assign]
+            with torch.no_grad():
+                module.ids.weight.copy_(module.item_tables()[1])  # as the student starts
+        module.training_step(batch, 0).backward()
+        norms.append(sum(p.grad.square().sum() for p in module.parameters() if p.grad is not None).sqrt())
+    assert norms[1] < 10 * norms[0]
+
+
 def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
     for kwargs, message in (
         ({"counter": "fact"}, "counter='fact'"),
