@@ -83,10 +83,13 @@ def fact(student: Tensor, teacher: Tensor, targets: Tensor, exclude: Tensor, tem
 def non_target(student: Tensor, teacher: Tensor, targets: Tensor, exclude: Tensor, temperature: float = 1.0) -> Tensor:
     """COUNTER ``non_target``: ``T^2 KL(q without y || p without y)``, what would have been taken had y not existed.
 
-    Arguments and result as in :func:`fact`. At T = 1, ``fact + (1 - q_y) * non_target == full_kl``.
+    Arguments and result as in :func:`fact`; 0 where there is nothing but y in the pool. At T = 1,
+    ``fact + (1 - q_y) * non_target == full_kl``.
     """
     without = exclude.scatter(1, targets[:, None], True)
-    return temperature**2 * full_kl(student, teacher, without, temperature)
+    empty = without.all(1)
+    divergence = full_kl(student, teacher, without & ~empty[:, None], temperature)
+    return temperature**2 * divergence.masked_fill(empty, 0.0)
 
 
 def what_if(student: Tensor, teacher: Tensor, exclude: Tensor, temperature: float = 1.0) -> Tensor:
