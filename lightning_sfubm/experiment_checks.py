@@ -47,6 +47,13 @@ def check_names(
                     f"experiment.baselines.{key} has {name} '{found}', but row '{key}' is called '{METHODS[key].label}': set "
                     f"it to '{value}', or configure another row"
                 )
+        expected, encoder = METHODS[key].encoder, type(getattr(module, "encoder", module))
+        # A subclass with a forward pass of its own may be any other model.
+        if expected and not (issubclass(encoder, expected) and encoder.forward is expected.forward):
+            raise ConfigError(
+                f"experiment.baselines.{key} has an encoder {encoder.__name__}, but row '{key}' is called "
+                f"'{METHODS[key].label}': make it a {expected.__name__}, or configure another row"
+            )
     trainings = sorted({name for method in METHODS.values() for name in method.trainings})
     if unknown := [name for name in patience if name not in trainings]:
         raise ConfigError(f"experiment.patience names {unknown}; trainings with a patience are {', '.join(trainings)}")

@@ -4,6 +4,7 @@ import atexit
 
 import torch.distributed as dist
 from lightning import LightningDataModule
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 
 def _distributed() -> bool:
@@ -38,6 +39,11 @@ def first_prepares(datamodule: LightningDataModule) -> None:
     wait_for_all()
     if not is_first():
         datamodule.prepare_data()
+
+
+def needs_every_gradient(strategy: Strategy) -> bool:
+    """Whether a step fails where a parameter that asks for a gradient gets none: DDP that does not look for such ones."""
+    return isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters")
 
 
 def close_at_exit() -> None:

@@ -93,6 +93,23 @@ class PatientStopping(EarlyStopping):
             trainer.should_stop = before
 
 
+def check_had_batches(trainer: Trainer, label: str) -> None:
+    """Refuse a fit that had nothing to train on, which Lightning ends as if it had trained.
+
+    Args:
+        trainer: after its ``fit``.
+        label: of the training.
+
+    Raises:
+        DataError: there was no batch.
+    """
+    if trainer.limit_train_batches == 0 or trainer.num_training_batches == 0:
+        raise DataError(
+            f"{label}: there is no batch to train on: set trainer.limit_train_batches above 0, and have users of more "
+            "interactions than the three that validation, test and a first history take"
+        )
+
+
 def fit_to_early_stopping(
     make_trainer: TrainerFactory,
     module: LightningModule,
@@ -152,11 +169,7 @@ def fit_to_early_stopping(
         folder=folder,
     )
     trainer.fit(module, datamodule=datamodule)
-    if trainer.fit_loop.total_batch_idx < 0:
-        raise DataError(
-            f"{label}: there is no batch to train on: set trainer.limit_train_batches above 0, and have users of more "
-            "interactions than the three that validation, test and a first history take"
-        )
+    check_had_batches(trainer, label)
     if best.best_model_score is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ConfigError(
             f"{label}: {monitor} was never computed, so no epoch could be chosen: set trainer.limit_val_batches above 0, "

@@ -21,7 +21,9 @@ from lightning_sfubm.modules.losses.fkd import align, prefixes, swap_items
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks, union_over_ranks
 from lightning_sfubm.modules.semantic import SemanticTeacher
+from lightning_sfubm.modules.settings import check_dropout
 from lightning_sfubm.modules.stage1 import CatalogueModule, check_state
+from lightning_sfubm.ranks import needs_every_gradient
 from lightning_sfubm.seeds import own_step_of, torch_generator
 
 PHASES = ("teacher", "student", "joint")
@@ -53,8 +55,9 @@ class FKDDistiller(CatalogueModule):
         temperature: T of the FKD terms.
         swap_probability: chance that ``what_if`` swaps an item for a neighbour in z-space.
         num_neighbours: neighbours to swap for.
-        init_from_teacher: start the student's ID table from the trained teacher's item vectors [choice: on 10,000 Beauty
-            users validation Hit@1 .421 after 3 epochs, against .410 after 9 from a random table].
+        init_from_teacher: start the student's ID table from the teacher's item vectors as they are when the student's phase
+            begins: trained ones after the teacher's phase, untrained ones where phase ``"joint"`` comes first [choice: on
+            10,000 Beauty users a trained teacher gave validation Hit@1 .421 after 3 epochs, a random table .410 after 9].
         cooccurrence: add to that start, at the same length, which items stand near each other in this domain's training
             sequences (:func:`~lightning_sfubm.modules.layers.cooccurrence.cooccurrence_vectors`). The ID table never leaves.
         alpha: weight of the teacher's cross-entropy in the joint phase.
@@ -113,6 +116,7 @@ class FKDDistiller(CatalogueModule):
             )
         if not 0 < own_share < 1:
             raise ConfigError(f"own_share={own_share} must lie between 0 and 1.")
+        check_dropout(type(self).__name__, text_dropout=text_dropout)
         if teacher_encoder is not None and encoder_width(teacher_encoder) != self.hidden_dim:
             raise ConfigError(
                 f"teacher_encoder has hidden_dim {encoder_width(teacher_encoder)}, the student's has {self.hidden_dim}."
@@ -211,7 +215,8 @@ class FKDDistiller(CatalogueModule):
             if name == "teacher":
                 module.requires_grad_(phase != "student")
             elif name in ("encoder", "ids", "align_projection"):
-                # What no loss reaches must not ask for gradients: DDP waits for all that do.
+                # What no loss reaches must not ask for gradients: DDP waits for all that do. The teacher's fusion is the
+                # exception, unreached until a global view is received: `on_fit_start` refuses such a DDP.
                 module.requires_grad_(phase != "teacher" and (name != "align_projection" or self.w_align > 0))
         self.train(self.training)
 
@@ -228,8 +233,15 @@ class FKDDistiller(CatalogueModule):
         """Start the student's table from the teacher's vectors, from co-occurrences or from both, once, where asked for.
 
         Raises:
-            ConfigError: co-occurrences are asked for, but there are no training sequences to count them in.
+            ConfigError: co-occurrences are asked for, but there are no training sequences to count them in; or the strategy
+                takes no step without a gradient of every parameter, and there is no global view to fuse.
         """
+        unreached = self.phase != "student" and self.teacher.global_text is None
+        if unreached and needs_every_gradient(self.trainer.strategy):
+            raise ConfigError(
+                "the teacher's fusion gets no gradient before a federation has sent a global view, which trainer.strategy does "
+                "not look for: set it to ddp_find_unused_parameters_true"
+            )
         if self.phase == "teacher" or bool(self.student_started):
             return
         starts = []

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_sfubm.contracts import RankBatch
@@ -23,6 +22,7 @@ from lightning_sfubm.modules.llm.optim import adamw_with_warmup
 from lightning_sfubm.modules.llm.ranking import RankingLM, in_own_precision
 from lightning_sfubm.modules.llm.sharding import settle, whole
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks
+from lightning_sfubm.ranks import needs_every_gradient
 from lightning_sfubm.seeds import step_of, torch_generator
 
 RANK_MODES = {"branch": ("head", "score"), "list": ("score", "generate", "constrained")}
@@ -284,8 +284,7 @@ class LLMHead(RankingLM):
         """
         if not self.settings.curriculum or self.projector is None:
             return
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        if needs_every_gradient(self.trainer.strategy):
             raise ConfigError(
                 "a curriculum leaves the projectors out of some steps, which trainer.strategy does not look for: set it to "
                 "ddp_find_unused_parameters_true, or curriculum to 0"

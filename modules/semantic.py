@@ -17,7 +17,8 @@ class SemanticTeacher(nn.Module):
     """Adaptor, fusion of local and global view, and a sequence encoder with cosine logits.
 
     An item's vector is ``z = fuse(MoE(x), MoE(g))`` with x its own text vector and g the vector the federation sent back.
-    Before anything was sent g = x, for which the fusion returns MoE(x): only one view is computed then.
+    Before anything was sent g = x, for which the fusion returns MoE(x): only one view is computed then, and the fusion gets
+    no gradient.
 
     The parameters are what a federation may average; the text vectors are buffers and stay here.
 

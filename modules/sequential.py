@@ -26,6 +26,7 @@ from lightning_sfubm.modules.losses.sampled import (
     sampled_cross_entropy,
 )
 from lightning_sfubm.modules.row_adam import RowAdamW
+from lightning_sfubm.modules.settings import check_dropout
 from lightning_sfubm.modules.stage1 import CatalogueModule
 from lightning_sfubm.seeds import own_step_of, step_of, torch_generator
 
@@ -124,6 +125,7 @@ class SequentialRecommender(CatalogueModule):
             raise ConfigError(
                 f"input_scale={input_scale} with features={features!r}: it must be finite and above 0, and 1 with text."
             )
+        check_dropout(type(self).__name__, text_dropout=text_dropout)
         self.save_plain_hyperparameters()
         self.encoder = encoder
         self.features = features
@@ -256,8 +258,9 @@ class SequentialRecommender(CatalogueModule):
         assert self.items.ids is not None
         vectors = cooccurrence_vectors(self.train_histories(), self.num_items, self.hidden_dim, self.seed)
         vectors /= self.input_scale
-        # Items without neighbours keep a random start: under cosine logits a zero row has gradients without bound, and under
-        # dot logits all zero rows would have the same ones, so that these items tie for ever. There a short one parts them.
+        # Items without neighbours keep a random start: under cosine logits a zero row has no direction to be compared by, and
+        # under dot logits all zero rows would have the same gradients, so that these items tie for ever. There a short one
+        # parts them.
         random = self.items.ids.weight * (1.0 if self.logits == "cosine" and "text" not in self.features else 0.1)
         started = vectors.any(1, keepdim=True).to(self.device)
         with torch.no_grad():

@@ -18,6 +18,7 @@ from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics, user_blocks
 from lightning_sfubm.memory import hand_back, keep_freed
 from lightning_sfubm.modules.encoders.acceptance import check_lengths
+from lightning_sfubm.modules.encoders.arguments import constructor_arguments
 
 SHAPES_KEY = "stage1_shapes"
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -282,6 +283,9 @@ class CatalogueModule(L.LightningModule):
 
         The command line stores modules so already; this gives a module built in Python the same checkpoint, which loads
         with ``weights_only=True`` and rebuilds its parts. Their arguments are read from attributes of the same name.
+
+        Raises:
+            ConfigError: a module lacks such an attribute.
         """
         frame = inspect.currentframe()
         with warnings.catch_warnings():
@@ -290,8 +294,7 @@ class CatalogueModule(L.LightningModule):
         modules = {name: value for name, value in self.hparams.items() if isinstance(value, nn.Module)}
         for name, value in modules.items():
             cls = type(value)
-            arguments = inspect.signature(cls.__init__).parameters
-            init_args = {key: getattr(value, key) for key in arguments if key != "self" and hasattr(value, key)}
+            init_args = constructor_arguments(value)
             self.hparams[name] = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": init_args}
         if modules:
             self.hparams["_instantiator"] = INSTANTIATOR

@@ -140,6 +140,24 @@ def test_odd_titles_lonely_users_and_unknown_items_are_counted_not_fatal(
     assert list((place / "run").rglob("*.ckpt"))
 
 
+def test_users_of_three_interactions_leave_nothing_to_train_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Validation and test take two of them, and what would be predicted by the first is among these."""
+    tables = good()
+    header, *lines = tables["interactions"]
+    tables["interactions"] = [
+        header,
+        *(line for line in lines if line[-1] in "012"),
+    ]  # timestamps end with the position
+    write(tables, place)
+    with pytest.raises(SystemExit) as exit:
+        run(place)
+    assert exit.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "SequentialRecommender: there is no batch to train on" in said
+    assert "users of more interactions than the three" in said
+    assert not list((place / "run").rglob("*.ckpt"))
+
+
 def test_a_missing_model_folder_names_the_ways_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(good(), place)
     encoder = "--data.init_args.text_encoder"

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.experiment import COMPARISONS, Experiment
@@ -16,6 +17,13 @@ from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.modules.sequential import SequentialRecommender
 from lightning_sfubm.training import Stopwatch
+
+
+class Mean(GRU4Rec):
+    """Another model under the class of a known one."""
+
+    def forward(self, item_embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (item_embeddings * mask.unsqueeze(-1)).cumsum(1)
 
 
 def domain_run(watch: Stopwatch, shared: dict[str, Any], template: Any = None, **baselines: Any) -> DomainRun:
@@ -74,6 +82,13 @@ def test_the_unisrec_that_is_fused_is_trained_without_what_the_fusion_is_weighed
         ),
         ("encoder", SequentialRecommender(SASRec(), features="text"), "set it to 'id'"),
         ("sasrec_bce", SequentialRecommender(SASRec()), "set it to 'bce'"),
+        (
+            "gru4rec",
+            SequentialRecommender(SASRec(8)),
+            "gru4rec has an encoder SASRec, but row 'gru4rec' is called 'GRU4Rec': make it a GRU4Rec",
+        ),
+        ("gru4rec", SequentialRecommender(Mean(8)), "gru4rec has an encoder Mean, but row"),
+        ("sasrec_bce", SequentialRecommender(GRU4Rec(8), loss="bce"), "sasrec_bce has an encoder GRU4Rec"),
         ("unisrec_transductive", UniSRec(), "set it to 'transductive'"),
         ("stage1", SequentialRecommender(SASRec()), "names 'stage1'; rows that take a module are gru4rec, sasrec_bce"),
         ("popularity", SequentialRecommender(SASRec()), "names 'popularity'"),
@@ -85,6 +100,15 @@ def test_a_baseline_that_no_row_reads_or_that_is_not_what_its_label_says_is_refu
     with pytest.raises(ConfigError, match=r"experiment\.baselines") as error:
         Experiment(methods=["popularity"], baselines={key: module})
     assert words in str(error.value)
+
+
+def test_a_baseline_may_be_of_a_subclass_that_computes_the_same() -> None:
+    class Narrow(GRU4Rec):
+        def __init__(self) -> None:
+            super().__init__(hidden_dim=8)
+
+    Experiment(methods=["gru4rec"], baselines={"gru4rec": SequentialRecommender(Narrow())})
+    Experiment(methods=["encoder"], baselines={"encoder": SequentialRecommender(Mean(8))})
 
 
 def test_a_patience_is_of_a_training_that_has_one() -> None:

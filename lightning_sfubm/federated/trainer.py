@@ -35,7 +35,7 @@ from lightning_sfubm.quiet import quiet_lightning
 from lightning_sfubm.ranks import first_prepares, is_first
 from lightning_sfubm.safe_load import SafeCheckpointIO
 from lightning_sfubm.seeds import derive_seed
-from lightning_sfubm.training import CloseAtExit, RankSeed, SeededTrainer
+from lightning_sfubm.training import CloseAtExit, RankSeed, SeededTrainer, check_had_batches
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -258,6 +258,7 @@ class FederatedTrainer(L.Trainer):
         Raises:
             ConfigError: federation without a FederatedDataModule or a federated model.
             CheckpointError: ``ckpt_path`` has no whole state, or one of another run.
+            DataError: there is nothing to train on.
         """
         if self.federation is None:
             path = resolve(self, ckpt_path, fitting=True)
@@ -265,6 +266,7 @@ class FederatedTrainer(L.Trainer):
             if path is not None and Path(path).exists():
                 check_same_settings(Path(path), self.settings)
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, path, weights_only)
+            check_had_batches(self, type(model).__name__)
             return
         if str(ckpt_path) == "last" and not self.run_dir.is_dir():
             find_state(self.run_dir / "checkpoints")  # refuses, and makes no folder

@@ -56,6 +56,7 @@ class Method:
         needs_stage1: whether the federated rounds have to be run for it.
         configurable: whether it takes a module from ``experiment.baselines``.
         promises: settings that such a module must have, for the label states them.
+        encoder: class whose forward pass its encoder must have, for the label states it; ``None`` = any.
         trainings: its trainings to early stopping, by the names that ``experiment.patience`` gives.
         branch: a side branch that it needs of the stage-1 module.
         fitted: whether weights of it are chosen, or an LLM is tuned, on positions held out from stage 1.
@@ -68,6 +69,7 @@ class Method:
     needs_stage1: bool = False
     configurable: bool = False
     promises: Mapping[str, str] = field(default_factory=dict)
+    encoder: type[nn.Module] | None = None
     trainings: tuple[str, ...] = ()
     branch: str = ""
     fitted: bool = False

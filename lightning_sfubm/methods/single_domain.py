@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from lightning_sfubm.contracts import Ranker
 from lightning_sfubm.methods.base import DomainRun, Method
@@ -72,18 +73,22 @@ def _trained(
     label: str,
     template: Callable[[DomainRun], SequentialRecommender],
     group: str = "One domain",
+    encoder: type[nn.Module] | None = None,
     **promises: str,
 ) -> Method:
     """A row of a sequential recommender, and what its label says of one that is configured for it."""
-    return Method(label, group, _sequential(key, template), configurable=True, promises=promises, trainings=(key,))
+    build = _sequential(key, template)
+    return Method(label, group, build, configurable=True, promises=promises, encoder=encoder, trainings=(key,))
 
 
 SINGLE_DOMAIN: dict[str, Method] = {
     "random": Method("Random", "Reference", _random),
     "popularity": Method("Popularity", "Reference", _popularity),
     "text_similarity": Method("Text similarity, untrained", "Reference", _text_similarity),
-    "gru4rec": _trained("gru4rec", "GRU4Rec", _gru4rec, features="id"),
-    "sasrec_bce": _trained("sasrec_bce", "SASRec, one negative", _sasrec_bce, features="id", loss="bce"),
+    "gru4rec": _trained("gru4rec", "GRU4Rec", _gru4rec, encoder=GRU4Rec, features="id"),
+    "sasrec_bce": _trained(
+        "sasrec_bce", "SASRec, one negative", _sasrec_bce, encoder=SASRec, features="id", loss="bce"
+    ),
     "encoder": _trained("encoder", "{encoder} alone", _own_encoder("encoder", "id"), features="id"),
     "id_text": _trained(
         "id_text",

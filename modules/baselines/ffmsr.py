@@ -18,7 +18,9 @@ from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES, text_a
 from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs, full_cross_entropy
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks
+from lightning_sfubm.modules.settings import check_dropout
 from lightning_sfubm.modules.stage1 import CatalogueModule, check_state
+from lightning_sfubm.ranks import needs_every_gradient
 
 PHASES = ("federated", "finetune")
 
@@ -110,6 +112,7 @@ class FFMSR(CatalogueModule):
             )
         if tau <= 0 or w_orthogonal < 0:
             raise ConfigError(f"tau={tau} must be positive and w_orthogonal={w_orthogonal} not negative.")
+        check_dropout(type(self).__name__, text_dropout=text_dropout, filter_dropout=filter_dropout)
         self.save_plain_hyperparameters()
         self.encoder = encoder
         self.text_layers = text_layers
@@ -202,6 +205,18 @@ class FFMSR(CatalogueModule):
         if phase not in PHASES:
             raise ConfigError(f"phase={phase!r} is unknown; choose one of {PHASES}.")
         self.phase = phase
+
+    def on_fit_start(self) -> None:
+        """Refuse a strategy that could take no step.
+
+        Raises:
+            ConfigError: it waits for a gradient of every parameter, and no vectors were received for the global adaptor.
+        """
+        if self.items.global_text is None and needs_every_gradient(self.trainer.strategy):
+            raise ConfigError(
+                "FFMSR's global adaptor gets no gradient before a federation has sent centroids, which trainer.strategy does "
+                "not look for: set it to ddp_find_unused_parameters_true"
+            )
 
     def _states(self, history: Tensor, items: ItemVectors) -> Tensor:
         """States (B, L, H) of histories (B, L)."""

@@ -20,7 +20,7 @@ class ItemVectors(NamedTuple):
 
     text: Tensor  #: t, the domain's own text
     inputs: Tensor  #: v = gate(e) e + t, read by the encoder together with the filtered prompts
-    prompts: Tensor  #: p, from the vectors the server sent; zero before anything was received
+    prompts: Tensor  #: p, from the vectors the server sent; zero, without a gradient, before anything was received
     outputs: Tensor  #: c = v + gate(p) p, what states are compared with
 
 

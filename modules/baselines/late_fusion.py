@@ -78,7 +78,7 @@ class LateFusion(nn.Module):
             The weights.
 
         Raises:
-            DataError: there are no samples.
+            DataError: there are no samples, or they have different numbers of candidates.
         """
         features, target = self._features(batches)
         strength = self._penalties.to(features) / len(target)

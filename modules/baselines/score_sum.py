@@ -77,7 +77,7 @@ class ScoreSum(nn.Module):
             The weights.
 
         Raises:
-            DataError: there are no samples.
+            DataError: there are no samples, or they have different numbers of candidates.
         """
         self.to(self.weights.device)  # the models may have been left on different devices
         rows = []
@@ -89,6 +89,8 @@ class ScoreSum(nn.Module):
             raise DataError(
                 "a sum of scores has no samples to choose its weights from: set the data's stage2_positions to 1 or more"
             )
+        if len({s.shape[1] for s, _ in rows}) > 1:
+            raise DataError("a sum of scores needs the same number of candidates in every sample")
         scores, target = torch.cat([s for s, _ in rows]), torch.cat([t for _, t in rows])
         alike = torch.full_like(self.weights, 1 / len(self.models))
         strength = 1 / (2 * self.deviation**2 * len(target))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sfubm.contracts import Encoder
+from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.encoders.arguments import constructor_arguments
 from lightning_sfubm.seeds import torch_generator
 
 BATCH, LENGTH = 4, 7
@@ -99,6 +101,15 @@ def check_gradients(encoder: Encoder, tolerance: float) -> None:
         raise AssertionError(f"no gradient reaches the parameters {idle}")
 
 
+def check_arguments(encoder: Encoder, tolerance: float) -> None:
+    """What the constructor was given is kept as attributes of the same names: a checkpoint is loaded with it."""
+    if isinstance(encoder, nn.Module):
+        try:
+            constructor_arguments(encoder)
+        except ConfigError as error:
+            raise AssertionError(str(error)) from None
+
+
 CHECKS: dict[str, Callable[[Encoder, float], None]] = {
     "shape": check_shape,
     "causality": check_causality,
@@ -106,6 +117,7 @@ CHECKS: dict[str, Callable[[Encoder, float], None]] = {
     "left_padding": check_left_padding,
     "batching": check_batching,
     "gradients": check_gradients,
+    "arguments": check_arguments,
 }
 
 

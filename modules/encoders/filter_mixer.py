@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.layers.dropout import Dropout
+from lightning_sfubm.modules.settings import check_dropout, check_positive
 
 
 class CausalFilter(nn.Module):
@@ -109,6 +110,9 @@ class FilterMixer(nn.Module):
         dropout: dropout probability of embeddings and residual branches [choice: that of the other encoders; the authors' .5].
         feedforward_dim: inner width of the feed-forward layers; ``None`` means 4 H, as in the original.
 
+    Raises:
+        ConfigError: if a setting is out of range.
+
     Example:
         >>> encoder = FilterMixer(hidden_dim=8)
         >>> encoder(torch.zeros(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)).shape
@@ -124,6 +128,8 @@ class FilterMixer(nn.Module):
         feedforward_dim: int | None = None,
     ) -> None:
         super().__init__()
+        check_positive("FilterMixer", hidden_dim=hidden_dim, max_length=max_length, feedforward_dim=feedforward_dim)
+        check_dropout("FilterMixer", dropout=dropout)
         self.hidden_dim = hidden_dim
         self.num_layers = num_layers
         self.max_length = max_length

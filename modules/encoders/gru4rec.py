@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sfubm.modules.layers.dropout import Dropout
+from lightning_sfubm.modules.settings import check_dropout, check_positive
 
 
 class GRU4Rec(nn.Module):
@@ -21,6 +22,9 @@ class GRU4Rec(nn.Module):
         project: a linear layer from states to item space; without it the states themselves are compared with the item
             vectors, as in the official code with its constrained embedding.
 
+    Raises:
+        ConfigError: if a setting is out of range.
+
     Example:
         >>> encoder = GRU4Rec(hidden_dim=8)
         >>> encoder(torch.zeros(3, 5, 8), torch.ones(3, 5, dtype=torch.bool)).shape
@@ -36,6 +40,8 @@ class GRU4Rec(nn.Module):
         project: bool = True,
     ) -> None:
         super().__init__()
+        check_positive("GRU4Rec", hidden_dim=hidden_dim, num_layers=num_layers)
+        check_dropout("GRU4Rec", dropout=dropout, hidden_dropout=hidden_dropout)
         self.hidden_dim = hidden_dim
         self.num_layers = num_layers
         self.dropout = dropout

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.layers.dropout import Dropout, dropout
+from lightning_sfubm.modules.settings import check_dropout, check_positive
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -115,7 +116,7 @@ class SASRec(nn.Module):
             on 10,000 Beauty users the first gave .281 against .268 Hit@1 on validation].
 
     Raises:
-        ConfigError: if ``num_heads`` does not divide ``hidden_dim`` or the activation is unknown.
+        ConfigError: if a setting is unknown or out of range, or ``num_heads`` does not divide ``hidden_dim``.
 
     Example:
         >>> encoder = SASRec(hidden_dim=8, num_layers=1, num_heads=2)
@@ -136,6 +137,14 @@ class SASRec(nn.Module):
         count_from: Literal["oldest", "newest"] = "oldest",
     ) -> None:
         super().__init__()
+        check_positive(
+            "SASRec",
+            hidden_dim=hidden_dim,
+            num_heads=num_heads,
+            max_length=max_length,
+            feedforward_dim=feedforward_dim,
+        )
+        check_dropout("SASRec", dropout=dropout)
         if hidden_dim % num_heads:
             raise ConfigError(f"SASRec: num_heads={num_heads} does not divide hidden_dim={hidden_dim}.")
         if count_from not in ("oldest", "newest"):

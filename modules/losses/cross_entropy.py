@@ -18,6 +18,7 @@ from lightning_sfubm.modules.losses.exponentials import (
     times,
 )
 from lightning_sfubm.modules.losses.precision import Precision, matmul_dtype, pad_rows
+from lightning_sfubm.modules.losses.unit import unit
 
 
 def cosine_inputs(states: Tensor, table: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,7 @@ def cosine_inputs(states: Tensor, table: Tensor, tau: float) -> tuple[Tensor, Te
     Returns:
         States and table of the same shapes.
     """
-    return F.normalize(states, dim=-1) / tau, F.normalize(table, dim=-1)
+    return unit(states) / tau, unit(table)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

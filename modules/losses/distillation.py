@@ -182,11 +182,14 @@ class _Chunk:
         p_pool, q_pool = torch.logaddexp(log_p, s_y / temperature), torch.logaddexp(log_q, t_y)
         log_p_y, log_q_y = s_y / temperature - p_pool, t_y - q_pool
         log_p_rest, log_q_rest = log_p - p_pool, log_q - q_pool
-        p_y, q_y, p_rest, q_rest = log_p_y.exp(), log_q_y.exp(), log_p_rest.exp(), log_q_rest.exp()
+        # A history of all items but the target leaves no rest to compare: the logs of its sums stand for none.
+        empty = (exclude != 0).sum(1) == len(self.items) - 2
+        p_y, q_y = log_p_y.exp(), log_q_y.exp()
+        p_rest, q_rest = (log.exp().masked_fill(empty, 0.0) for log in (log_p_rest, log_q_rest))
 
         # sum_j q_j (t_j - s_j) over the rest, with logits to base 2
         apart = column_sums(gap.mul_(q)) * (LOG_2 / q_sum)
-        non_target = apart - log_q + log_p
+        non_target = (apart - log_q + log_p).masked_fill(empty, 0.0)
         of_target = q_y * (log_q_y - log_p_y)
         fact = of_target + q_rest * (log_q_rest.clamp_min(_LOG_REST) - log_p_rest.clamp_min(_LOG_REST))
         kl = of_target + q_rest * (log_q_rest - log_p_rest + non_target)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_sfubm.modules.losses.unit import unit
+
 
 def pool_mask(exclude: Tensor, targets: Tensor) -> Tensor:
     """Columns that are not in the pool.
@@ -81,10 +83,13 @@ def fact(student: Tensor, teacher: Tensor, targets: Tensor, exclude: Tensor, tem
 def non_target(student: Tensor, teacher: Tensor, targets: Tensor, exclude: Tensor, temperature: float = 1.0) -> Tensor:
     """COUNTER ``non_target``: ``T^2 KL(q without y || p without y)``, what would have been taken had y not existed.
 
-    Arguments and result as in :func:`fact`. At T = 1, ``fact + (1 - q_y) * non_target == full_kl``.
+    Arguments and result as in :func:`fact`; 0 where there is nothing but y in the pool. At T = 1,
+    ``fact + (1 - q_y) * non_target == full_kl``.
     """
     without = exclude.scatter(1, targets[:, None], True)
-    return temperature**2 * full_kl(student, teacher, without, temperature)
+    empty = without.all(1)
+    divergence = full_kl(student, teacher, without & ~empty[:, None], temperature)
+    return temperature**2 * divergence.masked_fill(empty, 0.0)
 
 
 def what_if(student: Tensor, teacher: Tensor, exclude: Tensor, temperature: float = 1.0) -> Tensor:
@@ -148,7 +153,7 @@ def align(ids: Tensor, semantics: Tensor, tau: float = 0.07) -> Tensor:
     """
     if len(ids) < 2:
         return 0.0 * ids.sum()
-    logits = F.normalize(ids, dim=-1) @ F.normalize(semantics.detach(), dim=-1).T / tau
+    logits = unit(ids) @ unit(semantics.detach()).T / tau
     return F.cross_entropy(logits, torch.arange(len(ids), device=ids.device))
 
 

@@ -271,8 +271,9 @@ def test_only_the_teacher_leaves_and_comes_back(catalogue: Catalogue) -> None:
         module.load_shared_state(shared)
 
 
-def test_table_can_start_from_the_teacher_once(catalogue: Catalogue) -> None:
+def test_table_can_start_from_the_teacher_once(catalogue: Catalogue, make_trainer: Callable[..., L.Trainer]) -> None:
     module = build(catalogue, "teacher", init_from_teacher=True)
+    module.trainer = make_trainer()
     drawn = module.ids.weight.clone()
     module.on_fit_start()
     assert torch.equal(module.ids.weight, drawn)
@@ -312,6 +313,58 @@ def test_table_can_start_from_cooccurrences(
     torch.testing.assert_close(module.ids.weight.detach(), expected)
 
 
+@pytest.mark.parametrize("phase", ["teacher", "student", "joint"])
+@pytest.mark.parametrize("received", [False, True])
+def test_a_strategy_that_waits_for_the_idle_fusion_is_refused(
+    catalogue: Catalogue, train_batch: TrainBatch, phase: str, received: bool
+) -> None:
+    """Refused are the phases in which a parameter asks for a gradient that no term gives it."""
+    module = build(catalogue, phase)
+    if received:
+        module.receive_semantics(module.semantics().flip(0))
+    logged_step(module, train_batch)[0].backward()
+    idle = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == (
+        [] if received or phase == "student" else ["teacher.fusion.gate.weight", "teacher.fusion.gate.bias"]
+    )
+    module.trainer = L.Trainer(accelerator="cpu", strategy="ddp_find_unused_parameters_true", devices=2, logger=False)
+    module.on_fit_start()
+    module.trainer = L.Trainer(accelerator="cpu", strategy="ddp", devices=2, logger=False)
+    if idle:
+        with pytest.raises(
+            ConfigError, match=r"fusion gets no gradient .* trainer\.strategy .*ddp_find_unused_parameters_true"
+        ):
+            module.on_fit_start()
+    else:
+        module.on_fit_start()
+
+
+@pytest.mark.parametrize("phase", ["teacher", "joint", "student", "alone"])
+def test_an_item_without_text_has_no_overwhelming_gradient(phase: str) -> None:
+    """Its vector is zero at the start: normalised, it would take AdamW's steps from what it shares with all others."""
+    items, generator, norms = 300, torch_generator(0, "no text"), []
+    text = torch.nn.functional.normalize(torch.randn(items + 1, 16, generator=generator), dim=1)
+    rows = torch.randint(1, items + 1, (16, 21), generator=generator)
+    rows[0, :2] = 3
+    batch = TrainBatch(history=rows[:, :-1], targets=rows[:, 1:], user=torch.arange(16))
+    for row in (text[3], torch.zeros(16)):
+        text[3] = row
+        catalogue = Catalogue("t", items, [""] * (items + 1), text.clone(), torch.ones(items + 1))
+        if phase == "alone":
+            torch.manual_seed(0)
+            module = SequentialRecommender(SASRec(8, num_heads=1), features="text", logits="cosine")
+            module.bind(catalogue)
+            module.log_losses = lambda batch, **terms: None  # type: ignore[method-assign]
+        else:
+            module = build(catalogue, phase)
+            module.log_losses = lambda batch, **terms: None  # type: ignore[method-assign]
+            with torch.no_grad():
+                module.ids.weight.copy_(module.item_tables()[1])  # as the student starts
+        module.training_step(batch, 0).backward()
+        norms.append(sum(p.grad.square().sum() for p in module.parameters() if p.grad is not None).sqrt())
+    assert norms[1] < 10 * norms[0]
+
+
 def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
     for kwargs, message in (
         ({"counter": "fact"}, "counter='fact'"),
@@ -320,6 +373,7 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
         ({"own_share": 1.0}, "own_share=1.0"),
         ({"swap_probability": 1.5}, "swap_probability=1.5"),
         ({"phase": "warm-up"}, "phase='warm-up'"),
+        ({"text_dropout": 2}, r"FKDDistiller: text_dropout=2 must lie in \[0, 1\)"),
         ({"teacher_encoder": GRU4Rec(4)}, "teacher_encoder has hidden_dim 4, the student's has 8"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.metrics import catalogue_ranks
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES
 from lightning_sfubm.modules.sequential import SequentialRecommender
 
@@ -140,6 +142,40 @@ def test_stage1_contract(catalogue: Catalogue, rank_batch: RankBatch) -> None:
     assert plain.item_tables()[1].abs().max() == 0
 
 
+class Power(SASRec):
+    """A plug-in that hands arguments on, and keeps one of its own under the name given, another one or that of a module."""
+
+    def __init__(self, power: float = 2.0, kept_as: str = "power", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.kept_as = kept_as
+        setattr(self, kept_as.removesuffix(" module"), nn.Dropout(power / 10) if "module" in kept_as else power)
+
+    def forward(self, item_embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        states = super().forward(item_embeddings, mask)
+        return states.sign() * states.abs() ** getattr(self, self.kept_as)
+
+
+@pytest.mark.parametrize("model", [SequentialRecommender, FKDDistiller])
+def test_an_encoder_that_would_be_rebuilt_from_defaults_is_refused(model: type[L.LightningModule]) -> None:
+    for kept_as in ("_power", "power module"):
+        with pytest.raises(ConfigError, match="Power does not keep the value of its constructor argument 'power'"):
+            model(Power(3.0, kept_as, hidden_dim=8))
+
+
+def test_a_plug_in_is_rebuilt_with_what_it_was_given(
+    catalogue: Catalogue, rank_batch: RankBatch, make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """Arguments that it hands on to a base class included."""
+    torch.manual_seed(0)
+    module = SequentialRecommender(Power(3.0, hidden_dim=8, num_heads=1, num_layers=1)).eval()
+    module.bind(catalogue)
+    trainer = make_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "plug.ckpt", weights_only=True)
+    again = SequentialRecommender.load_from_checkpoint(tmp_path / "plug.ckpt", weights_only=True).eval()
+    torch.testing.assert_close(again.rank(rank_batch), module.rank(rank_batch))
+
+
 def test_test_items_leave_no_trace_in_training(catalogue: Catalogue, train_batch: TrainBatch) -> None:
     """T15: the loss of a position does not depend on later items of the row."""
     module = build(catalogue)
@@ -159,6 +195,7 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
         ({"logq": 1.5}, r"logq=1.5 must lie in \[0, 1\]"),
         ({"loss": "bpr_max", "bpreg": -1.0}, "bpreg=-1.0"),
         ({"loss": "bpr_max", "elu_param": -0.5}, "elu_param=-0.5"),
+        ({"text_dropout": 2}, r"SequentialRecommender: text_dropout=2 must lie in \[0, 1\)"),
     ):
         with pytest.raises(ConfigError, match=message):
             SequentialRecommender(SASRec(8), **kwargs)

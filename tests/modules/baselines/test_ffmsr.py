@@ -290,6 +290,27 @@ def test_no_weights_leave(catalogue: Catalogue) -> None:
         module.load_shared_state({"encoder.weight": torch.ones(1)})
 
 
+@pytest.mark.parametrize("phase", ["federated", "finetune"])
+@pytest.mark.parametrize("received", [False, True])
+def test_a_strategy_that_waits_for_the_idle_adaptor_is_refused(
+    catalogue: Catalogue, train_batch: TrainBatch, phase: str, received: bool
+) -> None:
+    module = build(catalogue, received, phase=phase)
+    logged_step(module, train_batch)[0].backward()
+    idle = {name.split(".")[1] for name, p in module.named_parameters() if p.grad is None}
+    assert idle == (set() if received else {"global_adaptor"})
+    module.trainer = L.Trainer(accelerator="cpu", strategy="ddp_find_unused_parameters_true", devices=2, logger=False)
+    module.on_fit_start()
+    module.trainer = L.Trainer(accelerator="cpu", strategy="ddp", devices=2, logger=False)
+    if idle:
+        with pytest.raises(
+            ConfigError, match=r"adaptor gets no gradient .* trainer\.strategy .*ddp_find_unused_parameters_true"
+        ):
+            module.on_fit_start()
+    else:
+        module.on_fit_start()
+
+
 def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
     for kwargs, message in (
         ({"text_layers": 0}, "text_layers=0"),
@@ -298,6 +319,8 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
         ({"tau": 0.0}, r"tau=0\.0"),
         ({"w_orthogonal": -1.0}, r"w_orthogonal=-1\.0"),
         ({"phase": "warm-up"}, "phase='warm-up'"),
+        ({"text_dropout": 1.0}, r"FFMSR: text_dropout=1\.0 must lie in"),
+        ({"filter_dropout": -0.1}, r"FFMSR: filter_dropout=-0\.1 must lie in"),
     ):
         with pytest.raises(ConfigError, match=message):
             FFMSR(SASRec(8), **kwargs)

@@ -140,3 +140,7 @@ def test_what_cannot_be_summed_is_named() -> None:
         ScoreSum(world.models, deviation=0)
     with pytest.raises(DataError, match="no samples to choose its weights from"):
         ScoreSum(world.models).fit([])
+    batches = [world.batch(0, 2), world.batch(2, 4)]
+    batches[1]["candidates"] = batches[1]["candidates"][:, :-1]
+    with pytest.raises(DataError, match="a sum of scores needs the same number of candidates in every sample"):
+        ScoreSum(world.models).fit(batches)

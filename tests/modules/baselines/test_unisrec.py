@@ -205,6 +205,7 @@ def test_wrong_settings_are_named(catalogue: Catalogue) -> None:
         (UniSRec, {"mode": "both"}, "mode='both'"),
         (UniSRec, {"id_scale": -1.0}, "id_scale=-1.0"),
         (UniSRec, {"tau": 0.0}, "tau=0.0"),
+        (UniSRec, {"text_dropout": 2.0}, "UniSRec: text_dropout=2.0 must lie in"),
         (UniSRecPretraining, {"seq_seq_weight": -1.0}, "seq_seq_weight=-1.0"),
         (UniSRecPretraining, {"drop_ratio": 1.0}, "drop_ratio=1.0"),
     ):

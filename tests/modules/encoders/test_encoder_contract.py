@@ -1,5 +1,6 @@
 """T14: every encoder keeps the contract, and the checks catch those that do not."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from lightning_sfubm.contracts import Encoder
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.encoders.checks import CHECKS, check_encoder
+from lightning_sfubm.modules.encoders.filter_mixer import FilterMixer
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.fkd import FKDDistiller
@@ -55,20 +57,22 @@ def test_contract(name: str, check: str) -> None:
 class _Broken(DecayingMean):
     def __init__(self, fault: str) -> None:
         super().__init__()
-        self.fault = fault
+        self.kind = fault
+        if fault != "arguments":
+            self.fault = fault
         self.unused = nn.Parameter(torch.ones(1)) if fault == "gradients" else None
 
     def forward(self, item_embeddings: Tensor, mask: Tensor) -> Tensor:
-        if self.fault == "padding_content":
+        if self.kind == "padding_content":
             mask = torch.ones_like(mask)
         states = super().forward(item_embeddings, mask)
-        if self.fault == "causality":
+        if self.kind == "causality":
             return states + item_embeddings.sum(1, keepdim=True)
-        if self.fault == "left_padding":
+        if self.kind == "left_padding":
             return states + torch.arange(mask.shape[1])[:, None]
-        if self.fault == "batching":
+        if self.kind == "batching":
             return states - states.mean(0)
-        if self.fault == "shape":
+        if self.kind == "shape":
             return states / mask.unsqueeze(-1)
         return states
 
@@ -108,6 +112,26 @@ def test_sasrec_refuses_bad_settings() -> None:
         SASRec(8, activation="swish")
     with pytest.raises(ConfigError, match="history of 6 items is longer than max_length=5"):
         SASRec(8, max_length=5)(torch.zeros(1, 6, 8), torch.ones(1, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("encoder", [SASRec, GRU4Rec, FilterMixer])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("hidden_dim", 0),
+        ("num_heads", 0),
+        ("num_layers", 0),
+        ("max_length", 0),
+        ("feedforward_dim", -1),
+        ("dropout", 2.0),
+        ("hidden_dropout", 1.0),
+    ],
+)
+def test_sizes_and_dropouts_out_of_range_are_named(encoder: type[nn.Module], setting: str, value: float) -> None:
+    if setting not in inspect.signature(encoder).parameters or (setting == "num_layers" and encoder is not GRU4Rec):
+        return  # without blocks the others are their input and its positions
+    with pytest.raises(ConfigError, match=f"{encoder.__name__}: {setting}={value} must"):
+        encoder(**{setting: value})
 
 
 @pytest.mark.parametrize(("count_from", "same"), [("oldest", True), ("newest", False)])

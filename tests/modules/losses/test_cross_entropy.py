@@ -121,6 +121,24 @@ def test_cosine_inputs() -> None:
     torch.testing.assert_close(a @ b.T, F.cosine_similarity(states[:, None], table[None], dim=-1) / 0.1)
 
 
+def test_a_zero_row_has_a_bounded_gradient_and_the_others_are_normalised_as_ever() -> None:
+    """Value and gradient of the others are those of a plain normalisation, bit for bit."""
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1e-2], [1], [1], [9], [1], [0]]
+    )
+    weights, results = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)), []
+    for normalised in (lambda x: cosine_inputs(x, x, 1.0)[1], lambda x: F.normalize(x, dim=-1)):
+        x = rows.clone().requires_grad_()
+        y = normalised(x)
+        (y * weights).sum().backward()
+        assert x.grad is not None
+        results.append((y.detach(), x.grad))
+    (ours, grad), (plain, plain_grad) = results
+    assert torch.equal(ours, plain)
+    assert torch.equal(grad[:5], plain_grad[:5])
+    torch.testing.assert_close(grad[5], 100 * weights[5])
+
+
 def test_precision() -> None:
     cpu = torch.device("cpu")
     assert matmul_dtype("fp32", cpu) is torch.float32

@@ -151,6 +151,29 @@ def test_chunked_distillation_equals_the_definitions(
         torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (20.0, 20.0), (20.0, 0.1), (0.1, 20.0)])
+def test_a_history_of_all_other_items_leaves_nothing_to_compare(scale: tuple[float, float]) -> None:
+    """Whether the logits of student, teacher or both are so large that their exponentials are shifted."""
+    c = case()
+    c["exclude"] = torch.zeros(V, N, dtype=torch.int64)
+    c["exclude"][0] = torch.arange(1, N + 1)
+    for name, factor in (("states", scale[0]), ("teacher_states", scale[1])):
+        c[name] = (c[name].detach() * factor).requires_grad_()
+    alone = {name: x if "table" in name else x[:1] for name, x in c.items()}
+    loss, values = distil(**alone, weights=DistilWeights(0.0, 0.0, 1.0), precision="fp32")
+    assert loss == values["non_target"] == values["fact"] == values["full_kl"] == 0
+    for gradient in torch.autograd.grad(loss, (c["states"], c["table"])):
+        assert gradient.abs().max() == 0
+    student, teacher, targets, mask = logits_of(c)
+    expected = fkd.non_target(student, teacher, targets, mask)
+    assert expected[0] == 0
+    loss, values = distil(**c, weights=DistilWeights(0.0, 0.0, 1.0), precision="fp32")
+    torch.testing.assert_close(loss, expected.mean(), rtol=1e-4, atol=1e-5)
+    inputs = (c["states"], c["table"])
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected.mean(), inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_autocast_changes_no_distillation() -> None:
     c = case()
     weights = DistilWeights(1, 1, 1, 0.5)
