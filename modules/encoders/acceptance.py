@@ -5,11 +5,14 @@ from typing import Any
 from torch import nn
 
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.modules.encoders.checks import LONGEST, check_encoder
+from lightning_sfubm.modules.encoders.checks import LONGEST, STATES, check_encoder
 
 
 def encoder_width(encoder: nn.Module) -> int:
-    """H of an encoder; one that is not of this package is held to the contract first, in milliseconds.
+    """H of an encoder; what one from outside this package computes is held to the contract first, in milliseconds.
+
+    Args:
+        encoder: as a module was given it.
 
     Raises:
         ConfigError: if the module is no encoder, or breaks the contract.
@@ -23,7 +26,7 @@ def encoder_width(encoder: nn.Module) -> int:
     if foreign and getattr(encoder, "max_length", LONGEST) >= LONGEST:
         try:
             # Trained, one that looks ahead would seem good: what it is to predict stands in its input.
-            check_encoder(encoder, tolerance=1e-3)  # type: ignore[arg-type]
+            check_encoder(encoder, 1e-3, STATES)  # type: ignore[arg-type]
         except AssertionError as error:
             raise ConfigError(f"{error}; what an encoder has to do is in lightning_sfubm.contracts.Encoder") from None
     return width

@@ -152,7 +152,8 @@ class Power(SASRec):
 
     def forward(self, item_embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         states = super().forward(item_embeddings, mask)
-        return states.sign() * states.abs() ** getattr(self, self.kept_as)
+        power = getattr(self, self.kept_as.removesuffix(" module"))
+        return states.sign() * states.abs() ** (power if isinstance(power, float) else 2.0)
 
 
 @pytest.mark.parametrize("model", [SequentialRecommender, FKDDistiller])

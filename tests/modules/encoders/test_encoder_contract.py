@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_sfubm.contracts import Encoder
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.modules.encoders.checks import CHECKS, check_encoder
+from lightning_sfubm.modules.encoders.checks import CHECKS, STATES, check_encoder
 from lightning_sfubm.modules.encoders.filter_mixer import FilterMixer
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
@@ -86,7 +86,7 @@ def test_checks_catch_a_broken_encoder(fault: str) -> None:
         check_encoder(_Broken(fault))
 
 
-@pytest.mark.parametrize("fault", CHECKS)
+@pytest.mark.parametrize("fault", STATES)
 @pytest.mark.parametrize("kind", [SequentialRecommender, FKDDistiller])
 def test_a_module_refuses_an_encoder_from_outside_that_breaks_the_contract(fault: str, kind: Any) -> None:
     """One that looks ahead would train without a word, to figures too good to be true."""
@@ -95,6 +95,10 @@ def test_a_module_refuses_an_encoder_from_outside_that_breaks_the_contract(fault
     kind(DecayingMean())
     with pytest.raises(ConfigError, match="no integer attribute 'hidden_dim'"):
         kind(nn.Linear(2, 2))
+    with pytest.raises(
+        AssertionError, match="Linear breaks the encoder contract: it has no integer attribute 'hidden_dim'"
+    ):
+        check_encoder(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 def test_check_encoder_restores_the_mode() -> None:
