@@ -25,6 +25,7 @@ from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.settings import difference, schedule_difference
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.privacy.secret import secret_path
+from lightning_sfubm.quiet import quiet_command_line
 
 
 class _Parsed(SFUBMCLI):
@@ -46,6 +47,7 @@ def audit(argv: list[str]) -> None:
         PrivacyError: nothing was recorded, or ledger and messages do not agree.
         SystemExit: with code 3, after the audit, where the end of the ledger could not be checked.
     """
+    quiet_command_line(fitting=False)
     defaults = AuditSettings()
     parser = argparse.ArgumentParser(
         "lightning-sfubm audit",

@@ -14,6 +14,7 @@ from lightning_sfubm.grid.spec import Grid, load_grid
 from lightning_sfubm.grid.tables import left_out, markdown, ordered
 from lightning_sfubm.locks import locked
 from lightning_sfubm.methods import METHODS
+from lightning_sfubm.quiet import quiet_command_line
 
 
 def results(argv: list[str]) -> None:
@@ -24,6 +25,7 @@ def results(argv: list[str]) -> None:
             wanted, or another process that computes into the output folder.
         SystemExit: with code 1 where runs are left over.
     """
+    quiet_command_line(fitting=False)
     parser = argparse.ArgumentParser(
         "lightning-sfubm results",
         description="Run a grid of pairs, methods and seeds. Finished cells are skipped and an interrupted run goes on, so the "
