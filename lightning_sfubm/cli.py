@@ -30,7 +30,7 @@ from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.grid.named_files import named_files, named_models
 from lightning_sfubm.locks import check_writable
 from lightning_sfubm.modules.stage1 import CatalogueModule
-from lightning_sfubm.next_steps import next_steps
+from lightning_sfubm.next_steps import StepsTaken, next_steps, nothing_trained
 from lightning_sfubm.quiet import quiet_command_line
 from lightning_sfubm.seeds import drawn_again
 
@@ -290,8 +290,13 @@ class SFUBMCLI(LightningCLI):
         """Train, and say where the checkpoints of one model are; or the experiment, where one is configured."""
         experiment = self.config_init["fit"].get("experiment")
         if experiment is None:
+            steps = StepsTaken()
+            if not self._federated:
+                self.trainer.callbacks.append(steps)  # type: ignore[attr-defined]
             self.trainer.fit(**kwargs)
             if self.trainer.is_global_zero and not self._federated:
+                if not steps.any:
+                    print(nothing_trained(self.trainer))
                 for line in next_steps(self.trainer, self.model, self._argv):
                     print(line)
             return
