@@ -78,8 +78,15 @@ def existing(path: Path, what: str) -> Path:
         DataError: there is no such file, or this account may not look for it.
     """
     if not is_there(path):
-        raise DataError(f"{path}: there is no such {what}; check the data root and the reader's file settings")
+        raise DataError(f"{path}: there is no such {what}; {check_root(path.parent)} and the reader's file settings")
     return path
+
+
+def check_root(folder: Path) -> str:
+    """Advice where a file is missing: of a relative folder that is not there, from where it is looked for."""
+    if folder.is_absolute() or folder.is_dir():
+        return "check the data root"
+    return "a relative data root starts from the folder that the command is run in (for an audit, where fit was run): check it"
 
 
 def check_columns(path: Path, columns: Sequence[str], present: Sequence[str], options: Mapping[str, str]) -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from lightning_sfubm.datamodules.readers.base import RawDomain, existing, fingerprint_files, is_there, resolve
+from lightning_sfubm.datamodules.readers.base import (
+    RawDomain,
+    check_root,
+    existing,
+    fingerprint_files,
+    is_there,
+    resolve,
+)
 from lightning_sfubm.datamodules.readers.delimited import Dialect, read_delimited, read_header
 from lightning_sfubm.datamodules.readers.parquet import read_names, read_parquet
 from lightning_sfubm.errors import ConfigError, DataError
@@ -121,7 +128,7 @@ def _find(folder: Path, stem: str, name: str | None) -> Path:
     found = [path for suffix in SUFFIXES if is_there(path := folder / f"{stem}{suffix}")]
     if not found:
         raise DataError(
-            f"{folder}: no {stem} file here (looked for {stem} with {', '.join(SUFFIXES)}); check the data root"
+            f"{folder}: no {stem} file here (looked for {stem} with {', '.join(SUFFIXES)}); {check_root(folder)}"
         )
     if len(found) > 1:  # one may be the other as it was before it was written anew
         raise DataError(

@@ -436,6 +436,23 @@ def test_missing_folder_names_it(tmp_path: Path) -> None:
         TableReader("nowhere").read(tmp_path)
 
 
+def test_a_relative_folder_that_is_not_there_tells_where_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for settings in ({}, {"interactions": "of_the_shop.csv"}):
+        reader = TableReader("shop", **settings)
+        with pytest.raises(
+            DataError, match=r"^data/shop.*a relative data root starts from the folder that the command is run"
+        ):
+            reader.read(Path("data"))
+        for root in (tmp_path / "data", Path("here")):
+            reader = TableReader("", **settings)
+            with pytest.raises(DataError, match="; check the data root"):
+                reader.read(root)
+
+
 def test_an_empty_id_is_no_user_whatever_the_file(tmp_path: Path) -> None:
     """A CSV has no other way to leave one out; in Parquet it would be one user who bought for all of them."""
     rows = {"user_id": ["a", "", "b", None], "item_id": ["x", "x", "", "y"], "timestamp": [1, 2, 3, 4]}
