@@ -131,11 +131,16 @@ class HashingTextEncoder:
     words, numbers left out.
 
     Args:
-        dim: D.
+        dim: D, at least 1.
         seed: of the directions.
+
+    Raises:
+        ConfigError: there is no dimension.
     """
 
     def __init__(self, dim: int = 64, seed: int = 0) -> None:
+        if dim < 1:
+            raise ConfigError(f"HashingTextEncoder: dim must be at least 1, not {dim}")
         self.dim = dim
         self.seed = seed
         self.fingerprint = f"hashing-{dim}-{seed}"

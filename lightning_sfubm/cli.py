@@ -30,7 +30,7 @@ from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.grid.named_files import named_files, named_models
 from lightning_sfubm.locks import check_writable
 from lightning_sfubm.modules.stage1 import CatalogueModule
-from lightning_sfubm.next_steps import next_steps
+from lightning_sfubm.next_steps import StepsTaken, next_steps, nothing_trained
 from lightning_sfubm.quiet import quiet_command_line
 from lightning_sfubm.seeds import drawn_again
 
@@ -46,6 +46,25 @@ _ABOUT = {
         ("test", "Evaluate on test data.", "--config configs/debug/synthetic.yaml --ckpt_path last"),
         ("predict", "Recommend to every user.", "--config configs/debug/synthetic.yaml --ckpt_path last"),
     )
+}
+
+
+_NEW_DOMAIN = "; a domain that the settings before do not have is a new one and given whole: is its name misspelt?"
+#: how the parser says that a value is not of one type, and what a person calls the type
+_WRONG_TYPE = re.compile(
+    r"Expected a (<class '(?:bool|int|float|str|list|dict|NoneType|collections\.abc\.Iterable)'>|typing\.Literal\[.+\]|"
+    r"dot import path string)(?:: .*)?"
+)
+_TYPES = {
+    "<class 'bool'>": "true/false",
+    "<class 'int'>": "an integer",
+    "<class 'float'>": "a number",
+    "<class 'str'>": "text",
+    "<class 'list'>": "a list",
+    "<class 'collections.abc.Iterable'>": "a list",
+    "<class 'dict'>": "a mapping",
+    "<class 'NoneType'>": "null",
+    "dot import path string": "a class path",
 }
 
 
@@ -65,17 +84,25 @@ class _Parser(LightningArgumentParser):
 
 
 def _sentence(message: str) -> str:
-    """The first reason in a message of the parser, with its key, on one line."""
+    """The first reason in a message of the parser, or all types that it names, with its key, on one line."""
     key = re.search(r'[Pp]arser key "([^"]+)"', message)
     # An option inside another one lists its own failures in place of a reason: the first that is a reason counts.
-    reason = re.search(r"Errors:\s+- (?!Does not validate)(.+?)(?:\n\s*- |\Z)", message, re.DOTALL)
-    words = " ".join((reason[1] if reason else message).split())
+    listed = re.search(r"Errors:\s+- (?!Does not validate)(.+?)(?=\n\s*Given value|\Z)", message, re.DOTALL)
+    reasons = [" ".join(reason.split()) for reason in re.split(r"\n\s*- ", listed[1])] if listed else []
+    words = reasons[0] if reasons else " ".join(message.split())
+    kinds = [match[1] for reason in reasons if (match := _WRONG_TYPE.fullmatch(reason))]
+    if reasons and len(kinds) == len(reasons):  # a value of none of the types that the option has
+        accepted = [_TYPES.get(kind, f"one of {kind[len('typing.Literal') :]}") for kind in kinds]
+        given = re.search(r"Given value: (.{1,60})\Z", message)
+        words = f"Expected {' or '.join(filter(None, (', '.join(accepted[:-1]), accepted[-1])))}"
+        words += f", not {given[1]}" if given else ""
     if missing := re.search(r"Problem with given class_path '[^']+': No module named '[^']+'", words):
         where = "a module of your own is found in the folders that PYTHONPATH names"
         return f"{f'{key[1]}: ' if key else ''}{missing[0]}; {where}"
     if words.startswith('Parser key "domains": the following arguments are required'):
-        words += "; a domain that the settings before do not have is a new one and given whole: is its name misspelt?"
-    return f"{key[1]}: {words}" if key and reason else words
+        # The data around the domain are refused too, with this reason and its hint as theirs.
+        words = words.removesuffix(_NEW_DOMAIN) + _NEW_DOMAIN
+    return f"{key[1]}: {words}" if key and reasons else words
 
 
 class _TopLevelOnly(_InstantiatorFn):
@@ -263,8 +290,13 @@ class SFUBMCLI(LightningCLI):
         """Train, and say where the checkpoints of one model are; or the experiment, where one is configured."""
         experiment = self.config_init["fit"].get("experiment")
         if experiment is None:
+            steps = StepsTaken()
+            if not self._federated:
+                self.trainer.callbacks.append(steps)  # type: ignore[attr-defined]
             self.trainer.fit(**kwargs)
             if self.trainer.is_global_zero and not self._federated:
+                if not steps.any:
+                    print(nothing_trained(self.trainer))
                 for line in next_steps(self.trainer, self.model, self._argv):
                     print(line)
             return

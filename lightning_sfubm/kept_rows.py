@@ -46,10 +46,11 @@ def set_all_aside(results: Path) -> None:
     """Move the results of the run that lies here out of the way of one that begins anew, and say so; those before it go."""
     if any(results.glob("*/*.parquet")):
         aside = results.with_name("results-of-the-run-before")
+        instead = ", in place of those of the run before it" if aside.exists() else ""
         shutil.rmtree(aside, ignore_errors=True)
         results.replace(aside)
         Console(highlight=False).print(
-            f"Results of an earlier run lay here; they are in {aside} now (--ckpt_path last goes on with a run)"
+            f"Results of an earlier run lay here; they are in {aside} now{instead} (--ckpt_path last goes on with a run)"
         )
 
 

@@ -1,7 +1,8 @@
-"""What ``fit`` of one model says at its end: where its checkpoints are, and the command that uses the best one."""
+"""What ``fit`` of one model says at its end: that it trained nothing, where its checkpoints are, what uses the best one."""
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -10,6 +11,27 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_sfubm.checkpoints import find_checkpoint
 from lightning_sfubm.errors import CheckpointError
 from lightning_sfubm.modules.stage1 import CatalogueModule
+
+
+class StepsTaken(L.Callback):
+    """Whether a training took a step of its own: the steps of a checkpoint that it went on from count in the trainer's."""
+
+    def __init__(self) -> None:
+        self.any = False
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Note it."""
+        self.any = True
+
+
+def nothing_trained(trainer: L.Trainer) -> str:
+    """What is said of a training that ended before its first step."""
+    limits = ", ".join(
+        f"{name} {getattr(trainer, name)}" for name in ("max_epochs", "max_steps", "limit_train_batches")
+    )
+    return (
+        f"nothing was trained: trainer and data left no step to take ({limits}); raise what ended it, or check the data"
+    )
 
 
 def next_steps(trainer: L.Trainer, model: L.LightningModule, argv: list[str]) -> list[str]:

@@ -130,6 +130,26 @@ def test_a_fit_shows_the_data_and_says_how_to_go_on(
     assert not [w for w in recwarn if "batch indices" in str(w.message)]
 
 
+@pytest.mark.parametrize("flag", ["max_epochs", "max_steps", "limit_train_batches"])
+def test_a_fit_that_takes_no_step_says_so(flag: str, command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *command, f"--trainer.{flag}", "0"])
+    assert (
+        capfd.readouterr()
+        .out.splitlines()[-1]
+        .startswith("nothing was trained: trainer and data left no step to take (")
+    )
+
+
+def test_a_fit_that_goes_on_from_its_end_says_that_it_took_no_step(
+    command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    command += ["--trainer.max_epochs", "1", "--trainer.min_epochs", "1"]
+    main(["fit", *command])
+    assert "nothing was trained" not in capfd.readouterr().out
+    main(["fit", *command, "--ckpt_path", "last"])
+    assert "nothing was trained: trainer and data left no step to take (max_epochs 1, " in capfd.readouterr().out
+
+
 def test_a_best_checkpoint_that_a_new_process_would_not_find_is_named_by_its_path(tmp_path: Path) -> None:
     callback = ModelCheckpoint(dirpath=tmp_path / "elsewhere", monitor="val/ndcg@10")
     trainer = FederatedTrainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, callbacks=[callback])

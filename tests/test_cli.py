@@ -131,6 +131,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ["fit", "--config", SYNTHETIC, "--data.init_args.domains.alfa.init_args.k_core", "3"],
             "required: name, reader; a domain that the settings before do not have is a new one and given whole",
         ),
+        (["fit", "--seed_everything", "x"], "error: seed_everything: Expected true/false or an integer, not x"),
+        (["fit", "--config", SYNTHETIC, "--trainer.max_epochs", "x"], "max_epochs: Expected an integer or null, not x"),
+        (["fit", "--config", SYNTHETIC, "--trainer.callbacks", "3"], "Expected a list, a class path or null, not 3"),
         (["fit", "--config", SYNTHETIC, "--trainer.federation", "null"], "an experiment follows federated rounds"),
         (["test", "--config", SYNTHETIC, "--trainer.default_root_dir", "nowhere", "--ckpt_path", "last"], "nowhere"),
     ],
@@ -150,6 +153,7 @@ def test_user_errors_are_one_sentence_and_exit_code_2(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in message
     assert "Traceback" not in message
+    assert message.count("is its name misspelt?") <= 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -77,8 +78,37 @@ def existing(path: Path, what: str) -> Path:
         DataError: there is no such file, or this account may not look for it.
     """
     if not is_there(path):
-        raise DataError(f"{path}: there is no such {what}; check the data root and the reader's file settings")
+        raise DataError(f"{path}: there is no such {what}; {check_root(path.parent)} and the reader's file settings")
     return path
+
+
+def check_root(folder: Path) -> str:
+    """Advice where a file is missing: of a relative folder that is not there, from where it is looked for."""
+    if folder.is_absolute() or folder.is_dir():
+        return "check the data root"
+    return "a relative data root starts from the folder that the command is run in (for an audit, where fit was run): check it"
+
+
+def check_columns(path: Path, columns: Sequence[str], present: Sequence[str], options: Mapping[str, str]) -> None:
+    """Refuse a table that lacks a column, or has it twice: which one is meant would be a guess.
+
+    Args:
+        path: of the table.
+        columns: those that are wanted.
+        present: those of the table.
+        options: setting of the reader that names a column, by column; of others no setting is told.
+
+    Raises:
+        DataError: naming file and column.
+    """
+    for column in columns:
+        option = f"name another one by reader.init_args.{options[column]}" if column in options else ""
+        if column not in present:
+            found = f"{', '.join(present)[:200]}{option and f'; {option}'}" if present else "no columns"
+            raise DataError(f"{path}: no column '{column}'; the file has {found}")
+        if (times := present.count(column)) > 1:
+            way_out = f"rename all but one{option and f', or {option}'}"
+            raise DataError(f"{path}: {times} columns are called '{column}'; {way_out}")
 
 
 def fingerprint_files(paths: list[Path], settings: dict[str, Any]) -> str:

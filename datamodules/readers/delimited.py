@@ -4,18 +4,19 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import TextIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from lightning_sfubm.access import unreadable
-from lightning_sfubm.datamodules.readers.base import existing, row_out_of_range
+from lightning_sfubm.datamodules.readers.base import check_columns, existing, row_out_of_range
 from lightning_sfubm.errors import DataError
 
 ID = pa.dictionary(pa.int32(), pa.string())
@@ -56,6 +57,7 @@ def read_delimited(
     texts: Sequence[str] = (),
     order: str | None = None,
     dialect: Dialect = Dialect(),
+    options: Mapping[str, str] = MappingProxyType({}),
 ) -> pa.Table:
     """Read some columns of a delimited file.
 
@@ -66,21 +68,28 @@ def read_delimited(
         order: column of integers, floats or ISO times. Times with ``Z`` or an offset become UTC; a column has one in
             every row or in none.
         dialect: how the file is written.
+        options: setting of the reader that names a column, by column, for the error.
 
     Returns:
         Table with the named columns.
 
     Raises:
-        DataError: the file is missing, closed to this account or no readable gzip, lacks a column, or has a bad line or
-            a quoted cell that does not close (the line is named).
+        DataError: the file is missing, closed to this account or no readable gzip, lacks a column or has it twice, holds
+            no rows, or has a bad line or a quoted cell that does not close (the line is named).
     """
     existing(path, "file")
     columns = [*ids, *texts, *([order] if order else [])]
     header = read_header(path, dialect)
-    for column in columns:
-        if column not in header:
-            _guard(path, partial(_drain, path, dialect))
-            raise DataError(f"{path}: no column '{column}'; the file has {', '.join(header)[:200] or 'no columns'}")
+    alone = len(header) == 1  # another delimiter, not another name
+    try:
+        check_columns(path, columns, header, {} if alone else options)
+    except DataError as error:
+        _guard(path, partial(_drain, path, dialect))
+        if _undecodable(header):
+            raise DataError(f"{path}, line 1: text is not valid {dialect.encoding}") from None
+        if alone:
+            raise DataError(f"{error}; columns must be parted by {dialect.delimiter!r}") from None
+        raise
     types: dict[str, pa.DataType] = {**dict.fromkeys(ids, ID), **dict.fromkeys(texts, TEXT)}
     failure: Exception | None = None
     for order_type in ORDER_TYPES if order else (None,):
@@ -95,13 +104,19 @@ def read_delimited(
             break
         if order and row_out_of_range(table.column(order)) is not None:
             break
+        if not table.num_rows:
+            raise _no_rows(path)
         if missing:
             _guard(path, partial(_check_quotes, path, dialect, missing))
         return table
     if failure is not None and dialect.quoted and not dialect.multiline:
         # Where a quoted cell holds a line break, a block of the file may have ended within it.
-        return read_delimited(path, ids=ids, texts=texts, order=order, dialect=replace(dialect, multiline=True))
+        return read_delimited(
+            path, ids=ids, texts=texts, order=order, dialect=replace(dialect, multiline=True), options=options
+        )
     _guard(path, lambda: _name_bad_line(path, dialect, header, order))
+    if "Empty CSV file" in str(failure):  # what Arrow calls a header that no line break ends
+        raise _no_rows(path) from failure
     raise DataError(f"{path}: cannot be read as delimited text ({str(failure).splitlines()[0]})") from failure
 
 
@@ -109,7 +124,7 @@ def read_header(path: Path, dialect: Dialect) -> list[str]:
     """Column names of a delimited file.
 
     Raises:
-        DataError: the file cannot be read or decompressed.
+        DataError: the file cannot be read or decompressed, or is written in UTF-16 where another encoding is expected.
     """
     if dialect.names:
         return list(dialect.names)
@@ -118,7 +133,21 @@ def read_header(path: Path, dialect: Dialect) -> list[str]:
         with _open(path, dialect) as file:
             return next(_rows(file, path, dialect), (0, []))[1]
 
-    return _guard(path, first_row)
+    header = _guard(path, first_row)
+    start = "".join(header)
+    # By its byte order mark, or by the empty byte of each letter.
+    if start.startswith(("\udcff\udcfe", "\udcfe\udcff")) or "\0" in start:
+        raise DataError(f"{path}: is not {dialect.encoding} text but looks like UTF-16; save it as {dialect.encoding}")
+    return header
+
+
+def _no_rows(path: Path) -> DataError:
+    return DataError(f"{path}: holds no rows; check the source file")
+
+
+def _undecodable(row: list[str]) -> bool:
+    """Whether a row has bytes that are not valid in the encoding."""
+    return any("\udc80" <= character <= "\udcff" for cell in row for character in cell)
 
 
 def _guard(path: Path, action: Callable[[], T]) -> T:
@@ -243,7 +272,7 @@ def _name_bad_line(path: Path, dialect: Dialect, header: list[str], order: str |
             where = f"{path}, line {number}"
             if row and len(row) != len(header):
                 raise DataError(f"{where}: {len(row)} columns where the header has {len(header)}")
-            if any("\udc80" <= character <= "\udcff" for cell in row for character in cell):
+            if _undecodable(row):
                 raise DataError(f"{where}: text is not valid {dialect.encoding}")
             if row and order and (cell := row[header.index(order)]):
                 kinds = [kind for kind in kinds if fits(cell, kind)]

@@ -1,7 +1,8 @@
 """Parquet tables into Arrow, with the types that later steps take: bytes become text, times written as text are parsed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 
 from lightning_sfubm.access import unreadable
 from lightning_sfubm.datamodules.readers.base import (
+    check_columns,
     existing,
     is_id_type,
     is_order_type,
@@ -21,7 +23,14 @@ from lightning_sfubm.datamodules.readers.delimited import ORDER_TYPES, fits, mis
 from lightning_sfubm.errors import DataError
 
 
-def read_parquet(path: Path, *, ids: Sequence[str], texts: Sequence[str] = (), order: str | None = None) -> pa.Table:
+def read_parquet(
+    path: Path,
+    *,
+    ids: Sequence[str],
+    texts: Sequence[str] = (),
+    order: str | None = None,
+    options: Mapping[str, str] = MappingProxyType({}),
+) -> pa.Table:
     """Read some columns of a Parquet file.
 
     Args:
@@ -29,20 +38,19 @@ def read_parquet(path: Path, *, ids: Sequence[str], texts: Sequence[str] = (), o
         ids: columns of keys, integers or strings.
         texts: columns of free text; bytes are read as UTF-8, also within lists.
         order: column of numbers, dates or times, or of text that :func:`read_delimited` takes for these.
+        options: setting of the reader that names a column, by column, for the error.
 
     Returns:
         Table with the named columns.
 
     Raises:
-        DataError: the file is closed to this account or damaged, lacks a column, or a column has a type or a cell that
-            cannot be used (file, column and row are named).
+        DataError: the file is closed to this account or damaged, lacks a column or has it twice, or a column has a type
+            or a cell that cannot be used (file, column and row are named).
     """
     existing(path, "file")
     names = read_names(path)
     columns = [*ids, *texts, *([order] if order else [])]
-    for column in columns:
-        if column not in names:
-            raise DataError(f"{path}: no column '{column}'; the file has {', '.join(names)}")
+    check_columns(path, columns, names, options)
     try:
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from lightning_sfubm.datamodules.readers.base import RawDomain, existing, fingerprint_files, is_there, resolve
+from lightning_sfubm.datamodules.readers.base import (
+    RawDomain,
+    check_root,
+    existing,
+    fingerprint_files,
+    is_there,
+    resolve,
+)
 from lightning_sfubm.datamodules.readers.delimited import Dialect, read_delimited, read_header
 from lightning_sfubm.datamodules.readers.parquet import read_names, read_parquet
 from lightning_sfubm.errors import ConfigError, DataError
@@ -24,7 +31,8 @@ class TableReader:
 
     Args:
         folder: folder of the domain, relative to the data root.
-        interactions: file in the folder; ``None`` looks for ``interactions`` with a suffix of :data:`SUFFIXES`.
+        interactions: file in the folder; ``None`` looks for ``interactions`` with a suffix of :data:`SUFFIXES`, of which
+            one may be there.
         items: the same for the items.
         user_column: name of the user column.
         item_column: name of the item column, in both tables.
@@ -73,6 +81,10 @@ class TableReader:
         taken = (self.user_column, self.item_column)
         usual = (name for name in USUAL_ORDER_COLUMNS if name in present and name not in taken)
         order = self.order_column or next(usual, None)
+        options = {self.user_column: "user_column", self.item_column: "item_column"}
+        options |= {order: "order_column"} if order else {}
+        interactions = _read(interactions_path, [self.user_column, self.item_column], [], order, options)
+        interactions = interactions.rename_columns(["user", "item", *(["order"] if order else [])])
         if order is None:
             log.warning(
                 "%s has no column %s: the order of its rows is taken for that of time. Its columns are %s; if one of them is "
@@ -81,14 +93,17 @@ class TableReader:
                 ", ".join(USUAL_ORDER_COLUMNS),
                 ", ".join(present),
             )
-        interactions = _read(interactions_path, [self.user_column, self.item_column], [], order)
-        interactions = interactions.rename_columns(["user", "item", *(["order"] if order else [])])
 
         present = _columns(items_path)
         texts = self.text_columns
         if texts is None:
             texts = [name for name in USUAL_TEXT_COLUMNS if name in present and name != self.title_column]
-        items = _read(items_path, [self.item_column], [self.title_column, *texts], None)
+        options = {
+            **dict.fromkeys(texts, "text_columns"),
+            self.title_column: "title_column",
+            self.item_column: "item_column",
+        }
+        items = _read(items_path, [self.item_column], [self.title_column, *texts], None, options)
         kept = [f"{name} (text)" if name in ("item", "title") else name for name in texts]  # those two have a place
         items = items.rename_columns(["item", "title", *kept])
         kind = USUAL_ORDER_COLUMNS.get(order, "timestamp") if order else "none"
@@ -110,12 +125,17 @@ class TableReader:
 def _find(folder: Path, stem: str, name: str | None) -> Path:
     if name is not None:
         return existing(folder / name, f"{stem} file")
-    for suffix in SUFFIXES:
-        if is_there(folder / f"{stem}{suffix}"):
-            return folder / f"{stem}{suffix}"
-    raise DataError(
-        f"{folder}: no {stem} file here (looked for {stem} with {', '.join(SUFFIXES)}); check the data root"
-    )
+    found = [path for suffix in SUFFIXES if is_there(path := folder / f"{stem}{suffix}")]
+    if not found:
+        raise DataError(
+            f"{folder}: no {stem} file here (looked for {stem} with {', '.join(SUFFIXES)}); {check_root(folder)}"
+        )
+    if len(found) > 1:  # one may be the other as it was before it was written anew
+        raise DataError(
+            f"{folder}: holds {' and '.join(path.name for path in found)}; name the one to be read by "
+            f"reader.init_args.{stem}, or remove the others"
+        )
+    return found[0]
 
 
 def _dialect(path: Path, multiline: bool) -> Dialect:
@@ -126,11 +146,12 @@ def _columns(path: Path) -> list[str]:
     return read_names(path) if path.suffix == ".parquet" else read_header(path, _dialect(path, False))
 
 
-def _read(path: Path, ids: list[str], texts: list[str], order: str | None) -> pa.Table:
+def _read(path: Path, ids: list[str], texts: list[str], order: str | None, options: dict[str, str]) -> pa.Table:
     if path.suffix == ".parquet":
-        return read_parquet(path, ids=ids, texts=texts, order=order)
+        return read_parquet(path, ids=ids, texts=texts, order=order, options=options)
     # Line breaks are expected in item texts alone; without them Arrow cuts the file into blocks and reads in parallel.
-    return read_delimited(path, ids=ids, texts=texts, order=order, dialect=_dialect(path, bool(texts)))
+    dialect = _dialect(path, bool(texts))
+    return read_delimited(path, ids=ids, texts=texts, order=order, dialect=dialect, options=options)
 
 
 def _distinct(*given: tuple[str, Sequence[str]]) -> None:

@@ -25,6 +25,7 @@ from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.settings import difference, schedule_difference
 from lightning_sfubm.federated.trainer import FederatedTrainer
 from lightning_sfubm.privacy.secret import secret_path
+from lightning_sfubm.quiet import quiet_command_line
 
 
 class _Parsed(SFUBMCLI):
@@ -46,13 +47,15 @@ def audit(argv: list[str]) -> None:
         PrivacyError: nothing was recorded, or ledger and messages do not agree.
         SystemExit: with code 3, after the audit, where the end of the ledger could not be checked.
     """
+    quiet_command_line(fitting=False)
     defaults = AuditSettings()
     parser = argparse.ArgumentParser(
         "lightning-sfubm audit",
         description="Check the messages that a run has recorded (trainer.federation.init_args.keep_messages) against "
         "its ledger, attack them, and write audit.json, privacy_report.html and privacy_report.json into the run folder. "
-        "Further options are those of fit and must describe the run as it was. Exit code 2: nothing was attacked, for "
-        "something is missing or does not agree; 3: attacked, but the end of the ledger could not be checked.",
+        "Further options are those of fit and must describe the run as it was; where its data root is a relative path, audit "
+        "in the folder in which fit was run, or give --data.root. Exit code 2: nothing was attacked, for something is missing "
+        "or does not agree; 3: attacked, but the end of the ledger could not be checked.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="append", default=[], help="as of fit; by default RUN_DIR/config.yaml")

@@ -17,6 +17,7 @@ from lightning_sfubm.evaluation.results import write_atomically
 from lightning_sfubm.federated.membership import Patience
 from lightning_sfubm.federated.run_config import RunConfig, Value, run_config
 from lightning_sfubm.names import path_part
+from lightning_sfubm.quiet import quiet_command_line
 
 FLOWER = "1.41"
 #: nothing is sent to Flower's makers, and no run fetches packages
@@ -63,6 +64,7 @@ def flower_app(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: the configuration holds no federation, or one that cannot be carried across machines.
     """
+    quiet_command_line(fitting=False)
     parser = argparse.ArgumentParser(
         "lightning-sfubm flower-app",
         description="Write the Flower app of a federation: the app itself, the connection for 'flwr run', and the commands "

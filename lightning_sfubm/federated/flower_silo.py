@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.federated.flower_app import QUIET
+from lightning_sfubm.quiet import quiet_command_line
 
 _TASK = "flwr-clientapp"
 _REFUSED = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
@@ -30,6 +31,7 @@ def flower_silo(argv: Sequence[str]) -> NoReturn:
     Raises:
         ConfigError: Flower is not installed, neither certificates nor ``--insecure`` are given, or the configuration is wrong.
     """
+    quiet_command_line(fitting=False)
     parser = argparse.ArgumentParser(
         "lightning-sfubm flower-silo",
         description="Start a silo of a federation across machines: Flower's SuperNode, which runs the ClientApp that is "

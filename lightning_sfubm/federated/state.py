@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from lightning_sfubm.federated.checkpoint import find_state, load_state, save_st
 from lightning_sfubm.federated.client import Client
 from lightning_sfubm.federated.federation import Federation
 from lightning_sfubm.federated.hooks import FederatedCallback
+from lightning_sfubm.federated.kept_record import remove_audit, set_record_aside
 from lightning_sfubm.federated.ledger import Ledger
 from lightning_sfubm.federated.messages import ReplayGuard
 from lightning_sfubm.federated.recording import FOLDER, MessageStore
@@ -29,11 +29,6 @@ from lightning_sfubm.privacy.secret import client_secret
 from lightning_sfubm.ranks import is_first, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
-#: what was found out of the messages of a run
-_AUDIT = ("audit.json", "privacy_curve.json", "privacy_report.html", "privacy_report.json")
-#: what tells of a run beside its results
-_RECORD = (FOLDER, *_AUDIT, "privacy.json", "run.json", "report.html", "report.json", "data", "ledger.jsonl")
-log = logging.getLogger(__name__)
 OF_SILO = "federation.id"  #: file that says of which run across machines a silo's folder holds its part
 SECRETS = "secret_hashes.json"  #: file of a run's folder: hashes of the secrets it was begun with, by client
 NONCE = "noise_nonce"  #: file of a run's folder; see :meth:`Exchange._run_nonce`
@@ -267,22 +262,9 @@ class RunState:
         return hashlib.sha256(b"state of a run" + secrets).hexdigest()
 
     def set_record_aside(self) -> None:
-        """Move what tells of an earlier run in this folder out of the way, and say so; what was set aside before it goes."""
+        """Move what tells of an earlier run in this folder out of the way, and say so."""
         set_all_aside(self.run_dir / "results")
-        aside, moving = self.run_dir / "record-of-the-run-before", self.run_dir / ".record-of-the-run-before"
-        for path in (self.run_dir / name for name in _RECORD):
-            if _tells(path):
-                moving.mkdir(exist_ok=True)
-                _remove(moving / path.name)
-                path.replace(moving / path.name)
-        self.ledger.path.unlink(missing_ok=True)  # it has no line
-        if moving.exists():  # a process killed in between may have left it, with a part: then the rest is in it now
-            _remove(aside)
-            moving.replace(aside)
-            messages = Ledger(aside / self.ledger.path.name).messages()
-            log.warning(
-                "%s holds an earlier run: the record of its %d messages is in %s now", self.run_dir, messages, aside
-            )
+        set_record_aside(self.run_dir)
 
     @property
     def _earlier(self) -> Path:
@@ -300,8 +282,7 @@ class RunState:
             shutil.rmtree(self.run_dir / folder, ignore_errors=True)
         (self.run_dir / "history.jsonl").write_text("")
         if self.goes_on and not earlier.exists():
-            for name in _AUDIT:  # of what was sent before the first state, whose lines and messages stay
-                _remove(self.run_dir / name)
+            remove_audit(self.run_dir)  # of what was sent before the first state
             self.ledger.resume(0)
         else:
             self.set_record_aside()
@@ -346,18 +327,3 @@ class RunState:
         }
         self.ledger.flush()
         save_state(self.checkpoints, self.counters.step, stored, self.server, self.clients, self._pieces > 0)
-
-
-def _tells(path: Path) -> bool:
-    """Whether an entry of :data:`_RECORD` is there; a folder ``data`` with more than data cards is not the run's."""
-    if not path.is_dir():
-        return path.is_file() and (path.name != "ledger.jsonl" or Ledger(path).messages() > 0)
-    files = list(path.iterdir())
-    return bool(files) and (path.name == FOLDER or all(file.suffix == ".json" for file in files))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -14,16 +14,18 @@ from lightning_sfubm.grid.spec import Grid, load_grid
 from lightning_sfubm.grid.tables import left_out, markdown, ordered
 from lightning_sfubm.locks import locked
 from lightning_sfubm.methods import METHODS
+from lightning_sfubm.quiet import quiet_command_line
 
 
 def results(argv: list[str]) -> None:
     """Entry point.
 
     Raises:
-        SFUBMError: a bad grid, data that cannot be read, cells that do not belong together, or another process that
-            computes into the output folder.
+        SFUBMError: a bad grid, data that cannot be read, cells that do not belong together, none where only tables are
+            wanted, or another process that computes into the output folder.
         SystemExit: with code 1 where runs are left over.
     """
+    quiet_command_line(fitting=False)
     parser = argparse.ArgumentParser(
         "lightning-sfubm results",
         description="Run a grid of pairs, methods and seeds. Finished cells are skipped and an interrupted run goes on, so the "
@@ -66,6 +68,13 @@ def _results(options: argparse.Namespace, grid: Grid, out: Path) -> None:
     cells = all_cells(out, options.publish)
     tables = ordered(grid, cells)
     facts = comparisons(grid, tables, _published_facts(options.publish))
+    outdated = left_out(grid, cells)
+    if options.tables_only and not tables and not outdated:
+        where = f"{out} holds" if options.publish is None else f"{out} and {options.publish} hold"
+        raise ConfigError(
+            f"{where} no cell of {options.grid}: leave --tables-only out to compute some, or name the folder of earlier ones "
+            "by --out"
+        )
     # The text is published: a path of this machine alone would say nothing there.
     source = options.grid.name if options.grid.is_absolute() else options.grid.as_posix()
     text = markdown(grid, tables, facts, source)
@@ -81,7 +90,7 @@ def _results(options: argparse.Namespace, grid: Grid, out: Path) -> None:
             write_atomically(path, json.dumps(without_users(cell), indent=1).encode())
         write_plots(tables, options.publish / "plots")
     print(text)
-    for sentence in left_out(grid, cells):
+    for sentence in outdated:
         print(sentence)
     print(f"Tables: {out / 'tables.md'}")
     if left:

@@ -146,7 +146,15 @@ BROKEN = [
     ("mixed times", late("2014-07-23"), ITEMS, ".csv", ["interactions.csv, line 5", "not written like those before"]),
     ("mixed zones", b"user_id,item_id,timestamp\nu,a,2014-07-23T00:00Z\nu,b,2014-07-23T00:00\n", ITEMS, ".csv",
      ["interactions.csv, line 3", "not written like those before"]),
-    ("no rows", b"user_id,item_id,timestamp\n", ITEMS, ".csv", ["interactions", "no rows"]),
+    ("no rows", b"user_id,item_id,timestamp\n", ITEMS, ".csv", ["interactions.csv: holds no rows"]),
+    ("no rows, no line break", b"user_id,item_id,timestamp", ITEMS, ".csv", ["interactions.csv: holds no rows"]),
+    ("UTF-16", "user_id,item_id\nu1,a\n".encode("utf-16"), ITEMS, ".csv", ["interactions.csv: is not utf-8", "UTF-16"]),
+    ("UTF-16 without its mark", INTERACTIONS, ITEMS.decode().encode("utf-16-le"), ".csv", ["items.csv: is not utf-8"]),
+    ("name in Latin-1", INTERACTIONS, b"item_id,t\xeftre\na,A\n", ".csv", ["items.csv, line 1: text is not valid utf-8"]),
+    ("item twice", b"user_id,item_id,item_id\nu1,a,b\n", ITEMS, ".csv",
+     ["interactions.csv: 2 columns are called 'item_id'", "reader.init_args.item_column"]),
+    ("usual text twice", INTERACTIONS, b"item_id,title,brand,brand\na,A,B,C\n", ".csv", ["items.csv: 2 columns", "'brand'"]),
+    ("semicolons", b"user_id;item_id\nu1;a\n", ITEMS, ".csv", ["has user_id;item_id; columns must be parted by ','"]),
     ("empty file", b"", ITEMS, ".csv", ["interactions.csv", "no column"]),
     ("truncated gzip", ZIPPED[:60], gzip.compress(ITEMS), ".csv.gz", ["interactions.csv.gz", "gzip"]),
     ("damaged gzip", ZIPPED[:40] + b"?" * 9 + ZIPPED[49:], gzip.compress(ITEMS), ".csv.gz", ["interactions.csv.gz", "gzip"]),
@@ -170,6 +178,64 @@ def test_broken_source_gives_one_clear_error_and_leaves_nothing(
         assert word in message
     assert "\n" not in message
     assert not list(cache.rglob("*.*"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("option", "name", "settings"),
+    [
+        ("user_column", "user_id", {}),
+        ("item_column", "item_id", {}),
+        ("title_column", "title", {}),
+        ("order_column", "when", {"order_column": "when"}),
+        ("text_columns", "brand", {"text_columns": ["brand"]}),
+    ],
+)
+def test_a_column_that_is_not_there_is_told_with_the_option_that_names_another(
+    tmp_path: Path, suffix: str, option: str, name: str, settings: dict
+) -> None:
+    columns = {
+        "interactions": {"user_id": ["u"], "item_id": ["a"], "when": [1]},
+        "items": {"item_id": ["a"], "title": ["A"], "brand": ["B"]},
+    }
+    for stem, table in columns.items():
+        write = pacsv.write_csv if suffix == ".csv" else pq.write_table
+        write(
+            pa.table({"other" if key == name else key: cells for key, cells in table.items()}),
+            tmp_path / (stem + suffix),
+        )
+    words = rf"{suffix}: no column '{name}'; the file has .*other.*; name another one by reader\.init_args\.{option}$"
+    with pytest.raises(DataError, match=words):
+        TableReader("", **settings).read(tmp_path)
+
+
+def test_a_column_that_is_twice_in_parquet_is_refused(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array(["u"]), pa.array(["a"]), pa.array(["b"])], ["user_id", "item_id", "item_id"])
+    pq.write_table(twice, tmp_path / "interactions.parquet")
+    pq.write_table(pa.table({"item_id": ["a"], "title": ["A"]}), tmp_path / "items.parquet")
+    with pytest.raises(DataError, match=r"interactions\.parquet: 2 columns are called 'item_id'; rename all but one"):
+        TableReader("").read(tmp_path)
+
+
+def test_a_column_that_is_not_read_may_be_there_twice_or_be_no_utf8(write_tables) -> None:
+    folder = write_tables(b"user_id,item_id,prix \xe9,n,n\nu,a,1,2,3\n", ITEMS)
+    assert TableReader(str(folder)).read(None).interactions.to_pylist() == [{"user": "u", "item": "a"}]
+
+
+@pytest.mark.parametrize("stem", ["interactions", "items"])
+@pytest.mark.parametrize("suffix", [".csv.gz", ".parquet"])
+def test_of_two_files_of_a_name_none_is_guessed(write_tables, stem: str, suffix: str) -> None:
+    folder = write_tables(INTERACTIONS, ITEMS)
+    plain = (folder / f"{stem}.csv").read_bytes()
+    if suffix == ".parquet":
+        pq.write_table(pacsv.read_csv(pa.BufferReader(plain)), folder / f"{stem}{suffix}")
+    else:
+        (folder / f"{stem}{suffix}").write_bytes(gzip.compress(plain))
+    words = rf"source: holds {stem}\.csv and {stem}\{suffix}; name the one to be read by reader\.init_args\.{stem}, or"
+    for step in (TableReader(str(folder)).read, TableReader(str(folder)).fingerprint):
+        with pytest.raises(DataError, match=words):
+            step(None)
+    assert TableReader(str(folder), **{stem: f"{stem}{suffix}"}).read(None).interactions.num_rows == 3
 
 
 @pytest.fixture
@@ -368,6 +434,23 @@ def test_columns_that_are_called_like_parts_of_a_table(write_tables) -> None:
 def test_missing_folder_names_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         TableReader("nowhere").read(tmp_path)
+
+
+def test_a_relative_folder_that_is_not_there_tells_where_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for settings in ({}, {"interactions": "of_the_shop.csv"}):
+        reader = TableReader("shop", **settings)
+        with pytest.raises(
+            DataError, match=r"^data/shop.*a relative data root starts from the folder that the command is run"
+        ):
+            reader.read(Path("data"))
+        for root in (tmp_path / "data", Path("here")):
+            reader = TableReader("", **settings)
+            with pytest.raises(DataError, match="; check the data root"):
+                reader.read(root)
 
 
 def test_an_empty_id_is_no_user_whatever_the_file(tmp_path: Path) -> None:

@@ -80,3 +80,9 @@ def test_bad_settings() -> None:
         SyntheticReader(num_items=3)
     with pytest.raises(ConfigError, match="order"):
         SyntheticReader(order=1.5)
+
+
+def test_a_text_encoder_without_a_dimension_is_refused() -> None:
+    for dim in (0, -3):
+        with pytest.raises(ConfigError, match=f"HashingTextEncoder: dim must be at least 1, not {dim}"):
+            HashingTextEncoder(dim=dim)

@@ -1,6 +1,7 @@
 """The federated loop: exchange, privacy, checkpoints and exact resume (T1, T3, T5, T6, T15, T18, T19)."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -413,9 +414,48 @@ def test_a_record_that_was_set_aside_in_part_is_whole_in_the_end(federated_data:
     trainer.prepare(small_distiller(), federated_data())
     trainer.loop._start()
     assert contents(trainer.run_dir / "record-of-the-run-before") == {
+        "audit.json": b"record-of-the-run-before/audit.json\n"
+    }
+    assert contents(trainer.run_dir / "record-of-the-run-before-2") == {
         "audit.json": b".record-of-the-run-before/audit.json\n",
         "ledger.jsonl": b"ledger.jsonl\n",
     }
+
+
+def test_no_record_is_deleted_however_many_runs_begin_in_a_folder(
+    federated_data: Any, federated_trainer: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = federated_trainer(rounds=0)
+    trainer.prepare(small_distiller(), federated_data())
+    aside = [trainer.run_dir / f"record-of-the-run-before{end}" for end in ("", "-2", "-3", "-4")]
+    for number, folder in enumerate(aside):
+        (trainer.run_dir / "results/alpha").mkdir(parents=True)
+        (trainer.run_dir / f"results/alpha/{number}.parquet").touch()
+        (trainer.run_dir / "ledger.jsonl").write_text(f'{{"run": {number}}}\n')
+        if number == 3:
+            shutil.rmtree(aside[1])  # a number is not taken twice: they keep their order
+        trainer.loop._start()
+        assert f"the record of its 1 messages is in {folder} now" in caplog.text
+        said = " ".join(capsys.readouterr().out.split())
+        assert (" now, in place of those of the run before it (--ckpt_path" in said) == (number > 0)
+        caplog.clear()
+    kept = {folder.name: (folder / "ledger.jsonl").read_text() for folder in aside if folder.exists()}
+    assert kept == {aside[number].name: f'{{"run": {number}}}\n' for number in (0, 2, 3)}
+    assert [path.name for path in trainer.run_dir.glob("results-of-the-run-before*/alpha/*")] == ["3.parquet"]
+
+
+def test_a_record_that_a_killed_process_had_moved_does_not_give_way_to_the_next(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    """A run that went on without a state had begun a ledger of its own before the move was finished."""
+    trainer = federated_trainer(rounds=0)
+    for name in (".record-of-the-run-before/ledger.jsonl", "ledger.jsonl"):
+        (trainer.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (trainer.run_dir / name).write_text(f"{name}\n")
+    trainer.prepare(small_distiller(), federated_data())
+    trainer.loop._start()
+    for end, text in (("", ".record-of-the-run-before/ledger.jsonl\n"), ("-2", "ledger.jsonl\n")):
+        assert (trainer.run_dir / f"record-of-the-run-before{end}/ledger.jsonl").read_text() == text
 
 
 def test_resume_refuses_other_clients_models_and_schedules(federated_data: Any, federated_trainer: Any) -> None:

@@ -258,11 +258,41 @@ def test_a_second_command_on_the_same_folder_is_refused_but_for_tables(
     other = holder(out)
     with pytest.raises(ConfigError, match=r"/out: another process is at work there.* by --out$"):
         results(arguments)
-    results([*arguments, "--tables-only"])
     assert fit.calls == []
     other.communicate()
     results(arguments)
     assert len(fit.calls) == 3
+    other = holder(out)
+    results([*arguments, "--tables-only"])
+    other.communicate()
+    assert len(fit.calls) == 3
+
+
+def test_tables_of_no_cell_are_refused_and_nothing_is_written(tmp_path: Path, fit: FakeFit) -> None:
+    out, public, grid = tmp_path / "out", tmp_path / "public", grid_file(tmp_path)
+    arguments = ["--grid", str(grid), "--out", str(out), "--tables-only"]
+    for publish, where in ([], f"{out} holds"), (["--publish", str(public)], f"{out} and {public} hold"):
+        with pytest.raises(
+            ConfigError, match=rf"^{where} no cell of {grid}: leave --tables-only out to compute some, or"
+        ):
+            results([*arguments, *publish])
+    assert not out.exists()
+    assert not public.exists()
+    out.mkdir()
+    changed(stored(out, "popularity", [0, 1]), pair="of another grid")
+    with pytest.raises(ConfigError, match="no cell of"):
+        results(arguments)
+    assert not (out / "tables.md").exists()
+
+
+def test_tables_of_published_cells_alone_are_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, public = tmp_path / "out", tmp_path / "public"
+    out.mkdir()
+    path = stored(out, "popularity", [0, 1])
+    publish(path, out, public)
+    path.unlink()
+    results(["--grid", str(out / "grid.yaml"), "--out", str(out), "--publish", str(public), "--tables-only"])
+    assert "Popularity" in capsys.readouterr().out
 
 
 def test_the_folder_of_a_run_still_at_work_is_not_cleared(
