@@ -89,6 +89,11 @@ def check_root(folder: Path) -> str:
     return "a relative data root starts from the folder that the command is run in (for an audit, where fit was run): check it"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for a message; bytes that are no text of the file's encoding are escaped, so that it can be printed."""
+    return ", ".join(names).encode("utf-8", "backslashreplace").decode()
+
+
 def check_columns(path: Path, columns: Sequence[str], present: Sequence[str], options: Mapping[str, str]) -> None:
     """Refuse a table that lacks a column, or has it twice: which one is meant would be a guess.
 
@@ -104,7 +109,7 @@ def check_columns(path: Path, columns: Sequence[str], present: Sequence[str], op
     for column in columns:
         option = f"name another one by reader.init_args.{options[column]}" if column in options else ""
         if column not in present:
-            found = f"{', '.join(present)[:200]}{option and f'; {option}'}" if present else "no columns"
+            found = f"{listed(present)[:200]}{option and f'; {option}'}" if present else "no columns"
             raise DataError(f"{path}: no column '{column}'; the file has {found}")
         if (times := present.count(column)) > 1:
             way_out = f"rename all but one{option and f', or {option}'}"

@@ -12,6 +12,7 @@ from lightning_sfubm.datamodules.readers.base import (
     existing,
     fingerprint_files,
     is_there,
+    listed,
     resolve,
 )
 from lightning_sfubm.datamodules.readers.delimited import Dialect, read_delimited, read_header
@@ -91,7 +92,7 @@ class TableReader:
                 "the time, name it by reader.init_args.order_column",
                 interactions_path,
                 ", ".join(USUAL_ORDER_COLUMNS),
-                ", ".join(present),
+                listed(present),
             )
 
         present = _columns(items_path)

@@ -267,7 +267,7 @@ def test_a_cache_that_may_not_be_written(cache: Path, monkeypatch, folder: str) 
     def refuse(*_: object, dir: Path, **__: object) -> str:
         raise PermissionError(13, "Permission denied", str(dir))
 
-    where = {"domains": "storage.tempfile.mkdtemp", "candidates": "candidates.tempfile.NamedTemporaryFile"}[folder]
+    where = {"domains": "storage.tempfile.mkdtemp", "candidates": "results.tempfile.mkstemp"}[folder]
     package = "datamodules" if folder == "domains" else "evaluation"
     monkeypatch.setattr(f"lightning_sfubm.{package}.{where}", refuse)
     with pytest.raises(DataError, match=rf"{folder}/.* set SFUBM_CACHE to a folder of your own"):

@@ -217,9 +217,13 @@ def test_a_column_that_is_twice_in_parquet_is_refused(tmp_path: Path) -> None:
         TableReader("").read(tmp_path)
 
 
-def test_a_column_that_is_not_read_may_be_there_twice_or_be_no_utf8(write_tables) -> None:
+def test_a_column_that_is_not_read_may_be_there_twice_or_be_no_utf8(
+    write_tables, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_tables(b"user_id,item_id,prix \xe9,n,n\nu,a,1,2,3\n", ITEMS)
     assert TableReader(str(folder)).read(None).interactions.to_pylist() == [{"user": "u", "item": "a"}]
+    assert r"Its columns are user_id, item_id, prix \udce9, n, n;" in caplog.text
+    assert caplog.text.encode()  # can be written
 
 
 @pytest.mark.parametrize("stem", ["interactions", "items"])
