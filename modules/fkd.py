@@ -287,7 +287,9 @@ class FKDDistiller(CatalogueModule):
         loss = table.new_zeros(())
         predicting = batch["targets"] != 0
         with torch.set_grad_enabled(self.phase != "student"):
-            states, scaled = self.teacher.scaled(self.teacher.states(batch["history"], table)[predicting], table)
+            states = self.teacher.states(batch["history"], table)[predicting]
+            frozen = self.phase == "student"
+            states, scaled = self.teacher.frozen_scaled(states) if frozen else self.teacher.scaled(states, table)
         if self.phase != "student":
             terms["teacher_ce"] = full_cross_entropy(
                 states, scaled, batch["targets"][predicting], self.logits_precision
@@ -371,8 +373,7 @@ class FKDDistiller(CatalogueModule):
     def logit_inputs(self, history: Tensor, branch: str = "") -> tuple[Tensor, Tensor]:
         """States (B, H) and item vectors (N + 1, H) of a branch; ``""`` is the one the phase trains."""
         if self._branch(branch) == "teacher":
-            table = self.teacher.frozen_table()
-            return self.teacher.scaled(self.teacher.states(history, table)[:, -1], table)
+            return self.teacher.frozen_scaled(self.teacher.states(history, self.teacher.frozen_table())[:, -1])
         return self._student_states(history)[:, -1], self.ids.weight
 
     def user_states(self, batch: RankBatch) -> Tensor:

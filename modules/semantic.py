@@ -11,6 +11,7 @@ from lightning_sfubm.modules.layers.whitening import WhiteningExperts
 from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs
 from lightning_sfubm.modules.losses.fkd import nearest_items
 from lightning_sfubm.modules.losses.precision import Precision
+from lightning_sfubm.modules.losses.unit import unit
 
 
 class SemanticTeacher(nn.Module):
@@ -104,3 +105,7 @@ class SemanticTeacher(nn.Module):
     def scaled(self, states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """States and table whose dot products are the teacher's logits."""
         return cosine_inputs(states, table, self.tau)
+
+    def frozen_scaled(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`scaled` with :meth:`frozen_table`, whose rows are made unit ones once per change of the teacher."""
+        return unit(states) / self.tau, self._cache.get("unit", lambda: unit(self.frozen_table()))

@@ -25,6 +25,7 @@ from lightning_sfubm.modules.losses.sampled import (
     proposal,
     sampled_cross_entropy,
 )
+from lightning_sfubm.modules.losses.unit import unit
 from lightning_sfubm.modules.row_adam import RowAdamW
 from lightning_sfubm.modules.settings import check_dropout
 from lightning_sfubm.modules.stage1 import CatalogueModule
@@ -273,7 +274,8 @@ class SequentialRecommender(CatalogueModule):
     def logit_inputs(self, history: Tensor, branch: str = "") -> tuple[Tensor, Tensor]:
         """States (B, H) and item vectors (N + 1, H); there is one branch only."""
         table = self.items.frozen()
-        return self._scaled(self.encode(history, table)[:, -1], table)
+        states = self.encode(history, table)[:, -1]
+        return (unit(states) / self.tau, self.items.frozen_unit(table)) if self.logits == "cosine" else (states, table)
 
     def user_states(self, batch: RankBatch) -> Tensor:
         """(B, H) state after the newest item."""

@@ -10,6 +10,7 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.layers.cache import VersionCache
 from lightning_sfubm.modules.layers.whitening import WhiteningExperts
 from lightning_sfubm.modules.losses.precision import Precision
+from lightning_sfubm.modules.losses.unit import unit
 from lightning_sfubm.seeds import torch_generator
 
 
@@ -98,3 +99,10 @@ class ItemTable(nn.Module):
         if self.adaptor is None:
             return self.forward().detach()
         return self._cache.get("table", self.forward)
+
+    def frozen_unit(self, table: Tensor) -> Tensor:
+        """Unit rows of :meth:`frozen`, given as ``table``; of text alone made once per change of the parameters.
+
+        Where there are ids, telling whether they have changed takes as long.
+        """
+        return unit(table) if self.ids is not None else self._cache.get("unit", lambda: unit(table))

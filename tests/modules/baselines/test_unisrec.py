@@ -24,6 +24,7 @@ from lightning_sfubm.modules.baselines.unisrec_pretraining import (
 )
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
+from lightning_sfubm.modules.fkd import FKDDistiller
 from lightning_sfubm.modules.layers.text_affinity import TEXT_AFFINITIES
 from lightning_sfubm.seeds import torch_generator
 from lightning_sfubm.training import fit_to_early_stopping
@@ -47,6 +48,22 @@ def pretrained(catalogue: Catalogue) -> UniSRecPretraining:
 
 def moved(module: torch.nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def test_unit_rows_of_text_alone_are_made_once_per_change(catalogue: Catalogue, rank_batch: RankBatch) -> None:
+    """A large catalogue is ranked for a few users at a time; what does not depend on them is not to be made for each."""
+    for module, branch in ((build(UniSRec, catalogue), ""), (build(FKDDistiller, catalogue), "teacher")):
+        module.eval()
+        first, again = (module.logit_inputs(rank_batch["history"], branch)[1] for _ in range(2))
+        assert first is again
+        torch.testing.assert_close(first[1:].norm(dim=1), torch.ones(len(first) - 1))
+        with torch.no_grad():
+            next(p for name, p in module.named_parameters() if "experts.weight" in name).mul_(-1.5)
+        states, items = module.logit_inputs(rank_batch["history"], branch)
+        assert not torch.allclose(items, first)
+        table = module.teacher.table() if branch else module.items()
+        torch.testing.assert_close(items, F.normalize(table.detach(), dim=1))
+        torch.testing.assert_close(states.norm(dim=1), torch.full((len(states),), 1 / 0.07))
 
 
 # ------------------------------------------------------------------ losses
