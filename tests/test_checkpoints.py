@@ -130,7 +130,7 @@ def test_a_fit_shows_the_data_and_says_how_to_go_on(
     assert not [w for w in recwarn if "batch indices" in str(w.message)]
 
 
-@pytest.mark.parametrize("flag", ["max_epochs", "max_steps", "limit_train_batches"])
+@pytest.mark.parametrize("flag", ["max_epochs", "max_steps"])
 def test_a_fit_that_takes_no_step_says_so(flag: str, command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     main(["fit", *command, f"--trainer.{flag}", "0"])
     assert (
@@ -138,6 +138,13 @@ def test_a_fit_that_takes_no_step_says_so(flag: str, command: list[str], capfd: 
         .out.splitlines()[-1]
         .startswith("nothing was trained: trainer and data left no step to take (")
     )
+
+
+def test_a_fit_without_a_batch_is_refused(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *command, "--trainer.limit_train_batches", "0"])
+    assert stop.value.code == 2
+    assert "there is no batch to train on: set trainer.limit_train_batches above 0" in capfd.readouterr().err
 
 
 def test_a_fit_that_goes_on_from_its_end_says_that_it_took_no_step(

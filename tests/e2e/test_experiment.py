@@ -108,12 +108,13 @@ def test_a_row_of_a_branch_that_stage_1_lacks_is_refused_before_anything_is_trai
 
 @pytest.mark.parametrize("row", ["late_fusion", "sfubm", "text_lora", "tallrec", "llara_likelihood"])
 def test_a_row_that_has_no_held_out_positions_is_refused_before_anything_is_trained(
-    row: str, federated_data: Any, federated_trainer: Any
+    row: str, tmp_path: Path, federated_data: Any, federated_trainer: Any
 ) -> None:
     trainer, data = federated_trainer(rounds=1), federated_data()
+    llm = LLMHead(str(write_tiny_llm(tmp_path / "llm")))
     data.domains["beta"] = data.domains["beta"].without_holdout()
     with pytest.raises(ConfigError, match=f"'{row}' is fitted on .* domain 'beta' has none"):
-        Experiment(methods=["popularity", row], llm=LLMHead("no-model")).run(trainer, small_distiller(), data)
+        Experiment(methods=["popularity", row], llm=llm).run(trainer, small_distiller(), data)
     assert not list(trainer.run_dir.glob("checkpoints"))
 
 
