@@ -32,7 +32,7 @@ class PrivacyAccountant:
 
     Args:
         mechanism: ``"prv"`` composes privacy loss random variables numerically (Gopi et al., NeurIPS 2021, arXiv
-            2106.02848), an upper bound within .01 of the true value down to a delta of 1e-10, below which its floating point
+            2106.02848), an upper bound within .011 of the true value down to a delta of 1e-10, below which its floating point
             falls short of the true value and it is refused; ``"rdp"`` composes Renyi divergences (Mironov et al.,
             arXiv 1908.10530; conversion by Balle et al., AISTATS 2020), looser and quicker.
         target_epsilon: budget that :meth:`check` defends; ``None`` = none.
