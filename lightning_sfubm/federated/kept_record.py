@@ -25,9 +25,8 @@ def set_record_aside(run_dir: Path) -> None:
     moving = run_dir / f".{_ASIDE}"
     for path in (run_dir / name for name in _RECORD):
         if _tells(path):
-            if (
-                moving / path.name
-            ).exists():  # of a run before this one, whose record was to be moved when it was killed
+            # Of a run before this one, which was killed while it moved the record of another.
+            if (moving / path.name).exists():
                 moving.replace(_next_aside(run_dir))
             moving.mkdir(exist_ok=True)
             path.replace(moving / path.name)
