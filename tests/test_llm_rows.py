@@ -292,6 +292,7 @@ def test_the_head_of_a_published_method_is_no_llm_that_rows_are_derived_from(kin
         ({"llm": "{bare}"}, "holds no weights"),
         ({"num_layers": 20}, r"num_layers must lie in 1..2 for .*, got 20"),
         ({"adapter_targets": ".*nomatch"}, "adapter_targets '.*nomatch'"),
+        ({"adapter_targets": "("}, r"adapter_targets '\(' is no regular expression"),
         ({"precision": "half"}, "precision 'half'"),
     ],
 )

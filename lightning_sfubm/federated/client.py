@@ -92,9 +92,8 @@ class Client:
         if texts is None or not getattr(self.module, "semantics_of_texts", False):
             return {}
         vectors = self.module.semantics()
-        form = (
-            f"{type(self.module).__name__} {vectors.shape[1]} ".encode()
-        )  # another module may make another vector of it
+        # Another module may make another vector of the same text.
+        form = f"{type(self.module).__name__} {vectors.shape[1]} ".encode()
         # Where two texts have one vector, either name will do, and always the same.
         return {row: form + text for text, row in sorted(zip(texts, row_hashes(vectors), strict=True), reverse=True)}
 
