@@ -96,6 +96,8 @@ def _sentence(message: str) -> str:
         given = re.search(r"Given value: (.{1,60})\Z", message)
         words = f"Expected {' or '.join(filter(None, (', '.join(accepted[:-1]), accepted[-1])))}"
         words += f", not {given[1]}" if given else ""
+        if given and given[1] == "None" and "null" in accepted:  # jsonargparse makes it a text on the way in
+            words = "null cannot be set by an option of a part within a part: set it in a YAML file, given by --config"
     if missing := re.search(r"Problem with given class_path '[^']+': No module named '[^']+'", words):
         where = "a module of your own is found in the folders that PYTHONPATH names"
         return f"{f'{key[1]}: ' if key else ''}{missing[0]}; {where}"

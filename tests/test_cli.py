@@ -13,6 +13,7 @@ from lightning_sfubm.__main__ import main
 from lightning_sfubm.experiment import Experiment
 
 SYNTHETIC = str(Path(__file__).resolve().parent.parent / "configs/debug/synthetic.yaml")
+DEMO = str(Path(__file__).resolve().parent.parent / "configs/experiment/demo.yaml")
 
 
 @pytest.fixture
@@ -132,6 +133,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "required: name, reader; a domain that the settings before do not have is a new one and given whole",
         ),
         (["fit", "--seed_everything", "x"], "error: seed_everything: Expected true/false or an integer, not x"),
+        (
+            ["fit", "--config", DEMO, "--experiment.init_args.llm.init_args.num_layers", "null"],
+            "num_layers: null cannot be set by an option of a part within a part: set it in a YAML file, given by --config",
+        ),
         (["fit", "--config", SYNTHETIC, "--trainer.max_epochs", "x"], "max_epochs: Expected an integer or null, not x"),
         (["fit", "--config", SYNTHETIC, "--trainer.callbacks", "3"], "Expected a list, a class path or null, not 3"),
         (["fit", "--config", SYNTHETIC, "--trainer.federation", "null"], "an experiment follows federated rounds"),
