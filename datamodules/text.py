@@ -34,7 +34,8 @@ class HFTextEncoder:
     Args:
         model: an embedded default (``minilm``), a local folder or a hub id.
         max_tokens: longer texts are cut there and counted in :attr:`truncated`.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens of a batch, padding included; by default 4,096 on CUDA and 1,536 on a CPU, whose caches do not
+            hold the activations of more (.86 of the time on a CPU with AMX). Vectors hang on it by rounding only.
         precision: ``"32"``, ``"bf16"`` (autocast), or ``"auto"``: bf16 on CUDA and on CPUs with bf16 instructions
             (2.8 times the speed there at a largest difference of 1.4e-3 on unit vectors), else 32.
         layers: 1, or how many of the last layers are pooled, each into a unit vector of its own. A text's vector is then
@@ -52,12 +53,15 @@ class HFTextEncoder:
         self,
         model: str = "minilm",
         max_tokens: int = 128,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         precision: str = "auto",
         layers: int = 1,
     ) -> None:
         if precision not in ("auto", "bf16", "32"):
             raise ConfigError(f"text encoder precision '{precision}' is not one of auto, bf16, 32")
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if batch_tokens is None:
+            batch_tokens = max(max_tokens, 4096 if self._device.type == "cuda" else 1536)
         if max_tokens < 3 or batch_tokens < max_tokens:
             raise ConfigError(f"need 3 <= max_tokens <= batch_tokens, got {max_tokens} and {batch_tokens}")
         if layers < 1:
@@ -70,7 +74,6 @@ class HFTextEncoder:
         self.truncated = 0
         self._network: Any = None
         self._tokenizer: Any = None
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def _load(self) -> None:
         if self._network is None:

@@ -68,6 +68,16 @@ def test_long_texts_are_cut_and_counted(folder):
     torch.testing.assert_close(vectors[0], vectors[1])  # 8 letters and 2 special tokens fill the limit
 
 
+def test_vectors_do_not_hang_on_the_size_of_a_batch(folder):
+    texts = [f"title number {i}" * (1 + i % 4) for i in range(40)]
+    small = HFTextEncoder(folder, max_tokens=64, batch_tokens=64, precision="32").encode(texts)
+    torch.testing.assert_close(HFTextEncoder(folder, precision="32").encode(texts), small, atol=1e-5, rtol=0)
+
+
+def test_a_batch_holds_one_text_of_any_length():
+    assert HFTextEncoder(max_tokens=8000).batch_tokens == 8000
+
+
 def test_bf16_stays_close(folder):
     texts = [f"title number {i}" for i in range(20)]
     exact = HFTextEncoder(folder, precision="32").encode(texts)
