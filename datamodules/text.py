@@ -90,6 +90,8 @@ class HFTextEncoder:
             if network.config.is_encoder_decoder:
                 raise ConfigError(f"text encoder '{self.model}' has a decoder too: give a model that encodes alone")
             self._network = network.to(self._device).eval()
+            if self.bf16:
+                _cast_once(self._network)
             positions = getattr(network.config, "max_position_embeddings", None)
             if positions is not None and self.max_tokens > positions:
                 raise ConfigError(f"max_tokens {self.max_tokens} exceeds the {positions} positions of '{self.model}'")
@@ -166,6 +168,24 @@ class HFTextEncoder:
         kept = [output.last_hidden_state] if self.layers == 1 else output.hidden_states[-self.layers :]
         pooled = [F.normalize((states.float() * weights).sum(1) / weights.sum(1), dim=-1) for states in kept]
         return (pooled[0] if self.layers == 1 else torch.cat(pooled, 1) / math.sqrt(self.layers)).cpu()
+
+
+def _cast_once(network: torch.nn.Module) -> None:
+    """Spare autocast its repeated casts; every number stays as it is.
+
+    Autocast casts the weights for each batch anew, and the input of BERT's query, key and value once for each of them.
+    The input is cast where these three are all that reads it: ALBERT's attention, for one, adds its input to its output too.
+    """
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(torch.bfloat16)
+        children = {name for name, child in module.named_children() if isinstance(child, torch.nn.Linear)}
+        if children == {"query", "key", "value"} == {name for name, _ in module.named_children()} - {"dropout"}:
+            module.register_forward_pre_hook(_first_in_bf16)
+
+
+def _first_in_bf16(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].to(torch.bfloat16), *inputs[1:]) if inputs and isinstance(inputs[0], Tensor) else inputs
 
 
 def encode_cached(

@@ -10,7 +10,7 @@ import torch
 
 from lightning_sfubm.datamodules import text as text_module
 from lightning_sfubm.datamodules.synthetic import HashingTextEncoder
-from lightning_sfubm.datamodules.text import HFTextEncoder, _key, _read_store, encode_cached
+from lightning_sfubm.datamodules.text import HFTextEncoder, _cast_once, _key, _read_store, encode_cached
 from lightning_sfubm.errors import AssetError, ConfigError, DataError
 from lightning_sfubm.modules.llm.tiny import write_tiny_text_encoder
 
@@ -59,6 +59,39 @@ def test_equals_plain_mean_pooling(folder):
     torch.testing.assert_close(
         HFTextEncoder(folder, precision="32").encode(["some title"])[0], plain, atol=1e-6, rtol=0
     )
+
+
+def test_casting_once_leaves_every_bit(folder):
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("some title", return_tensors="pt")["input_ids"]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = torch.nn.functional.normalize(model(input_ids=ids).last_hidden_state[0].float().mean(0), dim=-1)
+    encoder = HFTextEncoder(folder, precision="bf16")
+    torch.testing.assert_close(encoder.encode(["some title"])[0], plain, atol=1e-6, rtol=0)
+    hooked = [module for module in encoder._network.modules() if module._forward_pre_hooks]
+    assert len(hooked) == model.config.num_hidden_layers  # the attentions of a BERT
+
+
+def test_an_input_with_other_readers_is_not_cast():
+    from transformers import AlbertConfig, AlbertModel
+
+    size = {
+        "vocab_size": 50,
+        "embedding_size": 16,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AlbertModel(AlbertConfig(**size)).eval()
+    ids = torch.arange(5, 15).unsqueeze(0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(input_ids=ids).last_hidden_state
+        _cast_once(model)
+        torch.testing.assert_close(model(input_ids=ids).last_hidden_state, plain, atol=0, rtol=0)
 
 
 def test_long_texts_are_cut_and_counted(folder):
