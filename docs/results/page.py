@@ -112,6 +112,18 @@ EXCHANGE = {
         "default_exchange.stage1_pooled",
         "default_exchange.stage1_local",
     ),
+    "run again: two students of one's own − one": (
+        "default_exchange_twice.stage1_local_twice",
+        "default_exchange_twice.stage1_local",
+    ),
+    "run again: teacher exchanged, beside the silo's own student − one of one's own": (
+        "default_exchange_twice.stage1_beside_own",
+        "default_exchange_twice.stage1_local",
+    ),
+    "run again: the same − two of one's own": (
+        "default_exchange_twice.stage1_beside_own",
+        "default_exchange_twice.stage1_local_twice",
+    ),
 }
 WRITTEN = {
     "TALLRec, 600 samples": "tallrec",
