@@ -136,23 +136,23 @@ WRITTEN = {
     "that head, answer among the candidates": "sfubm_list_twice.sfubm_list_constrained",
 }
 EVERYONE = {
-    "Popularity": ("popularity", "beauty.popularity"),
-    "Text similarity, untrained": ("text_similarity", "beauty.text_similarity"),
-    "GRU4Rec from co-occurrence": ("default.gru4rec", "beauty_baselines.gru4rec"),
-    "SASRec from co-occurrence": ("default.encoder", "beauty.encoder"),
-    "ID + text from co-occurrence": ("default.id_text", "beauty_baselines.id_text"),
-    "UniSRec without pre-training": ("even_unisrec.unisrec_scratch", "beauty_baselines.unisrec_scratch"),
-    "SF-UBM stage 1": ("default.stage1", "beauty.stage1"),
-    "SF-UBM stage 1, student and teacher": ("default.stage1_with_teacher", "beauty.stage1_with_teacher"),
-    "Late fusion of stage 1 and text": ("default.late_fusion", "beauty.late_fusion"),
-    "the same with counts": ("default.late_fusion_counts", "beauty.late_fusion_counts"),
+    "Popularity": ("popularity", "alone.popularity"),
+    "Text similarity, untrained": ("text_similarity", "alone.text_similarity"),
+    "GRU4Rec from co-occurrence": ("default.gru4rec", "baselines.gru4rec"),
+    "SASRec from co-occurrence": ("default.encoder", "alone.encoder"),
+    "ID + text from co-occurrence": ("default.id_text", "baselines.id_text"),
+    "UniSRec without pre-training": ("even_unisrec.unisrec_scratch", "baselines.unisrec_scratch"),
+    "SF-UBM stage 1": ("default.stage1", "alone.stage1"),
+    "SF-UBM stage 1, student and teacher": ("default.stage1_with_teacher", "alone.stage1_with_teacher"),
+    "Late fusion of stage 1 and text": ("default.late_fusion", "alone.late_fusion"),
+    "the same with counts": ("default.late_fusion_counts", "alone.late_fusion_counts"),
     "Late fusion of UniSRec with counts and products": (
         "even_unisrec.unisrec_fusion_products",
-        "beauty_baselines.unisrec_fusion_products",
+        "baselines.unisrec_fusion_products",
     ),
     "**Late fusion of stage 1 with counts and products**": (
         "default.late_fusion_products",
-        "beauty.late_fusion_products",
+        "alone.late_fusion_products",
     ),
 }
 ABLATIONS = {
@@ -279,17 +279,24 @@ def written() -> str:
 
 
 def everyone() -> str:
-    """Rows of 10,000 users of Beauty beside those of all of them."""
+    """Rows of 10,000 users of Beauty and of Health beside those of all of them."""
     rows = []
-    for label, methods in EVERYONE.items():
-        chosen = zip(methods, ("health_beauty", "full_data"), strict=True)
-        values = [
-            mean("health_beauty", "beauty, all users", method, metric, digits, grid)
-            for method, grid in chosen
-            for metric, digits in (("hit@1", 3), ("full_ndcg@10", 4))
-        ]
+    for label, (some, of_all) in EVERYONE.items():
+        values = []
+        for domain, run in (("beauty", "beauty"), ("health", "health_alone")):
+            of_domain = of_all.replace("alone", run).replace("baselines", f"{domain}_baselines")
+            values += [
+                mean("health_beauty", f"{domain}, all users", method, metric, digits, grid)
+                for method, grid in ((some, "health_beauty"), (of_domain, "full_data"))
+                for metric, digits in (("hit@1", 3), ("full_ndcg@10", 4))
+            ]
         rows.append([label, *values])
-    return lines(["row", "10,000 users", "full NDCG@10", "22,332 users", "full NDCG@10"], rows)
+    heads = [
+        head
+        for name, users in (("Beauty", "22,332"), ("Health", "38,329"))
+        for head in (f"{name}, 10,000 users", "full NDCG@10", f"{name}, all {users}", "full NDCG@10")
+    ]
+    return lines(["row", *heads], rows)
 
 
 def ablations() -> str:
