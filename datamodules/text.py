@@ -89,15 +89,15 @@ class HFTextEncoder:
                 raise ConfigError(f"text encoder '{self.model}' cannot be loaded: {words}") from error
             if network.config.is_encoder_decoder:
                 raise ConfigError(f"text encoder '{self.model}' has a decoder too: give a model that encodes alone")
-            self._network = network.to(self._device).eval()
-            if self.bf16:
-                _cast_once(self._network)
             positions = getattr(network.config, "max_position_embeddings", None)
             if positions is not None and self.max_tokens > positions:
                 raise ConfigError(f"max_tokens {self.max_tokens} exceeds the {positions} positions of '{self.model}'")
-            available = self._network.config.num_hidden_layers
+            available = network.config.num_hidden_layers
             if self.layers > available:
                 raise ConfigError(f"layers {self.layers} exceeds the {available} layers of '{self.model}'")
+            if self.bf16:
+                _cast_once(network)
+            self._network = network.to(self._device).eval()  # last: a model that is refused is refused again
 
     @property
     def bf16(self) -> bool:

@@ -159,6 +159,13 @@ def test_a_torn_model_is_one_sentence(tmp_path: Path, torn: str) -> None:
         HFTextEncoder(str(model), precision="32").encode(["a title"])
 
 
+def test_a_refused_model_is_refused_again(folder):
+    encoder = HFTextEncoder(folder, layers=99, precision="32")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="layers 99 exceeds"):
+            encoder.encode(["a title"])
+
+
 def test_bad_settings():
     with pytest.raises(ConfigError, match="precision 'half'"):
         HFTextEncoder(precision="half")
