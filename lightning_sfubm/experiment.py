@@ -58,6 +58,9 @@ COMPARISONS = (
     ("late_fusion_counts", "late_fusion"),
     ("late_fusion_products", "late_fusion"),
     ("late_fusion_products", "unisrec_fusion_products"),
+    ("late_fusion_products", "late_fusion_products_local"),
+    ("late_fusion_products_beside_own", "late_fusion_products_local"),
+    ("late_fusion_products_beside_own", "late_fusion_products_local_twice"),
     ("stage1_beside_own", "stage1_local_twice"),
 )
 

@@ -11,6 +11,7 @@ from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.experiment import COMPARISONS, Experiment
 from lightning_sfubm.methods import METHODS
 from lightning_sfubm.methods.base import TWINS, DomainRun
+from lightning_sfubm.methods.stage1 import FUSED_TWINS
 from lightning_sfubm.modules.baselines.unisrec import UniSRec
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
 from lightning_sfubm.modules.encoders.sasrec import SASRec
@@ -35,7 +36,7 @@ def domain_run(watch: Stopwatch, shared: dict[str, Any], template: Any = None, *
 def test_what_the_report_compares_are_rows_and_every_fusion_is_among_them() -> None:
     compared = {method for pair in COMPARISONS for method in pair}
     assert compared <= METHODS.keys()
-    assert compared >= {"late_fusion", "late_fusion_counts", "late_fusion_products", *TWINS}
+    assert compared >= {"late_fusion", "late_fusion_counts", "late_fusion_products", *FUSED_TWINS, *TWINS}
     assert len(COMPARISONS) == len(set(COMPARISONS))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -11,7 +12,9 @@ from lightning_sfubm.datamodules.union_datamodule import UnionDataModule
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.methods.base import TWINS, DomainRun, Method
 from lightning_sfubm.modules.baselines.score_sum import Branch, ScoreSum
+from lightning_sfubm.modules.baselines.side_by_side import SideBySide
 from lightning_sfubm.modules.fkd import FKDDistiller
+from lightning_sfubm.modules.layers.count_affinity import WithCounts
 from lightning_sfubm.seeds import derive_seed
 
 
@@ -103,6 +106,34 @@ def _fusion(label: str, fusion: str) -> Method:
     return Method(label, "Controls without an LLM", attrgetter(fusion), needs_stage1=True, fitted=True)
 
 
+#: fusions with counts and products of other students than the federated one, by the twins whose scores they weigh
+FUSED_TWINS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "late_fusion_products_local": ("Late fusion of stage 1 without federation, text, counts and their products", (1,)),
+    "late_fusion_products_local_twice": (
+        "Late fusion of two stages 1 without federation, text, counts and their products",
+        (1, 2),
+    ),
+    "late_fusion_products_beside_own": (
+        "Late fusion of stage 1, the silo's own stage 1, text, counts and their products",
+        (0, 1),
+    ),
+}
+
+
+def _fused_twins(key: str) -> Callable[[DomainRun], Ranker]:
+    """The fusion of row ``late_fusion_products`` on what a silo trained alone, or on two first stages."""
+
+    def build(run: DomainRun) -> Ranker:
+        numbers = FUSED_TWINS[key][1]
+        for number in filter(None, numbers):  # the row's own cost is the fusion's, as for that on the federated stage 1
+            run.once(f"twin {number}", f"stage 1 alone, {number}", partial(run.twin, number))
+        stages = [run.twin(number).module for number in numbers]
+        both = stages[0] if len(stages) == 1 else SideBySide(*stages)  # type: ignore[arg-type]
+        return run.fused(WithCounts(both, run.data.catalogue), ("train2", "val"), products=True)  # type: ignore[arg-type]
+
+    return build
+
+
 def _row(key: str, label: str, needs_stage1: bool) -> Method:
     return Method(label, "{model}, stage 1", _students(key), needs_stage1=needs_stage1, fitted=len(TWINS[key]) > 1)
 
@@ -140,4 +171,8 @@ STAGE1: dict[str, Method] = {
     "late_fusion": _fusion("Late fusion of stage 1 and text", "fusion"),
     "late_fusion_counts": _fusion("Late fusion of stage 1, text and counts", "count_fusion"),
     "late_fusion_products": _fusion("Late fusion of stage 1, text, counts and their products", "product_fusion"),
+    **{
+        key: Method(label, "Controls without an LLM", _fused_twins(key), needs_stage1=0 in numbers, fitted=True)
+        for key, (label, numbers) in FUSED_TWINS.items()
+    },
 }

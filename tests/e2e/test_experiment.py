@@ -193,7 +193,7 @@ def test_the_run_folder_and_the_report_say_what_happened(finished: Any) -> None:
     run = json.loads((trainer.run_dir / "run.json").read_text())
     assert run["command"] == "lightning-sfubm fit"
     assert run["seed"] == 3
-    fusions = {"late_fusion", "late_fusion_counts", "late_fusion_products"}
+    fusions = {"late_fusion", "late_fusion_counts", "late_fusion_products", "late_fusion_products_beside_own"}
     assert {c["a"] for c in run["comparisons"]} == {
         "stage1",
         "sfubm",
@@ -229,6 +229,14 @@ def test_students_alone_have_seeds_of_their_own_and_sums_count_both_trainings(fi
     assert rows["stage1_with_teacher"].trainable_params == rows["stage1"].trainable_params
     assert rows["stage1_with_teacher"].extra["train_cpu_s"] == rows["stage1"].extra["train_cpu_s"]
     assert rows["stage1_local_twice"].extra["train_cpu_s"] > rows["stage1_local"].extra["train_cpu_s"]
+    # What a silo trained alone has a row of its own, whichever asks first: a fusion costs what it takes to weigh it.
+    assert rows["late_fusion_products_local"].trainable_params == 10 * 13 // 2
+    for row in (
+        "late_fusion_products_local_twice",
+        "late_fusion_products_beside_own",
+    ):  # scores of two, and two teachers'
+        assert rows[row].trainable_params == 12 * 15 // 2
+        assert rows[row].extra["train_cpu_s"] < rows["stage1_local"].extra["train_cpu_s"]
     # Stage 1 is a row of its own; the UniSRec that is fused is not, for its own row has the held-out positions besides.
     products = 9 * 12 // 2
     assert rows["unisrec_fusion_products"].trainable_params == rows["unisrec_scratch"].trainable_params + products
