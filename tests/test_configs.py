@@ -52,6 +52,8 @@ def generated(value: Any, index: int = 0, mean_length: int = 8) -> Any:
                 changed[key] = QUICK["hashing"]
             elif key == "text_layers":  # the generated vectors are of one layer
                 changed[key] = 1
+            elif key == "expected_batch_size":  # of 20 users, where a configuration has them young
+                changed[key] = min(entry, 16)
             else:
                 changed[key] = generated(entry, place if key != "init_args" else index, mean_length)
         return changed
