@@ -57,6 +57,8 @@ def generated(value: Any, index: int = 0, mean_length: int = 8) -> Any:
             else:
                 changed[key] = generated(entry, place if key != "init_args" else index, mean_length)
         return changed
+    if isinstance(value, list):
+        return [generated(entry, index, mean_length) for entry in value]
     return value
 
 
