@@ -106,6 +106,9 @@ LLM_DIFFERENCES = {
     "SF-UBM − GRU4Rec from co-occurrence": ("default.sfubm", "default.gru4rec"),
     "SF-UBM − ID + text from co-occurrence": ("default.sfubm", "default.id_text"),
     "SF-UBM over counts and products − UniSRec": ("default.sfubm_products", "even_unisrec.unisrec_scratch"),
+    "SF-UBM over counts and products − SASRec from co-occurrence": ("default.sfubm_products", "default.encoder"),
+    "SF-UBM over counts and products − GRU4Rec from co-occurrence": ("default.sfubm_products", "default.gru4rec"),
+    "SF-UBM over counts and products − ID + text from co-occurrence": ("default.sfubm_products", "default.id_text"),
 }
 EXCHANGE = {
     "teacher exchanged − nothing exchanged": ("default_exchange.stage1", "default_exchange.stage1_local"),
