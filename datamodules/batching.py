@@ -1,17 +1,20 @@
 """Batch samplers: rows of similar length together, the same number of batches on every rank, seeded by epoch."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.seeds import numpy_generator
 
 #: Item ids that the complete histories of a batch may take with their padding: 64 MB.
 SEEN_IDS = 2**23
+
+
+B = TypeVar("B")
 
 
 class BatchIndex(NamedTuple):
@@ -70,6 +73,7 @@ class BucketBatchSampler(Sampler[BatchIndex]):
         self.world_size = world_size
         self.bucket_batches = bucket_batches
         self.epoch = 0
+        self.skipped = 0  #: batches that the next iteration, and no later one, leaves out at its start
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration yields."""
@@ -91,10 +95,48 @@ class BucketBatchSampler(Sampler[BatchIndex]):
                 part = self.lengths[rows[start : start + step * self.bucket_batches]]
                 inner = np.flatnonzero((bounds > start) & (bounds < start + len(part)))
                 bounds[inner] = start + _even_cuts(part, len(inner) + 1, self.world_size)
-        for number in generator.permutation(len(self)):
+        skipped, self.skipped = self.skipped, 0
+        for number in generator.permutation(len(self))[skipped:]:
             batch = rows[bounds[number] : bounds[number + 1]]
             times = -(-self.world_size // len(batch))  # more than once only where a rank would have nothing
             yield BatchIndex(self.epoch, np.tile(batch, times)[self.rank :: self.world_size])
+
+
+class ResumableLoader(DataLoader[B]):
+    """Batches of a :class:`BucketBatchSampler`; goes on within an epoch where a checkpoint was written there.
+
+    Lightning keeps :meth:`state_dict` in checkpoints and gives it back before the epoch goes on. Without it the epoch would
+    begin with its first batches again and end before its last ones. A batch that an exception left half done is not repeated.
+
+    Args:
+        rows: the data set.
+        sampler: says which rows a batch has.
+        num_workers: processes that make batches.
+    """
+
+    def __init__(self, rows: Any, sampler: BucketBatchSampler, num_workers: int = 0) -> None:
+        super().__init__(rows, sampler=sampler, batch_size=None, num_workers=num_workers)
+        self._order = sampler
+        self._given = {"epoch": -1, "batches": 0}
+        self._resumed: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[B]:  # type: ignore[override]
+        # At the first batch, not before: only then has Lightning set the epoch.
+        resumed, self._resumed = self._resumed, None
+        epoch = self._order.epoch
+        first = resumed["batches"] if resumed is not None and resumed["epoch"] == epoch else 0
+        self._order.skipped = first
+        for number, batch in enumerate(super().__iter__(), first + 1):
+            self._given = {"epoch": epoch, "batches": number}
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were given out."""
+        return dict(self._given)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leave out the batches that were given out before, where the epoch that comes next is the same one."""
+        self._resumed = dict(state)
 
 
 class SortedBatchSampler(Sampler[BatchIndex]):

@@ -7,7 +7,13 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from lightning_sfubm.contracts import PredictBatch, RankBatch, TextEncoder, TrainBatch
-from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler, order_seed_of, shard_of
+from lightning_sfubm.datamodules.batching import (
+    BucketBatchSampler,
+    ResumableLoader,
+    SortedBatchSampler,
+    order_seed_of,
+    shard_of,
+)
 from lightning_sfubm.datamodules.loaded_domain import LoadedDomain
 from lightning_sfubm.datamodules.preprocess import PreprocessSettings
 from lightning_sfubm.datamodules.ranking import CompleteRows, FixedCandidates, RankRows, RedrawnCandidates
@@ -121,7 +127,7 @@ class DomainDataModule(LoadedDomain):
             world_size=world_size,
             even=self.even_batches,
         )
-        return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        return ResumableLoader(rows, sampler, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[RankBatch]:
         """Validation targets of (a seeded subset of) the users."""
@@ -214,15 +220,15 @@ class DomainDataModule(LoadedDomain):
     ) -> DataLoader[RankBatch]:
         """Batches of :meth:`rank_rows`: sorted by history length, or shuffled in length buckets by ``draws_seed``."""
         rows = self.rank_rows(split, num_candidates, max_users, seed, with_seen, draws_seed, max_rows)
-        sampler: BucketBatchSampler | SortedBatchSampler
         if shuffle:
             order = next(given for given in (draws_seed, seed, self.seed) if given is not None)
             bucketed = partial(BucketBatchSampler, seed=order, name=f"{self.name} {split}", bucket_batches=20)
-            sampler = bucketed(rows.lengths, batch_size, rank=rank, world_size=world_size)
-        else:
-            sampler = SortedBatchSampler(
-                rows.lengths, batch_size, rank=rank, world_size=world_size, seen_lengths=rows.seen_lengths
+            return ResumableLoader(
+                rows, bucketed(rows.lengths, batch_size, rank=rank, world_size=world_size), self.num_workers
             )
+        sampler = SortedBatchSampler(
+            rows.lengths, batch_size, rank=rank, world_size=world_size, seen_lengths=rows.seen_lengths
+        )
         return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
 
     def _evaluation(self, split: Split, max_users: int | None) -> DataLoader[RankBatch]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sfubm.contracts import Catalogue
-from lightning_sfubm.datamodules.batching import BatchIndex, BucketBatchSampler, shard_of
+from lightning_sfubm.datamodules.batching import BatchIndex, BucketBatchSampler, ResumableLoader, shard_of
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule
 from lightning_sfubm.errors import ConfigError
 
@@ -57,4 +57,4 @@ class ItemDataModule(L.LightningDataModule):
         sampler = BucketBatchSampler(
             alike, self.batch_size, seed=self.seed, name=f"{self.source.name} items", rank=rank, world_size=world_size
         )
-        return DataLoader(_Items(), sampler=sampler, batch_size=None)
+        return ResumableLoader(_Items(), sampler)

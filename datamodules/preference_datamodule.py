@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sfubm.contracts import Catalogue
-from lightning_sfubm.datamodules.batching import BatchIndex, BucketBatchSampler, SortedBatchSampler
+from lightning_sfubm.datamodules.batching import BatchIndex, BucketBatchSampler, ResumableLoader, SortedBatchSampler
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule, Split, shard_of
 from lightning_sfubm.datamodules.ranking import RankRows
 from lightning_sfubm.datamodules.splits import check_subsets
@@ -153,7 +153,7 @@ class PreferenceDataModule(L.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        return DataLoader(rows, sampler=sampler, batch_size=None)
+        return ResumableLoader(rows, sampler)
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch]:
         """Validation targets, each with an item drawn."""

@@ -96,6 +96,8 @@ class PromptBuilder:
             "candidate": [CANDIDATE] if candidate_tokens else [],
         }
         self._tokenised: dict[str, tuple[list[list[int]], list[bool]]] = {}
+        first = tokenizer.convert_ids_to_tokens(self._tokens(["a"])[0][:1])
+        self._adds_space = bool(first) and str(first[0]).startswith(("▁", "Ġ"))
         self._build_segments()
 
     # ------------------------------------------------------------------------------------------------ segments
@@ -157,10 +159,15 @@ class PromptBuilder:
                     f"the prompt needs {context + excess} tokens with titles of one token, but the model takes {context}; "
                     f"lower history_length (now {self.history_length}) or {others}"
                 )
-            self.title_tokens = max(1, shorter)
+            self.limit_titles(max(1, shorter))
+        return self.cut_titles
+
+    def limit_titles(self, tokens: int) -> None:
+        """Cut titles to this many tokens from now on, where that is less than before."""
+        if tokens < self.title_tokens:
+            self.title_tokens = tokens
             self._tokenised.clear()
             self._build_segments()
-        return self.cut_titles
 
     def _longest(self, num_candidates: int, num_disliked: int = 0) -> int:
         """Tokens of the longest prompt that these titles can make."""
@@ -201,7 +208,7 @@ class PromptBuilder:
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
             before, after = text.split(mark)
-            return self._ids([before], special=True)[0], self._ids([after], special=True)[0]
+            return self._tokens([before], special=True)[0], self._ids([after], special=True)[0]
         probe = "a"
         full = self.tokenizer(probe)["input_ids"]
         plain = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
@@ -209,8 +216,23 @@ class PromptBuilder:
         return full[:start], []
 
     def _ids(self, texts: list[str], special: bool = False) -> list[list[int]]:
-        """Token ids. Titles come from users' data: a special token's name inside one is read as plain text."""
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+        """Token ids. Titles come from users' data: a special token's name inside one is read as plain text.
+
+        Some tokenizers (SentencePiece's) put a space before a text. Within a prompt there is none, so that pieces are then
+        tokenised behind a line break, whose tokens are taken off again.
+        """
+        plain = self._tokens(texts, special)
+        if not self._adds_space:
+            return plain
+        lead = self._tokens(["\n"], special)[0]
+        behind = self._tokens([f"\n{text}" for text in texts], special)
+        return [row[len(lead) :] if row[: len(lead)] == lead else own for own, row in zip(plain, behind, strict=True)]
+
+    def _tokens(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        found: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=not special)[
+            "input_ids"
+        ]
+        return found
 
     def _fixed(self, text: str) -> list[int]:
         """A text without a title; soft token fields become codes."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_sfubm.contracts import Catalogue, RankBatch, TrainBatch
-from lightning_sfubm.datamodules.batching import BatchIndex, BucketBatchSampler, SortedBatchSampler
+from lightning_sfubm.datamodules.batching import BatchIndex, BucketBatchSampler, ResumableLoader, SortedBatchSampler
 from lightning_sfubm.datamodules.domain_datamodule import DomainDataModule, shard_of
 from lightning_sfubm.datamodules.ranking import RankRows
 from lightning_sfubm.datamodules.sequences import TrainSequences
@@ -132,7 +132,7 @@ class UnionDataModule(L.LightningDataModule):
             world_size=world_size,
             even=all(domain.even_batches for domain in self.domains.values()),
         )
-        return DataLoader(rows, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        return ResumableLoader(rows, sampler, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[RankBatch]:
         """The stored validation lists of every domain, one domain after the other."""

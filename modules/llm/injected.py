@@ -16,6 +16,7 @@ from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.layers.count_affinity import WithCounts
 from lightning_sfubm.modules.llm.backbone import Backbone
+from lightning_sfubm.modules.llm.list_ranking import supports_cache
 from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.sharding import is_sharded, shard
 from lightning_sfubm.modules.llm.splice import splice
@@ -108,6 +109,17 @@ class InjectedLM(L.LightningModule):
                 hp.activation_checkpointing,
             )
         self._tree = supports_tree(self.backbone)
+        if self.rank_mode in ("generate", "constrained") and not supports_cache(self.backbone):
+            raise ConfigError(
+                f"'{hp.llm}' ({self.backbone.config.model_type}) does not go on from keys and values of what it has read and "
+                f"cannot be asked with rank_mode '{self.rank_mode}': use the list form's rank_mode score, or another LLM"
+            )
+        if self.rank_mode != "head" and (left_out := getattr(self.backbone.config, "layers_left_out", 0)):
+            warnings.warn(
+                f"rank_mode '{self.rank_mode}' reads what the LLM's vocabulary head says, which was trained on the last layer; "
+                f"num_layers = {hp.num_layers} leaves out {left_out}: set num_layers to null",
+                stacklevel=2,
+            )
 
     def attach_stage1(self, stage1: Stage1 | None, catalogue: Catalogue) -> None:
         """Give the head its domain: the frozen stage 1 (``None`` for text-only methods) and the catalogue.
@@ -207,12 +219,16 @@ class InjectedLM(L.LightningModule):
         if context is None:
             return
         before = self.prompts.title_tokens
-        for prompts in {id(p): p for p in (self.prompts, self.text_prompts)}.values():
-            cut = prompts.fit_context(int(context), *most)
+        both = list({id(p): p for p in (self.prompts, self.text_prompts)}.values())
+        for prompts in both:
+            prompts.fit_context(int(context), *most)
+        for prompts in both:  # alike: a title's likelihood and its prior are of the same tokens
+            prompts.limit_titles(min(p.title_tokens for p in both))
         if self.prompts.title_tokens < before:
             warnings.warn(
                 f"prompts with {most[0]} candidates do not fit the model's {context} tokens: titles are cut to "
-                f"{self.prompts.title_tokens} tokens instead of {before} ({cut} of {self.prompts.num_items} are longer)",
+                f"{self.prompts.title_tokens} tokens instead of {before} ({self.prompts.cut_titles} of "
+                f"{self.prompts.num_items} are longer)",
                 stacklevel=2,
             )
 

@@ -118,6 +118,31 @@ def greedy(
     return answers
 
 
+@torch.no_grad()
+def supports_cache(backbone: Backbone, tolerance: float = 0.02) -> bool:
+    """Whether this architecture goes on from cached keys and values as from the whole text (tried on a few tokens)."""
+    from transformers import DynamicCache
+
+    device = next(backbone.parameters()).device
+    number = backbone.causal_lm.get_input_embeddings().num_embeddings
+    tokens = torch.arange(1, 9, device=device).remainder(number).unsqueeze(0)
+    seen, positions = torch.ones_like(tokens, dtype=torch.bool), torch.arange(8, device=device).unsqueeze(0)
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        embeddings = backbone.embed(tokens)
+        whole = backbone.states(embeddings, seen, positions)[:, -1]
+        cache = DynamicCache(config=backbone.causal_lm.base_model.config)
+        backbone.states(embeddings[:, :7], seen[:, :7], positions[:, :7], cache)
+        last = backbone.states(embeddings[:, 7:], seen, positions[:, 7:], cache)[:, -1]
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False
+    finally:
+        backbone.train(was_training)
+    scale = whole.abs().max().clamp_min(1e-6)
+    return bool(((last - whole).abs().max() / scale) < (tolerance if not backbone.bf16 else 5 * tolerance))
+
+
 def _complete(answers: list[list[int]], running: list[bool], tries: list["TitleTrie"]) -> None:
     for row, trie in enumerate(tries):
         rest = trie.only_rest(answers[row]) if running[row] else None

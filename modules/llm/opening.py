@@ -42,6 +42,7 @@ def open_config(llm: str, num_layers: int | None) -> tuple[Path, Any, Any]:
             raise ConfigError(f"num_layers must lie in 1..{config.num_hidden_layers} for '{llm}', got {num_layers}")
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:num_layers]
+        config.layers_left_out = config.num_hidden_layers - num_layers
         config.num_hidden_layers = num_layers
     return Path(folder), config, tokenizer
 

@@ -62,7 +62,8 @@ def write_tiny_llm(
 
     Args:
         folder: is created.
-        architecture: ``llama``, ``mistral``, ``qwen2``, ``gemma3``, ``gpt2``, ``opt`` or ``bloom``.
+        architecture: ``llama``, ``mistral``, ``qwen2``, ``gemma3``, ``gpt2``, ``opt``, ``bloom``, ``gpt_neo`` (an even number
+            of layers) or ``mamba``.
         layers: decoder layers.
         seed: of the weights.
         dtype: of the weights.
@@ -117,6 +118,18 @@ def write_tiny_llm(
             },
         ),
         "bloom": ("bloom", {"hidden_size": 32, "n_layer": layers, "n_head": 4}),
+        "gpt_neo": (
+            "gpt_neo",
+            {
+                "hidden_size": 32,
+                "num_layers": layers,
+                "num_heads": 4,
+                "attention_types": [[["global", "local"], layers // 2]],
+                "window_size": 256,
+                "max_position_embeddings": 2048,
+            },
+        ),
+        "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": layers, "state_size": 8}),
     }
     if architecture not in kinds:
         raise ConfigError(f"architecture '{architecture}' is not one of {sorted(kinds)}")

@@ -50,6 +50,8 @@ def separate_states(backbone: Backbone, embeddings: Tensor, prompts: PromptBatch
 
 def supports_tree(backbone: Backbone, tolerance: float = 0.02) -> bool:
     """Whether this architecture gives the same states by the tree mask as by separate runs (tried on a few tokens)."""
+    if "local" in getattr(backbone.config, "attention_layers", ()):
+        return False  # GPT-Neo looks back by columns in these layers, further than a few tokens show
     tokens = torch.arange(1, 9).remainder(backbone.causal_lm.get_input_embeddings().num_embeddings).unsqueeze(0)
     branch = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2]])
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 4, 5]])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sfubm.datamodules.batching import BucketBatchSampler, SortedBatchSampler, shard_of
+from lightning_sfubm.datamodules.batching import BucketBatchSampler, ResumableLoader, SortedBatchSampler, shard_of
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.trainer import FederatedTrainer
 
@@ -176,3 +176,31 @@ def test_trainers_of_the_product_leave_sharding_to_the_samplers(tmp_path) -> Non
     quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "default_root_dir": tmp_path}
     assert not FederatedTrainer(**quiet)._accelerator_connector.use_distributed_sampler
     assert FederatedTrainer(**quiet, use_distributed_sampler=True)._accelerator_connector.use_distributed_sampler
+
+
+class Rows:
+    """A data set whose batches are their rows."""
+
+    def __getitem__(self, index) -> list[int]:
+        return index.rows.tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_goes_on_within_an_epoch_and_within_that_one_only(workers: int) -> None:
+    def loader(epoch: int) -> ResumableLoader:
+        sampler = BucketBatchSampler(np.arange(1, 41), 5, seed=1, bucket_batches=2)
+        sampler.set_epoch(epoch)
+        return ResumableLoader(Rows(), sampler, workers)
+
+    whole = list(loader(3))
+    assert len(whole) == len(loader(3)) == 8
+    first = loader(3)
+    given = iter(first)
+    taken = [next(given) for _ in range(3)]
+    state = first.state_dict()
+    resumed, later = loader(3), loader(4)
+    resumed.load_state_dict(state)
+    later.load_state_dict(state)
+    assert taken + list(resumed) == whole
+    assert list(resumed) == whole  # the next iteration begins at the start again
+    assert list(later) == list(loader(4)) != whole

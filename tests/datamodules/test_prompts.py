@@ -52,6 +52,31 @@ def test_list_form_spelled_out(tokenizer):
     assert spell(tokenizer, batch.tokens[0][batch.branch[0] == 1]) == " Aliens</s>"
 
 
+def test_a_tokenizer_that_puts_a_space_before_a_text_puts_none_within_a_prompt():
+    """SentencePiece's way: each piece tokenised alone would begin with a space of its own, and so would every title."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted({letter for title in TITLES for letter in title} | set(map(chr, range(32, 127))) | {"\n"})
+    words = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -3.0), ("▁Alien", -1.0), *((x, -4.0) for x in letters if x != " ")]
+    model = Tokenizer(models.Unigram(words, unk_id=0))
+    model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="</s>")
+    assert tokenizer.tokenize("Alien") == ["▁Alien"]
+    assert tokenizer.tokenize(" Alien") == ["▁", "▁Alien"]
+    build = builder(tokenizer, user_token=False, history_tokens=False, candidate_tokens=False)
+    batch = build.build(torch.tensor([[1, 2]]), torch.tensor([[1]]))
+    prefix = tokenizer.convert_ids_to_tokens(batch.tokens[0][batch.branch[0] == 0])
+    assert (
+        "".join(prefix)
+        .replace("▁", " ")
+        .endswith("films, oldest first: Alien; Aliens;\nThe film the user will watch next:")
+    )
+    assert tokenizer.convert_ids_to_tokens(batch.tokens[0][batch.branch[0] == 1]) == ["▁Alien"]
+    assert build.title_token_ids[1] == tokenizer.convert_tokens_to_ids(["▁Alien"])
+
+
 def test_titles_are_data_not_control(tokenizer):
     batch = builder(tokenizer).build(torch.tensor([[5, 3, 6, 7]]), torch.tensor([[1]]))
     assert tokenizer.eos_token_id not in batch.tokens[0][batch.branch[0] >= 0]

@@ -1,5 +1,6 @@
 """T32 for the sequential baselines and the control with text: each learns the planted chain of topics."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_sfubm.contracts import TrainHistories
@@ -54,6 +56,34 @@ def test_learns_the_planted_chain(
     scores = trainer.test(module, synthetic, verbose=False)[0]
     assert scores["test/hit@1"] > 0.45
     assert scores["test/full_ndcg@10"] > 0.5
+
+
+def test_a_run_that_stopped_within_an_epoch_ends_as_if_it_had_not(
+    synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    """T30 between the ends of epochs: the batches that were left, and no other, are trained on."""
+
+    def trained(folder: str, resume: str | None = None, **flags: int) -> tuple[L.Trainer, SequentialRecommender]:
+        L.seed_everything(0, verbose=False)
+        module = SequentialRecommender(SASRec(16, dropout=0.0), lr=1e-2)
+        keep = ModelCheckpoint(tmp_path / folder, save_top_k=-1, every_n_train_steps=4)
+        trainer = make_trainer(
+            limit_val_batches=0, enable_checkpointing=True, callbacks=[keep], **{"max_epochs": 2, **flags}
+        )
+        trainer.fit(module, synthetic, ckpt_path=resume, weights_only=False)
+        return trainer, module
+
+    trainer, whole = trained("whole")
+    assert trainer.num_training_batches % 4  # a checkpoint lies within the second epoch
+    paths = sorted((tmp_path / "whole").iterdir(), key=lambda path: int(path.stem.split("step=")[1]))
+    steps = [int(path.stem.split("step=")[1]) for path in paths]
+    for step in (steps[0], steps[-1]):  # in either epoch
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*ended before the epoch ended.*")
+            again, resumed = trained(f"from {step}", str(paths[steps.index(step)]))
+        assert again.global_step == trainer.global_step
+        for name, value in whole.state_dict().items():
+            assert value.equal(resumed.state_dict()[name]), f"{name}, from step {step}"
 
 
 def test_items_start_from_their_cooccurrence_once(

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import lightning as L
@@ -219,6 +220,42 @@ def test_a_short_context_shortens_titles_and_says_so(llm, catalogue, make_batch)
         scores = head.rank(batch)
     assert scores.shape == batch["candidates"].shape
     assert head.prompts.title_tokens < before
+
+
+def test_prompts_with_and_without_soft_tokens_are_cut_alike(llm, stage1, catalogue, make_batch):
+    """The prior of a title is that of the tokens that are scored; a curriculum's two prompts show the same titles."""
+    head = make(llm, stage1, catalogue, title_tokens=12)
+    batch = make_batch()
+    head.lm.config.max_position_embeddings = head.prompts._longest(batch["candidates"].shape[1]) - 1
+    assert head.text_prompts._longest(batch["candidates"].shape[1]) < head.lm.config.max_position_embeddings
+    with pytest.warns(UserWarning, match="titles are cut to"):
+        head.rank(batch)
+    assert head.prompts.title_tokens == head.text_prompts.title_tokens < 12
+
+
+def test_words_of_a_model_cut_short_are_warned_of(llm, tmp_path, catalogue):
+    settings = {"num_layers": 1, "precision": "32", "template": "movies"}
+    for form, mode in (("list", "constrained"), ("branch", "score")):
+        head = LLMHead(llm, form=form, rank_mode=mode, **settings)
+        with pytest.warns(
+            UserWarning, match=f"rank_mode '{mode}' reads .* num_layers = 1 leaves out 1: set num_layers"
+        ):
+            head.attach_stage1(None, catalogue)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*leaves out.*")
+        LLMHead(llm, **settings).attach_stage1(None, catalogue)
+        LLMHead(llm, form="list", **{**settings, "num_layers": 2}).attach_stage1(None, catalogue)
+
+
+def test_a_model_that_cannot_go_on_from_what_it_has_read_is_not_asked_to_write(tmp_path, catalogue):
+    folder = str(write_tiny_llm(tmp_path / "mamba", "mamba"))
+    settings = {"precision": "32", "template": "movies", "tuning": "frozen", "form": "list"}
+    for mode in ("generate", "constrained"):
+        with pytest.raises(
+            ConfigError, match=rf"\(mamba\) does not go on .* rank_mode '{mode}': use .* rank_mode score"
+        ):
+            LLMHead(folder, rank_mode=mode, **settings).attach_stage1(None, catalogue)
+    LLMHead(folder, rank_mode="score", **settings).attach_stage1(None, catalogue)
 
 
 def test_calibration_scales_what_the_llm_adds(llm, stage1, catalogue, make_batch):

@@ -11,11 +11,11 @@ from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoTokenizer
 
 from lightning_sfubm.datamodules.prompt_templates import load_template
-from lightning_sfubm.datamodules.prompts import PromptBuilder
+from lightning_sfubm.datamodules.prompts import PromptBatch, PromptBuilder
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.llm.backbone import Backbone
-from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy
+from lightning_sfubm.modules.llm.list_ranking import TitleTrie, branch_log_likelihood, greedy, supports_cache
 from lightning_sfubm.modules.llm.projection import TokenProjector
 from lightning_sfubm.modules.llm.splice import splice
 from lightning_sfubm.modules.llm.tiny import write_tiny_llm
@@ -121,6 +121,27 @@ def test_gradients_through_the_shared_prefix_equal_separate_rows(backbones, cata
 def test_architecture_without_positions_falls_back(tmp_path):
     backbone = Backbone(str(write_tiny_llm(tmp_path / "bloom", "bloom")), precision="32")
     assert not supports_tree(backbone)
+
+
+def test_a_window_that_counts_columns_falls_back(tmp_path):
+    """GPT-Neo's window of 256 columns hides the prefix from a late branch; its probe of a few tokens would not show it."""
+    backbone = Backbone(str(write_tiny_llm(tmp_path / "neo", "gpt_neo")), precision="32").eval()
+    assert not supports_tree(backbone)
+    lengths = [2, 300, 2]  # prefix, a branch, another one whose columns lie beyond the window
+    branch = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).unsqueeze(0)
+    positions = torch.cat([torch.arange(2), torch.arange(2, 302), torch.arange(2, 4)]).unsqueeze(0)
+    tokens = torch.arange(304).remainder(200).add(4).unsqueeze(0)
+    none = torch.zeros_like(tokens)
+    prompts = PromptBatch(tokens, branch, positions, none, none - 1, torch.tensor([1]), torch.tensor([[301, 303]]))
+    with torch.no_grad():
+        states = [f(backbone, backbone.embed(tokens), prompts)[0, -1] for f in (tree_states, separate_states)]
+    assert (states[0] - states[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt2", "bloom", "mamba"])
+def test_generation_is_left_to_architectures_that_go_on_from_what_they_have_read(tmp_path, architecture):
+    folder = write_tiny_llm(tmp_path / architecture, architecture)
+    assert supports_cache(Backbone(str(folder), precision="32")) == (architecture != "mamba")
 
 
 # ---------------------------------------------------------------------------------------------------- likelihood
