@@ -169,6 +169,34 @@ def test_a_head_whose_other_row_is_kept_does_not_stay_in_memory(
     assert len(list(trainer.run_dir.glob("results/*/*.parquet"))) == 4
 
 
+def test_a_tuned_head_is_not_read_again_beside_a_recommender_that_came_out_otherwise(
+    tmp_path: Path, federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on trains LLaRA's recommender again; on another machine it ends elsewhere, and the projectors with it."""
+    tuned: list[str] = []
+
+    def counted(run: Any, *rest: Any) -> Any:
+        tuned.append(run.name)
+        return _trainer(run, *rest)
+
+    _trainer = llm._trainer
+    monkeypatch.setattr(llm, "_trainer", counted)
+    head = LLMHead(llm=str(write_tiny_llm(tmp_path / "llm")), history_length=3, title_tokens=4)
+    limits = {"max_test_users": 10, "max_train_users": 8, "calibration_users": 0}
+    for more in ({}, {"ckpt_path": "last"}):
+        trainer = federated_trainer(rounds=1)
+        for path in trainer.run_dir.glob("results/*/llara_likelihood.parquet"):
+            path.unlink()
+        for path in trainer.run_dir.glob("models/alpha/llara.ckpt"):
+            stored = torch.load(path, weights_only=True)
+            stored["sfubm_llm"]["item_tables"] = "another recommender's"
+            torch.save(stored, path)
+        Experiment(methods=["llara", "llara_likelihood"], llm=head, **limits).run(
+            trainer, small_distiller(), federated_data(), config_hash="these", **more
+        )
+    assert sorted(tuned) == ["alpha", "alpha", "beta"]
+
+
 def test_titles_are_written_freely_or_among_the_candidates_by_one_tuned_head(
     tmp_path: Path, federated_data: Any, federated_trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ def _trainer(run: DomainRun, key: str, epochs: int) -> Trainer:
 
 
 def tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
-    """Tune a head on the domain's stage-2 samples and store it; or read it again where an earlier process has.
+    """Tune a head on the domain's stage-2 samples and store it; or read it again where an earlier process has, on these items.
 
     Where the candidates stand in the prompt, a sample has as many in training as in ranking.
 
@@ -60,9 +60,11 @@ def tune(run: DomainRun, head: LLMHead, key: str) -> LLMHead:
     path = run.run_dir / "models" / run.name / f"{key}.ckpt"
     if key in run.tuned and path.is_file():  # a folder, where the model is divided among processes
         stored = load_checkpoint(path)
-        head.on_load_checkpoint(stored)
-        head.load_state_dict(stored["state_dict"])
-        return head
+        # What a published head reads of a recommender is trained again, and on another machine ends elsewhere.
+        if stored.get("sfubm_llm", {}).get("item_tables") == head.item_tables_digest():
+            head.on_load_checkpoint(stored)
+            head.load_state_dict(stored["state_dict"])
+            return head
     torch.manual_seed(derive_seed(run.trainer.seed, "llm", key, run.name))
     trainer = _trainer(run, key, run.experiment.llm_epochs)
     trainer.fit(head, datamodule=run.list_data if head.settings.form == "list" else run.ranking_data)

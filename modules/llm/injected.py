@@ -1,5 +1,6 @@
 """A causal LM with soft tokens from a frozen stage 1: assembly, injection, checkpoints. No task of its own."""
 
+import hashlib
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -327,7 +328,17 @@ class InjectedLM(L.LightningModule):
             "weights": self.lm.weights_sample(),
             "hidden_dim": hidden_dim,
             "affinity_names": list(names),
+            "item_tables": self.item_tables_digest(),
         }
+
+    def item_tables_digest(self) -> str:
+        """Hash of the attached stage 1's item tables, which the projectors were tuned on; ``""`` without a stage 1."""
+        if not self._stage1:
+            return ""
+        digest = hashlib.sha256()
+        for table in (self.id_table, self.semantic_table):
+            digest.update(table.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild what the parameters belong to and refuse another base model.
