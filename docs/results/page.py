@@ -51,11 +51,13 @@ MAIN = {
     "UniSRec, inductive": "even_unisrec_pretrained",
     "SF-UBM stage 1 without federation": "default.stage1_local",
     "SF-UBM stage 1": "default.stage1",
+    "SF-UBM stage 1 with GRU4Rec": "default_gru4rec.stage1",
     "SF-UBM stage 1, student and teacher": "default.stage1_with_teacher",
     "Late fusion of stage 1 and text": "default.late_fusion",
     "the same with counts": "default.late_fusion_counts",
     "Late fusion of UniSRec with counts and products": "even_unisrec.unisrec_fusion_products",
     "**Late fusion of stage 1 with counts and products**": "default.late_fusion_products",
+    "Late fusion of stage 1 with GRU4Rec, counts and products": "default_gru4rec.late_fusion_products",
 }
 COSTS = {
     label: MAIN[label]
@@ -95,6 +97,11 @@ LLM = {
     "**SF-UBM**": "default.sfubm",
     "Late fusion with counts and products": "default.late_fusion_products",
     "**SF-UBM over counts and products**": "default.sfubm_products",
+    "SF-UBM stage 1 with GRU4Rec": "default_gru4rec.stage1",
+    "Late fusion with GRU4Rec": "default_gru4rec.late_fusion",
+    "SF-UBM with GRU4Rec": "default_gru4rec.sfubm",
+    "Late fusion with GRU4Rec, counts and products": "default_gru4rec.late_fusion_products",
+    "SF-UBM with GRU4Rec over counts and products": "default_gru4rec.sfubm_products",
 }
 LLM_DIFFERENCES = {
     "SF-UBM − late fusion": ("default.sfubm", "default.late_fusion"),
@@ -102,6 +109,11 @@ LLM_DIFFERENCES = {
     "SF-UBM − late fusion, 2,000 samples, 4,000 users": (
         "default_more_users.sfubm",
         "default_more_users.late_fusion",
+    ),
+    "SF-UBM with GRU4Rec − late fusion with it": ("default_gru4rec.sfubm", "default_gru4rec.late_fusion"),
+    "the same over counts and products − that fusion": (
+        "default_gru4rec.sfubm_products",
+        "default_gru4rec.late_fusion_products",
     ),
     "SF-UBM − UniSRec": ("default.sfubm", "even_unisrec.unisrec_scratch"),
     "SF-UBM − SASRec from co-occurrence": ("default.sfubm", "default.encoder"),
