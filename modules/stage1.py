@@ -43,7 +43,7 @@ class CatalogueModule(L.LightningModule):
 
     def __init__(self, hidden_dim: int, lr: float, weight_decay: float, warmup_steps: int) -> None:
         super().__init__()
-        if lr <= 0 or weight_decay < 0 or warmup_steps < 0:
+        if not lr > 0 or not weight_decay >= 0 or warmup_steps < 0:
             raise ConfigError(
                 f"lr={lr}, weight_decay={weight_decay}, warmup_steps={warmup_steps}: the learning rate must be positive "
                 "and the others not negative."

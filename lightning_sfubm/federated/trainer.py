@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from lightning_sfubm.federated.trainer_flags import TrainerFlags
 from lightning_sfubm.federated.twins import train_twins
 from lightning_sfubm.federated.workers import WorkerPool, import_ahead
 from lightning_sfubm.locks import locked
+from lightning_sfubm.modules.encoders.acceptance import check_lengths
 from lightning_sfubm.quiet import quiet_lightning
 from lightning_sfubm.ranks import first_prepares, is_first
 from lightning_sfubm.safe_load import SafeCheckpointIO
@@ -210,6 +211,12 @@ class FederatedTrainer(L.Trainer):
         """
         loop = self.loop
         assert loop is not None
+        for (
+            client
+        ) in loop.clients.values():  # its first fit would refuse them too, once the folder has been started anew
+            check_lengths(client.module, client.datamodule)
+        if loop.federation.exchange != "nothing":
+            _check_text_sizes(loop.clients)
         if ckpt_path is not None:
             loop.go_on(ckpt_path)
         loop.check_start()
@@ -365,3 +372,15 @@ class FederatedTrainer(L.Trainer):
             csv = CSVLogger(self.run_dir / "csv", name=client)
             self.client_loggers[client] = [csv, *(PrefixedLogger(x, client) for x in self.shared_loggers)]
         return self.client_loggers[client]
+
+
+def _check_text_sizes(clients: Mapping[str, Client]) -> None:
+    """Refuse silos that exchange what they know of texts, but read them by encoders of different widths."""
+    sizes: dict[int, list[str]] = {}
+    for name, client in clients.items():
+        vectors = getattr(getattr(client.datamodule, "catalogue", None), "text_embeddings", None)
+        if vectors is not None:
+            sizes.setdefault(int(vectors.shape[1]), []).append(name)
+    if len(sizes) > 1:
+        said = ", ".join(f"{' and '.join(names)} of {size} numbers" for size, names in sorted(sizes.items()))
+        raise ConfigError(f"text vectors of the domains differ in size ({said}): give all the same text_encoder")

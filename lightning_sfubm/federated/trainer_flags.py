@@ -45,8 +45,10 @@ class TrainerFlags:
         return self._flags.get("enable_progress_bar") is False
 
     def of_worker(self) -> dict[str, Any]:
-        """Keyword arguments for the trainer of a worker process, which logs nothing."""
-        return {k: v for k, v in self._flags.items() if k != "logger"} | {"callbacks": self.callbacks}
+        """Keyword arguments for the trainer of a worker process, which logs nothing and writes no configuration."""
+        # The command line's callback holds the parser, and with it this process's trainer: no other process can be sent it.
+        callbacks = [c for c in self.callbacks if not isinstance(c, SaveConfigCallback)]
+        return {k: v for k, v in self._flags.items() if k != "logger"} | {"callbacks": callbacks}
 
     def of_training(
         self,

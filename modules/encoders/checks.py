@@ -38,6 +38,10 @@ def check_shape(encoder: Encoder, tolerance: float) -> None:
     x, mask = _inputs(encoder)
     for real in (mask, torch.zeros_like(mask)):
         states = encoder(x, real)
+        if not isinstance(states, Tensor):
+            raise AssertionError(f"forward returns a {type(states).__name__}, not a tensor of states")
+        if states.dtype != x.dtype:
+            raise AssertionError(f"states are {states.dtype}, embeddings {x.dtype}")
         if states.shape != x.shape:
             raise AssertionError(f"states have shape {tuple(states.shape)}, embeddings {tuple(x.shape)}")
         if not states.isfinite().all():
@@ -149,6 +153,12 @@ def check_encoder(encoder: Encoder, tolerance: float = 1e-5, checks: Collection[
                 CHECKS[name](encoder, tolerance)
             except AssertionError as error:
                 raise AssertionError(f"{type(encoder).__name__} breaks the encoder contract, {name}: {error}") from None
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+                said = f"{type(error).__name__}, {' '.join(str(error).split())}"
+                raise AssertionError(
+                    f"{type(encoder).__name__} breaks the encoder contract, {name}: forward raised {said}, on embeddings of "
+                    f"shape ({BATCH}, {LENGTH}, {encoder.hidden_dim}) or with {PADDED} more positions"
+                ) from error
     finally:
         if isinstance(encoder, nn.Module):
             encoder.train(was_training)

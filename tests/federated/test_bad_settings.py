@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor,
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_sfubm.__main__ import main
+from lightning_sfubm.datamodules.synthetic import HashingTextEncoder
 from lightning_sfubm.errors import ConfigError
 from tests.conftest import small_distiller
 from tests.federated.test_loop import contents
@@ -124,3 +125,24 @@ def test_parts_given_as_objects_serve_every_training(federated_data: Any, federa
     of_a_row = trainer.make_trainer(label="a row", max_epochs=1)
     assert of_a_row.strategy is not trainer.strategy
     assert not any(isinstance(callback, type(monitor)) for monitor in monitors for callback in of_a_row.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_length": 30}, r"SASRec takes histories of max_length=16 items, and domain 'alpha' has some of"),
+        ({"dim": 24}, r"text vectors .* differ in size \(beta of 24 numbers, alpha of 32 numbers\): give all the same"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused_before_a_finished_run_is_cleared(
+    changes: dict[str, int], words: str, tmp_path: Path, federated_data: Any, federated_trainer: Any
+) -> None:
+    trainer = federated_trainer(rounds=1, local_max_epochs=1)
+    trainer.fit(small_distiller(), datamodule=federated_data(num_users=30))
+    before = contents(trainer.run_dir)
+    data = federated_data(num_users=30, **{k: v for k, v in changes.items() if k == "max_length"})
+    if "dim" in changes:
+        data.domains["beta"].text_encoder = HashingTextEncoder(dim=changes["dim"])
+    with pytest.raises(ConfigError, match=words):
+        federated_trainer(rounds=1, local_max_epochs=1).fit(small_distiller(), datamodule=data)
+    assert contents(trainer.run_dir) == before

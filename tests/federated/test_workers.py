@@ -128,3 +128,19 @@ def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
 def test_a_negative_number_of_workers_is_refused(federated_trainer: Any) -> None:
     with pytest.raises(ConfigError, match="workers"):
         federated_trainer(workers=-1)
+
+
+def test_the_command_line_runs_clients_in_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callbacks hold the parser and this process's trainer, which no other process can be sent."""
+    from lightning_sfubm.cli import SFUBMCLI
+
+    monkeypatch.setenv("SFUBM_CACHE", str(tmp_path / "cache"))
+    settings = {"rounds": 1, "local_max_epochs": 1, "local_min_epochs": 1, "patience": 1, "workers": 2}
+    flags = [
+        part for name, value in settings.items() for part in (f"--trainer.federation.init_args.{name}", str(value))
+    ]
+    config = Path(__file__).parents[2] / "configs" / "debug" / "synthetic.yaml"
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", str(tmp_path / "run")]
+    SFUBMCLI(args=["fit", "--config", str(config), "--experiment.init_args.methods", "[popularity]", *flags, *quiet])
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "config.yaml").is_file()

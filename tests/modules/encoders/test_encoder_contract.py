@@ -101,6 +101,26 @@ def test_a_module_refuses_an_encoder_from_outside_that_breaks_the_contract(fault
         check_encoder(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda x, mask: (x, None), "shape: forward returns a tuple, not a tensor of states"),
+        (lambda x, mask: x.half(), "shape: states are torch.float16, embeddings torch.float32"),
+        (
+            lambda x, mask: x.view(3, 3),
+            "shape: forward raised RuntimeError, shape '.3, 3.' is invalid .* on embeddings",
+        ),
+    ],
+)
+def test_what_a_foreign_forward_does_otherwise_is_said_of_the_encoder(forward: Any, words: str) -> None:
+    class Odd(DecayingMean):
+        def forward(self, item_embeddings: Tensor, mask: Tensor) -> Any:
+            return forward(item_embeddings, mask)
+
+    with pytest.raises(ConfigError, match=f"Odd breaks the encoder contract, {words}"):
+        SequentialRecommender(Odd())
+
+
 def test_check_encoder_restores_the_mode() -> None:
     encoder = GRU4Rec(8).train()
     check_encoder(encoder)
