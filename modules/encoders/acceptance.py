@@ -26,7 +26,7 @@ def encoder_width(encoder: nn.Module) -> int:
     if foreign and getattr(encoder, "max_length", LONGEST) >= LONGEST:
         try:
             # Trained, one that looks ahead would seem good: what it is to predict stands in its input.
-            check_encoder(encoder, 1e-3, STATES)  # type: ignore[arg-type]
+            check_encoder(encoder, 1e-3, (*STATES, "arguments"))  # type: ignore[arg-type]
         except AssertionError as error:
             raise ConfigError(f"{error}; what an encoder has to do is in lightning_sfubm.contracts.Encoder") from None
     return width

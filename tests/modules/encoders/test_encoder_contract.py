@@ -86,7 +86,7 @@ def test_checks_catch_a_broken_encoder(fault: str) -> None:
         check_encoder(_Broken(fault))
 
 
-@pytest.mark.parametrize("fault", STATES)
+@pytest.mark.parametrize("fault", [*STATES, "arguments"])
 @pytest.mark.parametrize("kind", [SequentialRecommender, FKDDistiller])
 def test_a_module_refuses_an_encoder_from_outside_that_breaks_the_contract(fault: str, kind: Any) -> None:
     """One that looks ahead would train without a word, to figures too good to be true."""
