@@ -23,6 +23,7 @@ from lightning_sfubm import callbacks, datamodules, modules
 from lightning_sfubm.callbacks.data_card import DataCardPrinter
 from lightning_sfubm.callbacks.prediction_writer import PredictionWriter
 from lightning_sfubm.checkpoints import SettingsKeeper
+from lightning_sfubm.config_files import check_config_files
 from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.federated.settings import lasting_settings
@@ -193,7 +194,9 @@ class SFUBMCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """As Lightning does; a config file that is no text reads as one sentence."""
+        """As Lightning does; a config file that cannot be read is named, in one sentence."""
+        if args is None or isinstance(args, (list, tuple)):
+            check_config_files(sys.argv[1:] if args is None else args)
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
