@@ -200,7 +200,7 @@ class SFUBMCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
-            raise ConfigError(f"a file given with --config is not UTF-8 text ({error}): configs are YAML") from None
+            raise ConfigError(f"a file that an option names is not UTF-8 text ({error}): configs are YAML") from None
 
     def _add_instantiators(self) -> None:
         for key, kind in (("model", LightningModule), ("data", LightningDataModule)):

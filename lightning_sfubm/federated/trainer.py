@@ -211,9 +211,8 @@ class FederatedTrainer(L.Trainer):
         """
         loop = self.loop
         assert loop is not None
-        for (
-            client
-        ) in loop.clients.values():  # its first fit would refuse them too, once the folder has been started anew
+        # A client's first fit would refuse these too, once the folder has been started anew.
+        for client in loop.clients.values():
             check_lengths(client.module, client.datamodule)
         if loop.federation.exchange != "nothing":
             _check_text_sizes(loop.clients)

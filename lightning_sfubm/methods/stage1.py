@@ -128,8 +128,8 @@ def _fused_twins(key: str) -> Callable[[DomainRun], Ranker]:
         for number in filter(None, numbers):  # the row's own cost is the fusion's, as for that on the federated stage 1
             run.once(f"twin {number}", f"stage 1 alone, {number}", partial(run.twin, number))
         stages = [run.twin(number).module for number in numbers]
-        both = stages[0] if len(stages) == 1 else SideBySide(*stages)  # type: ignore[arg-type]
-        return run.fused(WithCounts(both, run.data.catalogue), ("train2", "val"), products=True)  # type: ignore[arg-type]
+        stage1 = stages[0] if len(stages) == 1 else SideBySide(*stages)  # type: ignore[arg-type]
+        return run.fused(WithCounts(stage1, run.data.catalogue), ("train2", "val"), products=True)  # type: ignore[arg-type]
 
     return build
 
