@@ -34,26 +34,28 @@ def _check(path: Path) -> None:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, yaml.MappingNode):
         raise ConfigError(f"{path} holds no settings: a configuration is a mapping of keys to values")
-    if (again := _named_twice(tree, set())) is not None:
-        raise ConfigError(
-            f"{path} names '{again.value}' a second time in line {again.start_mark.line + 1}, so that what stands under the "
-            "first would be lost: put both under one key"
-        )
+    _walk(path, tree, set(), set())
 
 
-def _named_twice(node: yaml.Node, seen: set[int]) -> yaml.Node | None:
-    """The first key that its mapping has already; what an alias repeats is looked at once."""
-    if id(node) in seen:
-        return None
-    seen.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        keys: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in keys:
-                    return key
-                keys.add(key.value)
-        inner = [value for _, value in node.value]
-    else:
-        inner = node.value if isinstance(node, yaml.SequenceNode) else []
-    return next((found for value in inner if (found := _named_twice(value, seen)) is not None), None)
+def _walk(path: Path, node: yaml.Node, done: set[int], above: set[int]) -> None:
+    """Refuse a key that its mapping has already, and an alias of what it stands in; what an alias repeats is looked at once."""
+    if id(node) in above:
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{path} has what stands in line {line} within itself, by an alias: it has no end")
+    if id(node) in done:
+        return
+    above.add(id(node))
+    keys: set[str] = set()
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = child if isinstance(child, tuple) else (None, child)
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in keys:
+                line = key.start_mark.line + 1
+                raise ConfigError(
+                    f"{path} names '{key.value}' a second time in line {line}, so that what stands under the first would be "
+                    "lost: put both under one key"
+                )
+            keys.add(key.value)
+        _walk(path, value, done, above)
+    above.remove(id(node))
+    done.add(id(node))

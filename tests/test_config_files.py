@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
         (b"trainer:\n\tmax_epochs: 1\n", "is not readable YAML: .*line 2"),
         (b"trainer: {max_epochs: 1\n", "is not readable YAML"),
         (b"\xff\xfe\x00", "is not readable YAML: .*utf-8"),
+        (b"a: &x\n  b: *x\n", "has what stands in line 1 within itself"),
         (b"", "holds no settings: a configuration is a mapping"),
         (b"- a\n- b\n", "holds no settings"),
         (
