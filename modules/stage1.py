@@ -164,6 +164,16 @@ class CatalogueModule(L.LightningModule):
 
     # ------------------------------------------------------------------ evaluation
 
+    def validation_metrics(self) -> list[str]:
+        """Names under which validation logs, sorted; those of side branches too, which not every phase has."""
+        collections = [*self.candidate_metrics.items(), *self.catalogue_metrics.items()]
+        return sorted(
+            str(key)
+            for stage, metrics in collections
+            if stage.split("_")[0] == "val"
+            for key in cast(MetricCollection, metrics)
+        )
+
     def _evaluate(self, stage: str, batch: RankBatch) -> None:
         size = len(batch["user"])
         for branch in self.evaluated_branches():

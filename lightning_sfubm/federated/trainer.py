@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from lightning_sfubm.federated.evaluation import evaluate_clients, predict_clien
 from lightning_sfubm.federated.launch import run_together
 from lightning_sfubm.federated.loggers import PrefixedLogger
 from lightning_sfubm.federated.loop import FederatedLoop, Federation
+from lightning_sfubm.federated.start_checks import check_epochs_can_be_chosen, check_flags, check_text_sizes
 from lightning_sfubm.federated.state import OF_SILO
 from lightning_sfubm.federated.trainer_flags import TrainerFlags
 from lightning_sfubm.federated.twins import train_twins
@@ -64,6 +65,7 @@ class FederatedTrainer(L.Trainer):
             import_ahead()  # while models and data are made
         self.flags = TrainerFlags(kwargs)  #: what was asked for
         if federation is not None:
+            check_flags(kwargs)
             if any(isinstance(c, ModelCheckpoint) for c in self.flags.callbacks):
                 raise ConfigError(
                     "a federated run keeps states of its own below trainer.default_root_dir, and of each training the best "
@@ -211,11 +213,14 @@ class FederatedTrainer(L.Trainer):
         """
         loop = self.loop
         assert loop is not None
-        # A client's first fit would refuse these too, once the folder has been started anew.
         for client in loop.clients.values():
             check_lengths(client.module, client.datamodule)
-        if loop.federation.exchange != "nothing":
-            _check_text_sizes(loop.clients)
+        federation = loop.federation
+        check_epochs_can_be_chosen(
+            self, loop.clients, federation.monitor, federation.local_max_epochs, self.flags.callbacks
+        )
+        if federation.exchange != "nothing":
+            check_text_sizes(loop.clients)
         if ckpt_path is not None:
             loop.go_on(ckpt_path)
         loop.check_start()
@@ -371,15 +376,3 @@ class FederatedTrainer(L.Trainer):
             csv = CSVLogger(self.run_dir / "csv", name=client)
             self.client_loggers[client] = [csv, *(PrefixedLogger(x, client) for x in self.shared_loggers)]
         return self.client_loggers[client]
-
-
-def _check_text_sizes(clients: Mapping[str, Client]) -> None:
-    """Refuse silos that exchange what they know of texts, but read them by encoders of different widths."""
-    sizes: dict[int, list[str]] = {}
-    for name, client in clients.items():
-        vectors = getattr(getattr(client.datamodule, "catalogue", None), "text_embeddings", None)
-        if vectors is not None:
-            sizes.setdefault(int(vectors.shape[1]), []).append(name)
-    if len(sizes) > 1:
-        said = ", ".join(f"{' and '.join(names)} of {size} numbers" for size, names in sorted(sizes.items()))
-        raise ConfigError(f"text vectors of the domains differ in size ({said}): give all the same text_encoder")
