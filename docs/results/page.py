@@ -19,7 +19,7 @@ from typing import Any
 from lightning_sfubm.grid.cells import all_cells
 from lightning_sfubm.grid.comparisons import still_given
 from lightning_sfubm.grid.spec import load_grid
-from lightning_sfubm.grid.tables import ordered
+from lightning_sfubm.grid.tables import ordered, seconds
 from lightning_sfubm.methods import METHODS
 
 HERE = Path(__file__).parent
@@ -261,9 +261,9 @@ def costs() -> str:
         row = [label]
         for pair, domain in DOMAINS:
             found = cells(pair, f"{domain}, all users", method)
-            seconds = [cell["train_cpu_s"] for cell in found if cell.get("train_cpu_s") is not None]
+            spent = [cell["train_cpu_s"] for cell in found if cell.get("train_cpu_s") is not None]
             hit = statistics.mean(cell["metrics"]["hit@1"]["value"] for cell in found) if found else None
-            row.append(f"{short(hit, 3)}; {statistics.mean(seconds):,.0f}" if hit is not None and seconds else "–")
+            row.append(f"{short(hit, 3)}; {seconds(statistics.mean(spent))}" if hit is not None and spent else "–")
         rows.append(row)
     shown = [row for row in rows if set(row[1:]) != {"–"}]
     return lines(["row", *(domain.capitalize().replace("lens", "Lens") for _, domain in DOMAINS)], shown)

@@ -133,8 +133,8 @@ def markdown(
                     _num(row["valid_ratio"], 2),
                     f"{row['users']:,}",
                     str(len(row["seeds"])),
-                    _num(row["train_cpu_s"], 0),
-                    _num(row["cpu_s"], 0),
+                    seconds(row["train_cpu_s"]),
+                    seconds(row["cpu_s"]),
                 ]
                 for row in rows
             ],
@@ -204,6 +204,11 @@ def _hit(row: Json) -> str:
 
 def _num(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def seconds(value: float | None) -> str:
+    """Whole seconds; less than one, where there was work, is ``<1``, and ``None`` a dash."""
+    return "<1" if value is not None and 0 < value < 1 else _num(value, 0)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

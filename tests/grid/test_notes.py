@@ -10,7 +10,7 @@ from lightning_sfubm.grid.command import results
 from lightning_sfubm.grid.notes import table_notes
 from lightning_sfubm.grid.plots import write_plots
 from lightning_sfubm.grid.spec import load_grid
-from lightning_sfubm.grid.tables import markdown, ordered
+from lightning_sfubm.grid.tables import markdown, ordered, seconds
 from lightning_sfubm.methods import METHODS
 from tests.grid.stand_ins import grid_file, stored
 
@@ -67,3 +67,7 @@ def test_the_published_text_names_the_grid_but_no_folder_of_this_machine(
     relative = f"{tmp_path.name}/grid.yaml"
     results(["--grid", relative, "--out", str(tmp_path), "--tables-only"])
     assert f"--grid {relative}`" in capsys.readouterr().out
+
+
+def test_less_than_a_second_is_told_from_no_work() -> None:
+    assert [seconds(value) for value in (None, 0.0, 0.2, 0.5, 61.4, 2062.0)] == ["–", "0", "<1", "<1", "61", "2,062"]
