@@ -46,7 +46,10 @@ NOISE = "--trainer.callbacks.init_args.sigma"
             ],
             ["threshold = 0.3"],
         ),
-        ([f"{FED}monitor", "val/ndgc@10"], ["federation.monitor 'val/ndgc@10' is none of the metrics", " val/ndcg@10,"]),
+        (
+            [f"{FED}monitor", "val/ndgc@10"],
+            ["federation.monitor 'val/ndgc@10' is none of the metrics", " val/ndcg@10,"],
+        ),
         (["--trainer.barebones", "true"], ["trainer.barebones", "remove it"]),
         (["--trainer.overfit_batches", "3"], ["overfit_batches", "set trainer.limit_train_batches instead"]),
         (["--trainer.limit_train_batches", "0"], ["trainer.limit_train_batches is 0"]),
