@@ -1,5 +1,6 @@
 """Configuration files of the command line: faults are said of the file, not of a stream without a name."""
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from lightning_sfubm.errors import ConfigError
 
 
 def check_config_files(arguments: Sequence[object]) -> None:
-    """Refuse files given with ``--config`` that are no YAML mapping, or name a key twice, of which the first would be lost.
+    """Refuse files given with ``--config`` or ``-c`` that are no YAML mapping, or name a key twice: the first would be lost.
 
     Args:
         arguments: of the command line. What names no file is left to the parser.
@@ -19,17 +20,22 @@ def check_config_files(arguments: Sequence[object]) -> None:
         ConfigError: naming the file, and the line where there is one.
     """
     words = [str(word) for word in arguments]
-    given = [after for before, after in pairwise(words) if before == "--config"]
-    given += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    given = [after for before, after in pairwise(words) if before in ("--config", "-c")]
+    given += [word.partition("=")[2] for word in words if word.startswith(("--config=", "-c="))]
+    given += [word[2:] for word in words if word.startswith("-c") and word[2:3] not in ("", "=")]
     for name in given:
-        path = Path(name)
-        if path.is_file():
-            _check(path)
+        path = os.path.expanduser(name)
+        if os.path.isfile(
+            path
+        ):  # Path.is_file() fails for a text longer than a file name, such as settings given inline
+            _check(Path(path))
 
 
 def _check(path: Path) -> None:
     try:
         tree = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply to be read") from None
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, yaml.MappingNode):

@@ -5,6 +5,7 @@ count or on the order in which clients run.
 """
 
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,7 +64,14 @@ def drawn_again(module: Any, seed: int, *names: object) -> Any:
     """
     from lightning.pytorch.cli import instantiate_module
 
-    settings = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+    # What a class above it was given by its own constructor stands in `hparams` too, under names that it does not take.
+    taken = inspect.signature(type(module).__init__).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    settings = {
+        name: value
+        for name, value in module.hparams.items()
+        if (passes_on or name in taken) and not name.startswith("_")
+    }
     with seeded(seed, *names):
         return instantiate_module(type(module), settings)
 
