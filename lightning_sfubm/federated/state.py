@@ -192,12 +192,19 @@ class RunState:
         for callback in self.callbacks:
             if callback.state_key in stored["callbacks"]:
                 callback.load_state_dict(stored["callbacks"][callback.state_key])
+        history = self.run_dir / "history.jsonl"
+        # A run that sent nothing has no ledger to tell its folder by.
+        by_ledger = stored["ledger"] and not (self.run_dir / "ledger.jsonl").is_file()
+        if stored["history"] and is_first() and not by_ledger and not history.is_file():
+            raise CheckpointError(
+                f"{path}: a run goes on in the folder that it was begun in, and {history} is not there: set "
+                "trainer.default_root_dir to that folder"
+            )
         self.ledger.resume(stored["ledger"])  # may refuse; nothing has been written before
         self._check_secrets(stored.get("secrets", {}))
         wait_for_all()  # all have read the state before the first writes a newer one
         if not is_first():
             return
-        history = self.run_dir / "history.jsonl"
         kept = history.read_text().splitlines(keepends=True)[: stored["history"]] if stored["history"] else []
         write_atomically(history, "".join(kept).encode())
 

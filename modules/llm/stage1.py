@@ -27,8 +27,8 @@ def load_stage1(path: str | Path, catalogue: Catalogue) -> Stage1:
         catalogue: of the domain it was trained on.
 
     Raises:
-        CheckpointError: if the file is missing, torn, unsafe or of another kind, or was trained on other data or on other
-            positions.
+        CheckpointError: if the file is missing, torn, unsafe or of another kind, was trained on other data or on other
+            positions, or has a student that was not trained.
     """
     content = load_checkpoint(path)
     try:
@@ -41,6 +41,11 @@ def load_stage1(path: str | Path, catalogue: Catalogue) -> Stage1:
         )
     _check_origin(path, content, catalogue)
     module = getattr(import_module(KNOWN[name]), name).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    if not bool(getattr(module, "student_started", True)):
+        raise CheckpointError(
+            f"{path} holds a {name} whose student has not been trained, and the LLM would be given its untrained tables: give "
+            "a checkpoint of its phase 'student'"
+        )
     module.bind(catalogue)
     return module.eval()
 

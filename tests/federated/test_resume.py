@@ -167,6 +167,16 @@ def test_a_run_goes_on_in_the_folder_of_its_ledger_alone(federated_data: Any, fe
     assert not other.run_dir.exists()
 
 
+def test_a_run_that_sent_nothing_goes_on_in_its_own_folder_too(federated_data: Any, federated_trainer: Any) -> None:
+    """It has no ledger by which another folder would be told."""
+    first = federated_trainer("run", rounds=1, local_max_epochs=1, exchange="nothing")
+    first.fit(small_distiller(), datamodule=federated_data())
+    other = federated_trainer("other", rounds=2, local_max_epochs=1, exchange="nothing")
+    with pytest.raises(CheckpointError, match=r"folder that it was begun in, and .*other/history\.jsonl is not there"):
+        other.fit(small_distiller(), datamodule=federated_data(), ckpt_path=str(first.run_dir / "checkpoints"))
+    assert not other.run_dir.exists()
+
+
 class StopIn(FederatedCallback):
     """Die while the messages of a round travel."""
 
