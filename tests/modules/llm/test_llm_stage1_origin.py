@@ -128,3 +128,12 @@ def test_states_of_a_federation_that_name_no_positions_are_gone_on_from(
     state = sorted((tmp_path / "run" / "checkpoints").glob("state-*"))[-1]
     with pytest.raises(CheckpointError, match="does not say which positions"):
         load_stage1(state / "clients" / "alpha.ckpt", resumed.loop.clients["alpha"].datamodule.catalogue)
+
+
+def test_a_student_that_was_not_trained_is_no_stage1_of_an_llm(tmp_path):
+    """A distiller in its teacher's phase ranks by the teacher; user states and item table are still untrained."""
+    data, fitting = shop(), trainer()
+    fitting.fit(small_distiller(), datamodule=data)
+    fitting.save_checkpoint(tmp_path / "teacher.ckpt")
+    with pytest.raises(CheckpointError, match="FKDDistiller whose student has not been trained"):
+        load_stage1(tmp_path / "teacher.ckpt", data.catalogue)
