@@ -100,8 +100,15 @@ def attack(
         facts["not_run"].append("No item vectors were sent: linkage and attribute inference have nothing to attack.")
     if not updates:
         facts["not_run"].append("No teacher weights were sent: membership and item inference have nothing to attack.")
+    by_centroids = any(entry["kind"] == "semantics centroids" for entry, _ in messages)
+    if updates and by_centroids:
+        # Against a teacher without the view that it was trained with, the attacks would find less than there is to be found.
+        facts["not_run"].append(
+            "Membership and item inference: silos made their global view from centroids (SecureKMeans), which the audit does "
+            "not rebuild, and without it the teacher is not the one that was trained."
+        )
     for name, client in loop.clients.items():
-        if not updates:
+        if not updates or by_centroids:
             break
         if not isinstance(client.module, FKDDistiller):
             facts["not_run"].append(f"{type(client.module).__name__} shares no teacher that these attacks know.")

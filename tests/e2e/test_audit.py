@@ -226,6 +226,19 @@ def test_secure_aggregation_leaves_only_the_mean_to_attack(recorded: Any) -> Non
     assert {m["standing"] for m in stated["mechanisms"]} == {"heuristic", "hidden"}
 
 
+def test_a_teacher_with_a_view_from_centroids_is_not_attacked_without_it(recorded: Any) -> None:
+    """The audit does not rebuild the view: figures against another teacher than was trained would look too harmless."""
+    from lightning_sfubm.federated.secure_kmeans import SecureKMeans
+
+    trainer, data = recorded(rounds=1, aggregator=SecureKMeans(num_clusters=4, min_members=1))
+    facts, report = audited(trainer, data, AuditSettings(shadows=0))
+    assert facts["check"]["problems"] == []
+    assert facts["membership"] == [] == facts["items"]
+    assert [text for text in facts["not_run"] if "view from centroids (SecureKMeans)" in text]
+    assert "without it the teacher is not the one that was trained" in report.read_text()
+    assert "This was not measured" in report.read_text()
+
+
 def test_without_held_out_users_membership_is_not_claimed(
     recorded: Any, federated_data: Any, federated_trainer: Any
 ) -> None:
