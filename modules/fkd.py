@@ -253,8 +253,11 @@ class FKDDistiller(CatalogueModule):
             )
             starts.append(vectors.to(self.ids.weight.device))
         if starts:
+            start = torch.stack(starts).sum(0)
+            # Without the teacher's vectors, items without neighbours have none: all zero rows would have the same gradients,
+            # so that these items tie for ever. A short random start parts them, as in SequentialRecommender.
             with torch.no_grad():
-                self.ids.weight.copy_(torch.stack(starts).sum(0))
+                self.ids.weight.copy_(torch.where(start.any(1, keepdim=True), start, self.ids.weight * 0.1))
         self.student_started.fill_(True)
 
     def on_train_epoch_start(self) -> None:

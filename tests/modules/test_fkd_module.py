@@ -311,6 +311,28 @@ def test_table_can_start_from_cooccurrences(
     module.trainer.datamodule = synthetic  # type: ignore[attr-defined]
     module.on_fit_start()
     torch.testing.assert_close(module.ids.weight.detach(), expected)
+    assert not module.ids.weight[0].any()
+
+
+def test_items_without_neighbours_are_parted_by_a_short_random_start(
+    synthetic: DomainDataModule, make_trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All zero, they would have the same gradients without COUNTER and tie for ever."""
+    vectors = torch.ones(synthetic.num_items + 1, 8)
+    vectors[[0, 3, 5]] = 0.0
+    monkeypatch.setattr("lightning_sfubm.modules.fkd.cooccurrence_vectors", lambda *args, **kwargs: vectors)
+    module = FKDDistiller(SASRec(8, num_heads=1), init_from_teacher=False, cooccurrence=True, phase="student")
+    module.bind(synthetic.catalogue)
+    drawn = module.ids.weight.detach().clone()
+    make_trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0).fit(module, synthetic)
+    module.trainer.datamodule = synthetic  # type: ignore[attr-defined]
+    module.on_fit_start()
+    table = module.ids.weight.detach()
+    torch.testing.assert_close(table[[3, 5]], 0.1 * drawn[[3, 5]])
+    assert table[3].any()
+    assert not table[0].any()
+    assert not torch.equal(table[3], table[5])
+    torch.testing.assert_close(table[[1, 2, 4]], vectors[[1, 2, 4]])
 
 
 @pytest.mark.parametrize("phase", ["teacher", "student", "joint"])
