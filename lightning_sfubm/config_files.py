@@ -25,9 +25,8 @@ def check_config_files(arguments: Sequence[object]) -> None:
     given += [word[2:] for word in words if word.startswith("-c") and word[2:3] not in ("", "=")]
     for name in given:
         path = os.path.expanduser(name)
-        if os.path.isfile(
-            path
-        ):  # Path.is_file() fails for a text longer than a file name, such as settings given inline
+        # Path.is_file() fails for a text longer than a file name, such as settings given inline.
+        if os.path.isfile(path):
             _check(Path(path))
 
 

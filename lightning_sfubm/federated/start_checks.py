@@ -63,7 +63,7 @@ def check_epochs_can_be_chosen(
         parts = (client.module, *callbacks)
         if isinstance(client.module, CatalogueModule) and all(type(x).__module__.startswith(_OURS) for x in parts):
             known = client.module.validation_metrics()
-            if monitor.startswith("val/") and monitor not in known:
+            if monitor not in known and not monitor.startswith("train/"):
                 raise ConfigError(f"federation.monitor '{monitor}' is none of the metrics: {', '.join(known)}")
 
 

@@ -50,6 +50,7 @@ NOISE = "--trainer.callbacks.init_args.sigma"
             [f"{FED}monitor", "val/ndgc@10"],
             ["federation.monitor 'val/ndgc@10' is none of the metrics", " val/ndcg@10,"],
         ),
+        ([f"{FED}monitor", "hit@1"], ["federation.monitor 'hit@1' is none of the metrics", " val/hit@1,"]),
         (["--trainer.barebones", "true"], ["trainer.barebones", "remove it"]),
         (["--trainer.overfit_batches", "3"], ["overfit_batches", "set trainer.limit_train_batches instead"]),
         (["--trainer.limit_train_batches", "0"], ["trainer.limit_train_batches is 0"]),
