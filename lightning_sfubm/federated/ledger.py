@@ -174,7 +174,8 @@ class Ledger:
         }
         if tuple(entry[key] for key in SAME) in self._earlier:
             entry["resent"] = True
-            self._again.add((client, round))
+            if isinstance(mechanism.get(PRIVATE), dict):  # item vectors sent again say nothing of the weights
+                self._again.add((client, round))
         if self.store is not None:
             self.store.keep(payload)
         with open(self.path, "a", encoding="utf-8") as handle:
