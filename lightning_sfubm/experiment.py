@@ -35,7 +35,7 @@ from lightning_sfubm.experiment_checks import (
 from lightning_sfubm.federated.loop import FederatedLoop, refuse_folder_of_silo
 from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.trainer import FederatedTrainer
-from lightning_sfubm.kept_rows import finished_row, save_row, set_all_aside, set_aside
+from lightning_sfubm.kept_rows import finished_row, place_rows, save_row, set_all_aside, set_aside
 from lightning_sfubm.methods import METHODS, DomainRun
 from lightning_sfubm.modules.llm_head import LLMHead
 from lightning_sfubm.privacy.report import privacy_figures
@@ -242,6 +242,8 @@ class Experiment:
             domain.kept = {key for key in METHODS if finished_row(domain.row_path(key), domain, config_hash)}
             domain.to_come = set(self.methods) - domain.kept
         wait_for_all()  # all have looked before the first writes
+        for domain in runs.values():
+            place_rows(domain, [*self.methods, *METHODS])  # rows that this run does not name come last
         for order, key in enumerate(self.methods):
             for name, domain in runs.items():
                 self._row(domain, key, order, name, config_hash, console)
@@ -292,7 +294,7 @@ class Experiment:
             few = domain.evaluate(ranker, key, method, order, extra)
             if not method.needs_llm and domain.has_larger_test:
                 everyone = domain.evaluate(ranker, key, method, order, extra, all_users=True)
-                save_row(everyone, domain.run_dir / "results" / f"{name}, all users" / f"{key}.parquet")
+                save_row(everyone, domain.row_path(key, all_users=True))
             save_row(few, domain.row_path(key))  # last: where it is, the row is whole
 
     def _privacy(self, loop: FederatedLoop) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Rows in a run's folder: which of them a run that goes on keeps, and what becomes of the others."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,18 @@ def set_all_aside(results: Path) -> None:
         Console(highlight=False).print(
             f"Results of an earlier run lay here; they are in {aside} now{instead} (--ckpt_path last goes on with a run)"
         )
+
+
+def place_rows(domain: "DomainRun", rows: Sequence[str]) -> None:
+    """Give the rows that are kept their places in this run's table, where ``rows`` names all there may be in order."""
+    if not is_first():
+        return
+    for order, key in enumerate(dict.fromkeys(rows)):
+        for path in (domain.row_path(key), domain.row_path(key, all_users=True)):
+            if key in domain.kept and path.exists():
+                results = PerUserResults.load(path)
+                if results.meta.order != order:  # the bytes by user stay the same, so a kill leaves one of the two
+                    replace(results, meta=replace(results.meta, order=order)).save(path)
 
 
 def save_row(results: PerUserResults, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def attack(
         and ``not_run``, a sentence for whatever could not be attacked.
     """
     initial = dict(loop.server.global_teacher)
-    uploads, updates = replay(messages, lines, loop.clients, initial)
+    uploads, updates = replay(messages, lines, loop.clients, initial, partial(protected_vectors, loop))
     received, unmeasured = answers(
         messages, loop.clients, loop.federation.aggregator, settings.max_items, settings.seed
     )
@@ -100,15 +101,8 @@ def attack(
         facts["not_run"].append("No item vectors were sent: linkage and attribute inference have nothing to attack.")
     if not updates:
         facts["not_run"].append("No teacher weights were sent: membership and item inference have nothing to attack.")
-    by_centroids = any(entry["kind"] == "semantics centroids" for entry, _ in messages)
-    if updates and by_centroids:
-        # Against a teacher without the view that it was trained with, the attacks would find less than there is to be found.
-        facts["not_run"].append(
-            "Membership and item inference: silos made their global view from centroids (SecureKMeans), which the audit does "
-            "not rebuild, and without it the teacher is not the one that was trained."
-        )
     for name, client in loop.clients.items():
-        if not updates or by_centroids:
+        if not updates:
             break
         if not isinstance(client.module, FKDDistiller):
             facts["not_run"].append(f"{type(client.module).__name__} shares no teacher that these attacks know.")
@@ -123,6 +117,14 @@ def attack(
             _membership(trainer, loop, client, initial, updates, who, settings, facts["not_run"])
         )
     return plain(facts)  # type: ignore[no-any-return]
+
+
+def protected_vectors(loop: FederatedLoop, name: str) -> Tensor:
+    """Item vectors (N, D) of an untrained client as its callbacks leave them, rows in its private order."""
+    tensors = {"vectors": loop.clients[name].semantics()}
+    for callback in loop.callbacks:
+        tensors = callback.on_upload(loop, name, "semantics", tensors)
+    return tensors["vectors"]
 
 
 # ---------------------------------------------------------------------- item vectors

@@ -1,18 +1,21 @@
 """What the recorded messages amount to: uploads of item vectors, and updates of the shared teacher."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lightning_sfubm.audit.guarantee import coverage
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.federated.messages import Message
+from lightning_sfubm.privacy.secure_kmeans import nearest_centroids
 
 if TYPE_CHECKING:
     from lightning_sfubm.federated.client import Client
 
+_CENTROIDS = "semantics centroids"
 GLOBAL = ""  #: stands for the aggregated teacher where an update names its client
 
 
@@ -52,6 +55,7 @@ def replay(
     lines: Iterable[Mapping[str, Any]],
     clients: "Mapping[str, Client]",
     initial: Mapping[str, Tensor],
+    protected: Callable[[str], Tensor],
 ) -> tuple[list[Upload], list[Update]]:
     """Read checked messages in order.
 
@@ -60,6 +64,8 @@ def replay(
         lines: all lines of the ledger; masked updates are not among the messages, but their guarantees are here.
         clients: by name, to put vectors into the order of their catalogues.
         initial: shared weights that every client starts from.
+        protected: item vectors (N, D) of a client as its callbacks leave them, rows in its private order: what it compares
+            with the centroids that it is sent.
 
     Raises:
         ConfigError: a client has another number of items than its messages speak of.
@@ -67,6 +73,7 @@ def replay(
     uploads: list[Upload] = []
     updates: list[Update] = []
     views: dict[str, Tensor] = {}
+    compared: dict[str, Tensor] = {}
     lines = list(lines)
     held = dict.fromkeys(clients, initial)
     current = initial
@@ -74,7 +81,8 @@ def replay(
     for entry, message in messages:
         name, round = entry["client"], entry["round"]
         key = (name, round, entry["kind"], entry["direction"], entry["content_sha256"])
-        if key in seen or name not in clients:
+        again = key in seen and entry["kind"] != _CENTROIDS  # of centroids the last that were sent make the view
+        if again or name not in clients:
             continue
         seen.add(key)
         what = (entry["kind"], entry["direction"])
@@ -83,6 +91,11 @@ def replay(
             uploads.append(Upload(name, round, vectors, float(entry["mechanism"].get("sigma", 0.0))))
         elif what == ("semantics", "down"):
             views = {**views, name: _in_order(clients[name], message)}
+        elif what == (_CENTROIDS, "down"):
+            if name not in compared:
+                compared[name] = normalize(protected(name).float(), dim=1)
+            view = nearest_centroids(compared[name], message.tensors["centroids"])
+            views = {**views, name: clients[name].in_catalogue_order(view)}
         elif what == ("teacher", "up"):
             weights = {key: value for key, value in message.tensors.items() if key != "__weight__"}
             updates.append(Update(name, round, held[name], weights, views, _bounds(lines, round).get(name) or {}))

@@ -212,7 +212,7 @@ class Exchange(RunState):
         for name in sorted(self.counters.trained):
             try:
                 payloads[name] = self._send(name, schema, number, self._update(name))
-            except ClientDropped as error:
+            except (ClientDropped, MessageError) as error:  # weights that diverged would end each run that goes on
                 self._drop(name, number, error)
         self._check_updates(len(payloads))
         self.server.aggregate_teacher(number, payloads)
@@ -227,16 +227,10 @@ class Exchange(RunState):
         for name in sorted(self.counters.trained):
             try:
                 tensors, mechanisms[name] = self._protect(name, schema.kind, self.clients[name].module.shared_state())
-                updates[name] = pack(schema, name, number, tensors).tensors  # checked as if it were sent
-            except ClientDropped as error:
-                self._drop(name, number, error)
-        for name in sorted(updates):
-            try:
-                secure.check(updates[name])
-            except (
-                MessageError
-            ) as error:  # found out within the protocol it would end the run, and again when that went on
-                del updates[name]
+                packed = pack(schema, name, number, tensors).tensors  # checked as if it were sent
+                secure.check(packed)  # found out within the protocol it would end the run, and again when that went on
+                updates[name] = packed
+            except (ClientDropped, MessageError) as error:
                 self._drop(name, number, error)
         self._check_updates(len(updates))
         # Masks are new each time, so that the bytes do not tell whether private weights are released a second time.

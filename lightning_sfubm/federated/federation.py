@@ -11,6 +11,7 @@ from lightning_sfubm.federated.aggregation import KNNMix, NoAggregation, Semanti
 from lightning_sfubm.federated.describe import describe
 from lightning_sfubm.federated.messages import MAX_ITEMS
 from lightning_sfubm.federated.secure import SecureAggregation
+from lightning_sfubm.federated.shares import clients_of
 from lightning_sfubm.federated.weights import FedAvg, WeightAggregator
 from lightning_sfubm.seeds import numpy_generator
 
@@ -188,7 +189,7 @@ class Federation:
     def sample(self, names: Iterable[str], round: int, seed: int) -> list[str]:
         """Clients that train in a round, sorted: a draw of its own for every round, whatever the order of the names."""
         active = self.active(names, round)
-        count = max(1, math.ceil(self.participation * len(active))) if active else 0
+        count = max(1, clients_of(self.participation, len(active))) if active else 0
         if count == len(active):
             return active
         chosen = numpy_generator(seed, "participation", round).permutation(len(active))[:count]
@@ -198,7 +199,7 @@ class Federation:
         """The fewest clients that are drawn for any round, less rounds for which all have left: those change nothing."""
         names = list(names)
         sizes = [len(self.active(names, number)) for number in range(1, self.rounds + 1)]
-        return min(math.ceil(self.participation * size) for size in [s for s in sizes if s] or [len(names)])
+        return min(max(1, clients_of(self.participation, size)) for size in [s for s in sizes if s] or [len(names)])
 
     def joined(self, names: Iterable[str], round: int) -> list[str]:
         """Clients that take part for the first time in a round later than the first."""

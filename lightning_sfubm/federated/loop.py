@@ -151,7 +151,7 @@ class FederatedLoop(Exchange):
             self._exchange_semantics(number)
         for callback in self.callbacks:
             callback.on_round_start(self, number)
-        drawn = federation.sample(self.clients, number, self.seed)
+        drawn = federation.sample(self.clients, number, self.participation_seed)
         todo = [name for name in drawn if name not in counters.trained and name not in counters.dropped]
         if self.workers is not None:
             for name in todo:

@@ -1,6 +1,5 @@
 """Secure aggregation within the federated loop: the server learns a mean or a sum over clients and no single summand."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_sfubm.errors import ConfigError, MessageError, PrivacyError
+from lightning_sfubm.federated.shares import clients_of
 from lightning_sfubm.privacy.secagg.encoding import SecAggSettings
 from lightning_sfubm.privacy.secagg.primitives import require_cryptography
 
@@ -146,7 +146,7 @@ class SecureAggregation:
 
     def survivors(self, clients: int) -> int:
         """How many of the clients must stay to the end."""
-        return max(math.ceil(self.threshold * clients), clients // 2 + 1)
+        return max(clients_of(self.threshold, clients), clients // 2 + 1)
 
     def _settings(self, clients: int, clip: float, max_weight: float) -> SecAggSettings:
         return SecAggSettings(

@@ -14,7 +14,6 @@ from lightning_sfubm.federated.ledger import content_hash
 from lightning_sfubm.federated.messages import Message, MessageSchema, TensorSchema, pack, unpack
 from lightning_sfubm.federated.secure import Record, SecureAggregation
 from lightning_sfubm.federated.server import SERVER
-from lightning_sfubm.privacy.attacks import nearest_matches
 from lightning_sfubm.privacy.gaussian import gaussian_sigma
 from lightning_sfubm.privacy.noise import NoiseStream
 from lightning_sfubm.privacy.secagg.primitives import require_cryptography
@@ -28,6 +27,7 @@ from lightning_sfubm.privacy.secure_kmeans import (
     local_cluster_sums,
     local_moments,
     mean_and_spread,
+    nearest_centroids,
 )
 from lightning_sfubm.seeds import derive_seed, torch_generator
 
@@ -245,7 +245,7 @@ class SecureKMeans:
         assert sums is not None
         kept = centroids[sums.sufficient(len(names))]
         held = self._send(names, round, kept if len(kept) else normalize(mean.unsqueeze(0), dim=1), deliver)
-        return {name: held[name][nearest_matches(rows[name], held[name])] for name in names}
+        return {name: nearest_centroids(rows[name], held[name]) for name in names}
 
     def _send(self, names: list[str], round: int, centroids: Tensor, deliver: Deliver) -> dict[str, Tensor]:
         """Centroids down; what each client reads of its message."""

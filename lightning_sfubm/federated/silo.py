@@ -134,6 +134,12 @@ class Silo(FederatedLoop):
                 f"the noise of {', '.join(self._simulated)} is derived from the run's seed, which the server knows: set its "
                 "secret_dir to a folder of this silo"
             )
+        if self.agreed.sends_semantics and self.client.order_seed == self.seed:
+            raise PrivacyError(
+                "the order in which item vectors leave is drawn from the run's seed, which the server knows: set the "
+                "secret_dir of PrivacyNoise to a folder of this silo, or give a callback of your own that protects them a "
+                "method order_seed(seed, client)"
+            )
 
     def _check_due(self, request: Request) -> None:
         """Refuse what the agreed terms do not ask of this silo in this round: terms alone bound nothing that is sent."""

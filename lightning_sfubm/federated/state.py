@@ -121,6 +121,7 @@ class RunState:
                 "'uniform'"
             )
         self.run_dir, self.seed = run_dir, seed
+        self.participation_seed = seed  #: root of who is drawn for a round
         #: whether this is a run cut off before its first state: what it had sent stays in the ledger
         self.goes_on = False
         self.loggers = list(loggers)

@@ -12,8 +12,9 @@ from lightning_sfubm.seeds import derive_seed, follow_seed
 
 
 def train_twins(loop: FederatedLoop, template: LightningModule, run_dir: Path, number: int) -> dict[str, Client]:
-    """Clients of the same data, trained by the same schedule with the same numbers of optimiser steps, alone.
+    """Clients of the same data, trained alone by the same schedule, so with as many optimiser steps where nobody drops out.
 
+    Clients are drawn for the same rounds as in the run; those that dropped out of a round there train in it here.
     An interrupted training goes on from its folder, ``local`` or ``local-<number>``.
 
     Args:
@@ -37,6 +38,7 @@ def train_twins(loop: FederatedLoop, template: LightningModule, run_dir: Path, n
         clients[name].prepare()
     folder = run_dir / local
     twins = FederatedLoop(federation, clients, [], folder, seed, settings=loop.settings)
+    twins.participation_seed = loop.participation_seed
     if any(twins.checkpoints.glob("state-*")):
         twins.resume(twins.checkpoints)
     twins.run()

@@ -330,9 +330,9 @@ class DomainRun:
             monitor=federation.monitor,
         )
 
-    def row_path(self, key: str) -> Path:
-        """Where the results of a row are kept."""
-        return self.run_dir / "results" / self.name / f"{key}.parquet"
+    def row_path(self, key: str, all_users: bool = False) -> Path:
+        """Where the results of a row are kept: on the users whom all rows are compared on, or on all."""
+        return self.run_dir / "results" / (f"{self.name}, all users" if all_users else self.name) / f"{key}.parquet"
 
     def folder(self, key: str) -> Path:
         """Working folder of a method."""

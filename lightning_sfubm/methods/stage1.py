@@ -82,10 +82,11 @@ def _pooled_teacher(run: DomainRun) -> dict[str, torch.Tensor]:
     """What clients share of a module trained on the union of all domains, trained once for all of them."""
 
     def build() -> dict[str, torch.Tensor]:
-        clients = run.trainer.loop.clients if run.trainer.loop is not None else {}
+        assert run.trainer.loop is not None
+        domains = {name: client.datamodule for name, client in run.trainer.loop.clients.items()}
         union = UnionDataModule(
-            {name: client.datamodule for name, client in clients.items()},  # type: ignore[misc]
-            batch_size=run.data.batch_size,
+            domains,  # type: ignore[arg-type]
+            batch_size=next(iter(domains.values())).batch_size,  # type: ignore[attr-defined]  # whichever domain asks first
             word_drop=0.0,
             seed=run.trainer.seed,
         )

@@ -124,6 +124,19 @@ def local_cluster_sums(vectors: Tensor, centroids: Tensor, min_members: int = 1)
     return {"sums": sums * enough.unsqueeze(1), "counts": counts * enough, "contributors": enough}
 
 
+def nearest_centroids(vectors: Tensor, centroids: Tensor) -> Tensor:
+    """The centroid of the cluster that each vector falls into: the client's view of itself within the federation.
+
+    Args:
+        vectors: (N, D) unit rows of this client.
+        centroids: (k, D) unit rows.
+
+    Returns:
+        (N, D) rows of ``centroids``.
+    """
+    return centroids[nearest_matches(vectors, centroids)]
+
+
 def filled_by_several(local: Mapping[str, Tensor], contributors: Tensor) -> dict[str, Tensor]:
     """The client's part of a step without clusters that fewer than two clients fill: such a sum is one client's own.
 

@@ -205,12 +205,15 @@ def test_no_limit_stands_beside_an_attack_where_an_earlier_message_had_no_bound(
     class Nobody:
         pass
 
+    def no_vectors(name: str) -> Any:
+        raise AssertionError("item vectors were not sent")
+
     def privacy(first: dict[str, Any]) -> list[Any]:
         lines = []
         for number, mechanism in ((1, first), (2, private())):
             lines.append(up("a", number, mechanism) | {"content_sha256": f"{number} up"})
             lines.append(lines[-1] | {"direction": "down", "mechanism": {}, "content_sha256": f"{number} down"})
-        _, updates = replay([(line, Sent()) for line in lines], lines, {"a": Nobody()}, {})  # type: ignore[misc]
+        _, updates = replay([(line, Sent()) for line in lines], lines, {"a": Nobody()}, {}, no_vectors)  # type: ignore[misc]
         return [update.privacy.get("epsilon") for update in updates if update.round == 2]
 
     assert privacy(private(1.0)) == [2.0, 2.0]  # the client's own, and the aggregated one

@@ -1,6 +1,7 @@
 """From a recorded run to its privacy report: record, check, attack, report; refusals; nothing sensitive in what is written."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 from lightning_sfubm.__main__ import main
 from lightning_sfubm.audit import command
-from lightning_sfubm.audit.attack import AuditSettings
+from lightning_sfubm.audit.attack import AuditSettings, protected_vectors
 from lightning_sfubm.audit.check import check_run
 from lightning_sfubm.audit.command import audit_run, schemas, write_curve
 from lightning_sfubm.audit.curve import curve_points
@@ -19,6 +20,7 @@ from lightning_sfubm.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import ConfigError, DataError, PrivacyError
 from lightning_sfubm.federated.hooks import FederatedCallback
+from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.privacy.rounding import round_up
 from tests.conftest import small_distiller
 
@@ -100,7 +102,7 @@ def test_what_is_attacked_is_what_was_sent(recorded: Any) -> None:
     loop = trainer.build_loop(small_distiller(), data)
     check = check_run(trainer.run_dir, schemas(loop))
     initial = dict(loop.server.global_teacher)
-    uploads, updates = replay(check.messages, check.entries, loop.clients, initial)
+    uploads, updates = replay(check.messages, check.entries, loop.clients, initial, partial(protected_vectors, loop))
     assert [(u.client, u.round) for u in uploads] == [("alpha", 0), ("beta", 0)]
     assert [(u.client, u.round) for u in updates] == [
         *(("alpha", 1), ("beta", 1), ("", 1)),
@@ -226,17 +228,25 @@ def test_secure_aggregation_leaves_only_the_mean_to_attack(recorded: Any) -> Non
     assert {m["standing"] for m in stated["mechanisms"]} == {"heuristic", "hidden"}
 
 
-def test_a_teacher_with_a_view_from_centroids_is_not_attacked_without_it(recorded: Any) -> None:
-    """The audit does not rebuild the view: figures against another teacher than was trained would look too harmless."""
-    from lightning_sfubm.federated.secure_kmeans import SecureKMeans
-
-    trainer, data = recorded(rounds=1, aggregator=SecureKMeans(num_clusters=4, min_members=1))
-    facts, report = audited(trainer, data, AuditSettings(shadows=0))
+@pytest.mark.parametrize("sigma", [0.0, 0.3])
+def test_the_view_that_silos_made_from_centroids_is_rebuilt(recorded: Any, sigma: float) -> None:
+    """Attacked without it, the teacher would not be the one that was trained, and the figures too harmless."""
+    pytest.importorskip("cryptography")
+    aggregator = SecureKMeans(num_clusters=4, min_members=1)
+    trainer, data = recorded(rounds=1, aggregator=aggregator, callbacks=[PrivacyNoise(sigma)])
+    loop = trainer.build_loop(small_distiller(), data)
+    check = check_run(trainer.run_dir, schemas(loop))
+    initial = dict(loop.server.global_teacher)
+    _, updates = replay(check.messages, check.entries, loop.clients, initial, partial(protected_vectors, loop))
+    for name, client in trainer.loop.clients.items():
+        trained = client.module.teacher.global_text[1:]  # row 0 is the padding
+        assert torch.equal(updates[-1].views[name], trained)
+        assert 1 < len(trained.unique(dim=0)) <= 4
+    facts, _ = audited(trainer, data, AuditSettings(shadows=0, random_updates=2))
     assert facts["check"]["problems"] == []
-    assert facts["membership"] == [] == facts["items"]
-    assert [text for text in facts["not_run"] if "view from centroids (SecureKMeans)" in text]
-    assert "without it the teacher is not the one that was trained" in report.read_text()
-    assert "This was not measured" in report.read_text()
+    assert {row["domain"] for row in facts["membership"]} == {"alpha", "beta"}
+    assert {row["domain"] for row in facts["items"]} == {"alpha", "beta"}
+    assert not [text for text in facts["not_run"] if "Membership" in text]
 
 
 def test_without_held_out_users_membership_is_not_claimed(

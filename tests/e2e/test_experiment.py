@@ -9,6 +9,7 @@ import pytest
 
 from lightning_sfubm.errors import ConfigError, SFUBMError
 from lightning_sfubm.evaluation.results import PerUserResults
+from lightning_sfubm.evaluation.run_folder import RunFolder
 from lightning_sfubm.experiment import Experiment
 from lightning_sfubm.methods import METHODS
 from lightning_sfubm.methods.stage1 import WITHOUT
@@ -128,6 +129,25 @@ def test_rows_that_are_kept_are_said_to_be(
         )
     said = [line for line in capsys.readouterr().out.splitlines() if line.endswith(", kept")]
     assert [line.split(":")[0] for line in said] == ["alpha", "beta"]
+
+
+def test_rows_that_are_kept_take_their_places_in_the_table_of_the_run_that_goes_on(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    def rows(*methods: str, ckpt_path: str | None = "last", max_test_users: int | None = 20) -> dict[str, list[str]]:
+        trainer = federated_trainer(rounds=1)
+        experiment = Experiment(methods=list(methods), max_test_users=max_test_users)
+        experiment.run(trainer, small_distiller(), federated_data(), ckpt_path=ckpt_path, config_hash="h")
+        results = RunFolder.read(trainer.run_dir).results
+        return {domain: [row.meta.method for row in found] for domain, found in results.items()}
+
+    rows("popularity", "random", ckpt_path=None)
+    found = rows("text_similarity", "random", "popularity")
+    assert {"alpha", "beta", "alpha, all users", "beta, all users"} <= set(found)
+    for domain, methods in found.items():
+        assert methods == ["text_similarity", "random", "popularity"], domain
+    for domain, methods in rows("popularity", "text_similarity").items():  # a row that is no more asked for comes last
+        assert methods == ["popularity", "text_similarity", "random"], domain
 
 
 def test_messages_of_an_earlier_run_are_not_told_of_one_that_sends_none(

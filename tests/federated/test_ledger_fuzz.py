@@ -133,7 +133,7 @@ def test_private_steps_that_a_state_does_not_know_of_are_those_not_sent_again(tm
     begun.record_bytes("a", "up", "semantics", 3, b"vectors", {"sigma": 0.1})
     resumed = Ledger(begun.path)
     resumed.resume(1)
-    resumed.record_bytes("a", "up", "semantics", 3, b"vectors", {"sigma": 0.1})  # again, but not the weights of its round
+    resumed.record_bytes("a", "up", "semantics", 3, b"vectors", {"sigma": 0.1})  # again, but not its weights
     assert resumed.private_since("a") == {2: 8, 3: 12}
     assert resumed.private_since("b") == {}
     record(resumed, 2, {PRIVATE: {"steps": 8}})

@@ -270,6 +270,63 @@ def test_a_client_beyond_the_clip_range_is_left_out_of_a_secure_round(
     assert "beta" not in senders
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_client_whose_weights_diverged_is_left_out_of_the_round(
+    secure: bool, federated_data: Any, federated_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The schema refuses them; the run would end, and end again whenever it went on."""
+    if secure:
+        pytest.importorskip("cryptography")
+
+    class Diverged(FederatedCallback):
+        def on_upload(self, loop: Any, client: str, kind: str, tensors: Any) -> Any:
+            if (client, kind) == ("beta", "teacher"):
+                return {name: torch.full_like(value, float("nan")) for name, value in tensors.items()}
+            return tensors
+
+    trainer = federated_trainer(
+        exchange="teacher",
+        secure_aggregation=SecureAggregation() if secure else None,
+        rounds=1,
+        callbacks=[Diverged()],
+        flags={"limit_val_batches": 1},
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.fit(small_distiller(), datamodule=federated_data(domains=3))
+    assert "client 'beta' dropped out (" in caplog.text
+    assert "finite" in caplog.text
+    senders = {e["client"] for e in read_ledger(trainer.run_dir / "ledger.jsonl") if e["direction"] == "up"}
+    assert len(senders) == 2
+    assert "beta" not in senders
+    assert all(torch.isfinite(value).all() for value in trainer.loop.server.global_teacher.values())
+    assert trainer.loop.server.version == 1
+
+
+def test_twins_train_in_the_rounds_that_their_clients_were_drawn_for(
+    federated_data: Any, federated_trainer: Any
+) -> None:
+    """A second twin has a seed of its own; who is drawn is the run's, so that both take as many steps."""
+    trainer = federated_trainer(
+        exchange="teacher", rounds=4, participation=0.3, local_max_epochs=1, flags={"limit_val_batches": 1}
+    )
+    trainer.fit(small_distiller(), datamodule=federated_data(domains=3))
+    drawn = {name: client.rounds_done for name, client in trainer.loop.clients.items()}
+    assert sum(drawn.values()) == 4
+    assert len(set(drawn.values())) > 1
+    for number in (1, 2):
+        twins = {name: trainer.local_twin(small_distiller(), name, number) for name in drawn}
+        assert {name: twin.rounds_done for name, twin in twins.items()} == drawn
+
+
+def test_a_share_of_the_clients_is_no_more_than_it() -> None:
+    """In floating point .28 of 25 is 7.000000000000001."""
+    names = [f"c{number}" for number in range(25)]
+    federation = Federation(participation=0.28)
+    assert len(federation.sample(names, 1, seed=0)) == 7 == federation.smallest_round(names)
+    assert SecureAggregation(threshold=0.56).survivors(25) == 14
+    assert [len(Federation(participation=share).sample(names, 1, 0)) for share in (0.01, 0.281, 1.0)] == [1, 8, 25]
+
+
 def test_robust_means_need_single_updates(federated_trainer: Any) -> None:
     with pytest.raises(ConfigError, match="CoordinateMedian"):
         federated_trainer(weights=CoordinateMedian(), secure_aggregation=SecureAggregation())

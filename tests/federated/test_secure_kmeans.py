@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightning_sfubm.audit.attack import protected_vectors
 from lightning_sfubm.audit.check import check_run
 from lightning_sfubm.audit.command import schemas
 from lightning_sfubm.audit.facts import mechanisms
@@ -232,7 +234,7 @@ def test_in_a_run_no_vector_leaves_and_the_audit_reads_what_did(federated_data: 
     check = check_run(trainer.run_dir, schemas(loop))
     assert check.problems == []
     assert check.parsed == len(down) == 3 * 4
-    assert replay(check.messages, check.entries, loop.clients, {}) == ([], [])
+    assert replay(check.messages, check.entries, loop.clients, {}, partial(protected_vectors, loop)) == ([], [])
     standings = {(row["standing"], row.get("protects", "")) for row in mechanisms(lines)}
     assert standings == {("simulated", "item"), ("hidden", "")}  # without secret_dir the noise follows from the seed
 

@@ -16,6 +16,7 @@ from lightning_sfubm.callbacks.privacy_noise import PrivacyNoise
 from lightning_sfubm.errors import ConfigError, MessageError, PrivacyError
 from lightning_sfubm.federated.checkpoint import stored_states
 from lightning_sfubm.federated.envelopes import Reply, Request
+from lightning_sfubm.federated.hooks import FederatedCallback
 from lightning_sfubm.federated.ledger import read_ledger
 from lightning_sfubm.federated.loop import FederatedLoop
 from lightning_sfubm.federated.messages import pack, unpack
@@ -23,6 +24,10 @@ from lightning_sfubm.federated.silo import Silo
 from lightning_sfubm.privacy.noise import NoiseStream
 from tests.conftest import small_distiller
 from tests.federated.machines import coordinator
+
+
+class Foreign(FederatedCallback):
+    protects = frozenset({"semantics"})
 
 
 @pytest.fixture
@@ -64,6 +69,18 @@ def test_a_silo_refuses_noise_that_the_server_could_subtract(callback: Any, hell
     make, request = hello([callback])
     with pytest.raises(PrivacyError, match=f"{type(callback).__name__} is derived from the run's seed"):
         make().answer(request)
+    assert not (tmp_path / "silo/alpha/ledger.jsonl").exists()
+
+
+def test_a_silo_refuses_an_order_that_the_server_could_undo(hello: Any, tmp_path: Path) -> None:
+    """Without noise nothing needs a secret but the order of the rows; a callback from outside may know of none."""
+    make, request = hello()
+    for own in (PrivacyNoise(0.0), Foreign()):
+        silo = make()
+        other = Silo(silo.agreed, silo.client, [own], silo.run_dir, silo.seed)
+        silo.client.order_seed = own.order_seed(silo.seed, "alpha") if isinstance(own, PrivacyNoise) else silo.seed
+        with pytest.raises(PrivacyError, match="order in which item vectors leave is drawn from the run's seed"):
+            other.answer(request)
     assert not (tmp_path / "silo/alpha/ledger.jsonl").exists()
 
 
