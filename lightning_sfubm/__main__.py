@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
             known = ", ".join((*_LIGHTNING, *_OWN))
             raise SFUBMError(f"unknown command '{argv[0]}': use one of {known}, or --help")
     except SFUBMError as error:
-        print(f"lightning-sfubm: error: {error}", file=sys.stderr)
+        if not getattr(error, "said_elsewhere", False):  # by another of the processes that train together
+            print(f"lightning-sfubm: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         _interrupted(argv[0])

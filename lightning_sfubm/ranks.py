@@ -1,10 +1,14 @@
 """The processes of a distributed run: how many there are, which one writes files, and where they wait for each other."""
 
 import atexit
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from lightning import LightningDataModule
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from lightning_sfubm.errors import SFUBMError
 
 
 def _distributed() -> bool:
@@ -32,11 +36,33 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+@contextmanager
+def refused_by_all() -> Iterator[None]:
+    """What one process refuses within, all refuse at its end: the others would wait for it at their next meeting.
+
+    Every process has to come here. In those that had nothing to refuse the error has the attribute ``said_elsewhere``.
+    """
+    refused: SFUBMError | None = None
+    try:
+        yield
+    except SFUBMError as error:
+        refused = error
+    if _distributed():
+        everyone: list[SFUBMError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, refused)
+        other = next((error for error in everyone if error is not None), None)
+        if refused is None and other is not None:
+            refused = other
+            refused.said_elsewhere = True  # type: ignore[attr-defined]
+    if refused is not None:
+        raise refused
+
+
 def first_prepares(datamodule: LightningDataModule) -> None:
     """Prepare data in the first process, and in the others once it is there: they find what it has stored."""
-    if is_first():
-        datamodule.prepare_data()
-    wait_for_all()
+    with refused_by_all():
+        if is_first():
+            datamodule.prepare_data()
     if not is_first():
         datamodule.prepare_data()
 

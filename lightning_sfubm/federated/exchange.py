@@ -18,7 +18,7 @@ from lightning_sfubm.federated.secure_kmeans import SecureKMeans
 from lightning_sfubm.federated.server import SERVER
 from lightning_sfubm.federated.state import NONCE, RunState
 from lightning_sfubm.federated.weights import TooFewClientsError
-from lightning_sfubm.ranks import is_first, wait_for_all
+from lightning_sfubm.ranks import is_first, refused_by_all, wait_for_all
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ class Exchange(RunState):
             )
             views = {}
         else:
-            self._check_same_silos(aggregator, round, set(vectors))
+            with refused_by_all():
+                self._check_same_silos(aggregator, round, set(vectors))
             views = aggregator.views(round, vectors, self.seed, exchanges, record, deliver, self._run_nonce())
         for name, view in views.items():
             self.clients[name].receive_semantics(view)
@@ -192,12 +193,13 @@ class Exchange(RunState):
         known = int(self.counters.spent.get(name, {}).get("steps", 0))
         since = self.ledger.private_since(name)
         lost = [round for round, steps in since.items() if round < number and steps > known]
-        if self._private and self.shares_teacher and lost:
-            raise PrivacyError(
-                f"{self.ledger.path}: in round {lost[0]} '{name}' sent weights with differential privacy that the newest whole "
-                f"state does not know of, so that what round {number} spends could not be counted: put the later states back, "
-                "or start anew in another trainer.default_root_dir"
-            )
+        with refused_by_all():  # the first process alone knows the ledger
+            if self._private and self.shares_teacher and lost:
+                raise PrivacyError(
+                    f"{self.ledger.path}: in round {lost[0]} '{name}' sent weights with differential privacy that the newest "
+                    f"whole state does not know of, so that what round {number} spends could not be counted: put the later "
+                    "states back, or start anew in another trainer.default_root_dir"
+                )
 
     def _update(self, name: str) -> dict[str, Tensor]:
         """What a client has trained, as it is sent where every update travels in a message of its own."""
@@ -284,15 +286,16 @@ class Exchange(RunState):
         A run that goes on from its newest state sends the same again. From an earlier one, whose later state was lost, it may
         train from another global teacher, or draw its noise anew.
         """
-        for line in self.ledger.since:
-            place = line["client"], line["round"], line["kind"], line["direction"]
-            private = PRIVATE in cast("dict[str, Any]", line["mechanism"])
-            if private and place == (name, round, kind, "up") and line["content_sha256"] != content:
-                raise CheckpointError(
-                    f"{self.ledger.path}: in round {round} '{name}' sent other weights with differential privacy than "
-                    "it has now, and both would count once: put the later states back, or start anew in another "
-                    "trainer.default_root_dir; nothing is sent"
-                )
+        with refused_by_all():  # the first process alone knows the ledger
+            for line in self.ledger.since:
+                place = line["client"], line["round"], line["kind"], line["direction"]
+                private = PRIVATE in cast("dict[str, Any]", line["mechanism"])
+                if private and place == (name, round, kind, "up") and line["content_sha256"] != content:
+                    raise CheckpointError(
+                        f"{self.ledger.path}: in round {round} '{name}' sent other weights with differential privacy than "
+                        "it has now, and both would count once: put the later states back, or start anew in another "
+                        "trainer.default_root_dir; nothing is sent"
+                    )
 
     def _protect(self, name: str, kind: str, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, object]]:
         """What the callbacks make of a client's tensors before they leave, and the mechanisms applied."""

@@ -26,7 +26,7 @@ from lightning_sfubm.federated.settings import difference, schedule_difference
 from lightning_sfubm.federated.workers import WorkerPool
 from lightning_sfubm.kept_rows import set_all_aside
 from lightning_sfubm.privacy.secret import client_secret
-from lightning_sfubm.ranks import is_first, wait_for_all
+from lightning_sfubm.ranks import is_first, refused_by_all, wait_for_all
 from lightning_sfubm.training import Stopwatch
 
 OF_SILO = "federation.id"  #: file that says of which run across machines a silo's folder holds its part
@@ -196,12 +196,13 @@ class RunState:
         history = self.run_dir / "history.jsonl"
         # A run that sent nothing has no ledger to tell its folder by.
         by_ledger = stored["ledger"] and not (self.run_dir / "ledger.jsonl").is_file()
-        if stored["history"] and is_first() and not by_ledger and not history.is_file():
-            raise CheckpointError(
-                f"{path}: a run goes on in the folder that it was begun in, and {history} is not there: set "
-                "trainer.default_root_dir to that folder"
-            )
-        self.ledger.resume(stored["ledger"])  # may refuse; nothing has been written before
+        with refused_by_all():
+            if stored["history"] and is_first() and not by_ledger and not history.is_file():
+                raise CheckpointError(
+                    f"{path}: a run goes on in the folder that it was begun in, and {history} is not there: set "
+                    "trainer.default_root_dir to that folder"
+                )
+            self.ledger.resume(stored["ledger"])  # may refuse; nothing has been written before
         self._check_secrets(stored.get("secrets", {}))
         wait_for_all()  # all have read the state before the first writes a newer one
         if not is_first():
@@ -211,9 +212,9 @@ class RunState:
 
     def _start(self) -> None:
         """Clear the place of an earlier run, its states first and at once: half of them must not be gone on from."""
-        if is_first():
-            self._clear()
-        wait_for_all()
+        with refused_by_all():
+            if is_first():
+                self._clear()
 
     def _check_secrets(self, stored: Mapping[str, str]) -> None:
         """Refuse to go on without the secrets that keyed what has left: building the clients has made new ones in their place.

@@ -210,3 +210,20 @@ def test_a_strategy_that_cannot_run_a_federation_is_refused(
     with pytest.raises(ConfigError, match="set it to ddp_find_unused_parameters_true"):
         trainer.fit(small_distiller(), datamodule=federated_data())
     assert not trainer.run_dir.exists()
+
+
+def test_what_the_first_process_refuses_all_refuse_in_one_sentence(tmp_path: Path) -> None:
+    """It alone reads the ledger; the others would wait for it, or end with a traceback once it is gone."""
+    to_the_end(program(tmp_path, 1, '--experiment.init_args.methods=["stage1"]'))
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(lines[1:]))
+    process = program(tmp_path, 2, '--experiment.init_args.methods=["stage1"]', "--ckpt_path=last")
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 2
+    assert errors.count("lightning-sfubm: error: ") == 1 == errors.count("does not follow the line before it")
+    assert "Traceback" not in errors
