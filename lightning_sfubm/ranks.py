@@ -40,7 +40,8 @@ def wait_for_all() -> None:
 def refused_by_all() -> Iterator[None]:
     """What one process refuses within, all refuse at its end: the others would wait for it at their next meeting.
 
-    Every process has to come here. In those that had nothing to refuse the error has the attribute ``said_elsewhere``.
+    Every process has to come here, and there is no such block within another. Where an earlier process has the same to say,
+    the error has the attribute ``said_elsewhere``.
     """
     refused: SFUBMError | None = None
     try:
@@ -50,9 +51,9 @@ def refused_by_all() -> Iterator[None]:
     if _distributed():
         everyone: list[SFUBMError | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, refused)
-        other = next((error for error in everyone if error is not None), None)
-        if refused is None and other is not None:
-            refused = other
+        first = next((number for number, error in enumerate(everyone) if error is not None), rank())
+        refused = refused or everyone[first]
+        if refused is not None and first < rank() and str(refused) == str(everyone[first]):
             refused.said_elsewhere = True  # type: ignore[attr-defined]
     if refused is not None:
         raise refused

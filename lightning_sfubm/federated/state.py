@@ -163,6 +163,15 @@ class RunState:
             CheckpointError: none is whole, or it belongs to another model, other clients, data or settings, or another
                 schedule.
         """
+        with refused_by_all():  # all have read the state before the first writes a newer one
+            lines = self._read_state(path)
+        if is_first():
+            history = self.run_dir / "history.jsonl"
+            kept = history.read_text().splitlines(keepends=True)[:lines] if lines else []
+            write_atomically(history, "".join(kept).encode())
+
+    def _read_state(self, path: Path) -> int:
+        """Take over the newest whole state; returns how many lines of the history it knows of."""
         state = find_state(path)
         if "counters" not in json.loads((state / "loop.json").read_text())["stored"]:
             raise CheckpointError(
@@ -196,19 +205,14 @@ class RunState:
         history = self.run_dir / "history.jsonl"
         # A run that sent nothing has no ledger to tell its folder by.
         by_ledger = stored["ledger"] and not (self.run_dir / "ledger.jsonl").is_file()
-        with refused_by_all():
-            if stored["history"] and is_first() and not by_ledger and not history.is_file():
-                raise CheckpointError(
-                    f"{path}: a run goes on in the folder that it was begun in, and {history} is not there: set "
-                    "trainer.default_root_dir to that folder"
-                )
-            self.ledger.resume(stored["ledger"])  # may refuse; nothing has been written before
+        if stored["history"] and is_first() and not by_ledger and not history.is_file():
+            raise CheckpointError(
+                f"{path}: a run goes on in the folder that it was begun in, and {history} is not there: set "
+                "trainer.default_root_dir to that folder"
+            )
+        self.ledger.resume(stored["ledger"])  # may refuse; nothing has been written before
         self._check_secrets(stored.get("secrets", {}))
-        wait_for_all()  # all have read the state before the first writes a newer one
-        if not is_first():
-            return
-        kept = history.read_text().splitlines(keepends=True)[: stored["history"]] if stored["history"] else []
-        write_atomically(history, "".join(kept).encode())
+        return int(stored["history"])
 
     def _start(self) -> None:
         """Clear the place of an earlier run, its states first and at once: half of them must not be gone on from."""

@@ -214,7 +214,7 @@ def test_a_strategy_that_cannot_run_a_federation_is_refused(
 
 def test_what_the_first_process_refuses_all_refuse_in_one_sentence(tmp_path: Path) -> None:
     """It alone reads the ledger; the others would wait for it, or end with a traceback once it is gone."""
-    to_the_end(program(tmp_path, 1, '--experiment.init_args.methods=["stage1"]'))
+    to_the_end(program(tmp_path, 2, '--experiment.init_args.methods=["stage1"]'))
     ledger = tmp_path / "run" / "ledger.jsonl"
     lines = ledger.read_text().splitlines(keepends=True)
     ledger.write_text("".join(lines[1:]))
