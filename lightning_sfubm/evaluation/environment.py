@@ -13,6 +13,7 @@ import torch
 from lightning_sfubm.precision import has_fast_bf16
 
 _PACKAGES = ("lightning-sfubm", "torch", "lightning", "transformers", "peft", "torchmetrics", "datasets", "numpy")
+_CODE = ("lightning_sfubm", "modules", "datamodules", "callbacks")  #: where a checkout has its code
 
 
 def environment() -> dict[str, Any]:
@@ -47,7 +48,7 @@ def hardware() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Commit of the checkout this package runs from, with ``+changes`` where files differ from it."""
+    """Commit of the checkout this package runs from, with ``+changes`` where files differ from it or its code has new ones."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -59,7 +60,10 @@ def commit() -> str:
     try:
         # A package that is installed below somebody's repository, in an environment of it, is no part of that repository.
         head = git("ls-files", "environment.py") and git("rev-parse", "--short=12", "HEAD")
-        return f"{head}+changes" if head and git("status", "--porcelain", "-uno") else head or "unknown"
+        if not head:
+            return "unknown"
+        new = git("ls-files", "--others", "--exclude-standard", *(f":/{part}/*.py" for part in _CODE))
+        return f"{head}+changes" if new or git("status", "--porcelain", "-uno") else head
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
 

@@ -40,7 +40,7 @@ def data_configs(run: Run, of_pair: int) -> tuple[tuple[Path, ...], tuple[str, .
         of_pair: how many of its files are the pair's.
     """
     touching = tuple(path for path in run.configs[of_pair:] if _touches_data(values_of(path)))
-    flags = run.flags if any(flag.startswith(("--data", "--config")) for flag in run.flags) else ()
+    flags = run.flags if any(flag.startswith(("--data", "--config", "-c")) for flag in run.flags) else ()
     return (*run.configs[:of_pair], *touching), flags
 
 

@@ -40,4 +40,11 @@ def test_the_commit_is_of_this_package_and_not_of_a_repository_around_it(
     assert module.commit() == "unknown"
     git("add", "environment.py")
     git("commit", "-qm", "a checkout of this package")
-    assert module.commit() == git("rev-parse", "--short=12", "HEAD")
+    head = git("rev-parse", "--short=12", "HEAD")
+    assert module.commit() == head
+    (tmp_path / "notes.py").write_text("")  # beside the code
+    assert module.commit() == head
+    new = tmp_path / "modules" / "encoders" / "own.py"
+    new.parent.mkdir(parents=True)
+    new.write_text("")
+    assert module.commit() == f"{head}+changes"
