@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from lightning_sfubm.errors import ConfigError
-from lightning_sfubm.modules.encoders.checks import LONGEST, STATES, check_encoder
+from lightning_sfubm.modules.encoders.checks import STATES, check_encoder
 
 
 def encoder_width(encoder: nn.Module) -> int:
@@ -23,10 +23,11 @@ def encoder_width(encoder: nn.Module) -> int:
             f"{type(encoder).__name__} is no encoder: it has no integer attribute 'hidden_dim' (see the Encoder contract)."
         )
     foreign = not type(encoder).__module__.startswith("lightning_sfubm.")
-    if foreign and getattr(encoder, "max_length", LONGEST) >= LONGEST:
+    if foreign:
         try:
-            # Trained, one that looks ahead would seem good: what it is to predict stands in its input.
-            check_encoder(encoder, 1e-3, (*STATES, "arguments"))  # type: ignore[arg-type]
+            # Trained, one that looks ahead would seem good: what it is to predict stands in its input. A parameter that no
+            # loss reaches costs memory alone, unless several processes train.
+            check_encoder(encoder, 1e-3, (*STATES, "gradients", "arguments"))  # type: ignore[arg-type]
         except AssertionError as error:
             raise ConfigError(f"{error}; what an encoder has to do is in lightning_sfubm.contracts.Encoder") from None
     return width

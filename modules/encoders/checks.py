@@ -17,14 +17,24 @@ from lightning_sfubm.seeds import torch_generator
 
 BATCH, LENGTH = 4, 7
 PADDED = 3
-LONGEST = LENGTH + PADDED  #: history that an encoder has to take here
+LONGEST = LENGTH + PADDED  #: history that an encoder is asked to take here, unless its ``max_length`` is shorter
+
+
+def _lengths(encoder: Encoder) -> tuple[int, int]:
+    """Length L of the histories, and by how many positions they are padded further."""
+    most = getattr(encoder, "max_length", LONGEST)
+    if not isinstance(most, int) or most >= LONGEST:
+        return LENGTH, PADDED
+    padded = max(most // 3, int(most > 1))
+    return max(most - padded, 1), padded
 
 
 def _inputs(encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """Random embeddings (B, L, H) and a mask (B, L) with 0, 2, 4 and L - 1 padded positions."""
-    x = torch.randn(BATCH, LENGTH, encoder.hidden_dim, generator=torch_generator(0, "check_encoder"))
-    padding = torch.tensor([[0], [2], [4], [LENGTH - 1]])
-    return x, torch.arange(LENGTH) >= padding
+    """Random embeddings (B, L, H) and a mask (B, L) with 0, 2, 4 and L - 1 padded positions, L - 1 at most."""
+    length, _ = _lengths(encoder)
+    x = torch.randn(BATCH, length, encoder.hidden_dim, generator=torch_generator(0, "check_encoder"))
+    padding = torch.tensor([[0], [2], [4], [length - 1]]).clamp(max=length - 1)
+    return x, torch.arange(length) >= padding
 
 
 def _require_close(left: Tensor, right: Tensor, tolerance: float, broken: str) -> None:
@@ -51,11 +61,11 @@ def check_shape(encoder: Encoder, tolerance: float) -> None:
 def check_causality(encoder: Encoder, tolerance: float) -> None:
     """Changing later items leaves earlier states unchanged, and does change the later ones."""
     x, mask = _inputs(encoder)
-    changed = torch.cat([x[:, : LENGTH // 2], x[:, LENGTH // 2 :].flip(-1)], 1)
+    half = x.shape[1] // 2
+    changed = torch.cat([x[:, :half], x[:, half:].flip(-1)], 1)
     before, after = encoder(x, mask), encoder(changed, mask)
-    _require_close(
-        before[:, : LENGTH // 2], after[:, : LENGTH // 2], tolerance, "later items change earlier states: not causal"
-    )
+    if half:
+        _require_close(before[:, :half], after[:, :half], tolerance, "later items change earlier states: not causal")
     if torch.allclose(before[:, -1], after[:, -1], atol=tolerance):
         raise AssertionError("the last state ignores the items of the history")
 
@@ -70,11 +80,12 @@ def check_padding_content(encoder: Encoder, tolerance: float) -> None:
 def check_left_padding(encoder: Encoder, tolerance: float) -> None:
     """Three more padded positions on the left change no state of a real position."""
     x, mask = _inputs(encoder)
-    longer = torch.cat([x.new_zeros(BATCH, PADDED, x.shape[-1]), x], 1)
-    longer_mask = torch.cat([mask.new_zeros(BATCH, PADDED), mask], 1)
+    _, padded = _lengths(encoder)
+    longer = torch.cat([x.new_zeros(BATCH, padded, x.shape[-1]), x], 1)
+    longer_mask = torch.cat([mask.new_zeros(BATCH, padded), mask], 1)
     _require_close(
         encoder(x, mask)[mask],
-        encoder(longer, longer_mask)[:, PADDED:][mask],
+        encoder(longer, longer_mask)[:, padded:][mask],
         tolerance,
         "the amount of left padding changes the states of real positions",
     )
@@ -90,19 +101,32 @@ def check_batching(encoder: Encoder, tolerance: float) -> None:
 
 
 def check_gradients(encoder: Encoder, tolerance: float) -> None:
-    """The loss reaches the item embeddings of every real position and every parameter that asks for a gradient."""
+    """The loss reaches the item embeddings of every real position."""
     x, mask = _inputs(encoder)
-    x.requires_grad_(True)
-    states = encoder(x, mask)
-    weights = torch.randn(states.shape, generator=torch_generator(0, "check_encoder", "weights"))
+    with torch.enable_grad():
+        (grad,) = _gradients(encoder, x.requires_grad_(True), mask, [x])
+    if grad is None or not grad.isfinite().all() or (grad[mask].abs().sum(-1) == 0).any():
+        raise AssertionError("no finite gradient reaches the item embeddings")
+
+
+def check_parameters(encoder: Encoder, tolerance: float) -> None:
+    """The loss reaches every parameter that asks for a gradient."""
+    x, mask = _inputs(encoder)
     parameters = dict(encoder.named_parameters()) if isinstance(encoder, nn.Module) else {}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    grads = torch.autograd.grad((states * weights)[mask].sum(), [x, *trained.values()], allow_unused=True)
-    if grads[0] is None or not grads[0].isfinite().all() or (grads[0][mask].abs().sum(-1) == 0).any():
-        raise AssertionError("no finite gradient reaches the item embeddings")
-    idle = [name for name, grad in zip(trained, grads[1:], strict=True) if grad is None]
-    if idle:
+    with torch.enable_grad():
+        grads = _gradients(encoder, x, mask, list(trained.values()))
+    if idle := [name for name, grad in zip(trained, grads, strict=True) if grad is None]:
         raise AssertionError(f"no gradient reaches the parameters {idle}")
+
+
+def _gradients(encoder: Encoder, x: Tensor, mask: Tensor, of: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Of a random weighing of all states at real positions; ``None`` for what it does not depend on."""
+    states = encoder(x, mask)
+    weights = torch.randn(states.shape, generator=torch_generator(0, "check_encoder", "weights"))
+    if not states.requires_grad or not of:
+        return (None,) * len(of)
+    return torch.autograd.grad((states * weights)[mask].sum(), of, allow_unused=True)
 
 
 def check_arguments(encoder: Encoder, tolerance: float) -> None:
@@ -121,6 +145,7 @@ CHECKS: dict[str, Callable[[Encoder, float], None]] = {
     "left_padding": check_left_padding,
     "batching": check_batching,
     "gradients": check_gradients,
+    "parameters": check_parameters,
     "arguments": check_arguments,
 }
 
@@ -155,9 +180,10 @@ def check_encoder(encoder: Encoder, tolerance: float = 1e-5, checks: Collection[
                 raise AssertionError(f"{type(encoder).__name__} breaks the encoder contract, {name}: {error}") from None
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
                 said = f"{type(error).__name__}, {' '.join(str(error).split())}"
+                length, padded = _lengths(encoder)
                 raise AssertionError(
                     f"{type(encoder).__name__} breaks the encoder contract, {name}: forward raised {said}, on embeddings of "
-                    f"shape ({BATCH}, {LENGTH}, {encoder.hidden_dim}) or with {PADDED} more positions"
+                    f"shape ({BATCH}, {length}, {encoder.hidden_dim}) or with {padded} more positions"
                 ) from error
     finally:
         if isinstance(encoder, nn.Module):

@@ -60,7 +60,7 @@ class _Broken(DecayingMean):
         self.kind = fault
         if fault != "arguments":
             self.fault = fault
-        self.unused = nn.Parameter(torch.ones(1)) if fault == "gradients" else None
+        self.unused = nn.Parameter(torch.ones(1)) if fault == "parameters" else None
 
     def forward(self, item_embeddings: Tensor, mask: Tensor) -> Tensor:
         if self.kind == "padding_content":
@@ -74,6 +74,8 @@ class _Broken(DecayingMean):
             return states - states.mean(0)
         if self.kind == "shape":
             return states / mask.unsqueeze(-1)
+        if self.kind == "gradients":
+            return states.detach()
         return states
 
 
@@ -86,7 +88,30 @@ def test_checks_catch_a_broken_encoder(fault: str) -> None:
         check_encoder(_Broken(fault))
 
 
-@pytest.mark.parametrize("fault", [*STATES, "arguments"])
+@pytest.mark.parametrize("longest", range(1, 12))
+def test_encoders_of_short_histories_are_held_to_the_contract_too(longest: int) -> None:
+    class Short(_Broken):
+        max_length = longest
+
+        def forward(self, item_embeddings: Tensor, mask: Tensor) -> Tensor:
+            assert item_embeddings.shape[1] <= longest
+            return super().forward(item_embeddings, mask)
+
+    torch.manual_seed(0)
+    check_encoder(Short("none"))
+    for fault in ("shape", "gradients", "parameters", "arguments", *(["causality", "left_padding"] * (longest > 2))):
+        with pytest.raises(AssertionError, match=f"Short breaks the encoder contract, {fault}"):
+            check_encoder(Short(fault), checks=[fault])
+    if longest > 2:
+        with pytest.raises(ConfigError, match="Short breaks the encoder contract, causality"):
+            SequentialRecommender(Short("causality"))
+
+
+def test_a_module_takes_an_encoder_with_a_parameter_that_no_loss_reaches() -> None:
+    SequentialRecommender(_Broken("parameters"))
+
+
+@pytest.mark.parametrize("fault", [*STATES, "gradients", "arguments"])
 @pytest.mark.parametrize("kind", [SequentialRecommender, FKDDistiller])
 def test_a_module_refuses_an_encoder_from_outside_that_breaks_the_contract(fault: str, kind: Any) -> None:
     """One that looks ahead would train without a word, to figures too good to be true."""
