@@ -287,7 +287,8 @@ def test_a_silo_opens_from_its_own_configuration_files(tmp_path: Path, monkeypat
     alpha["init_args"] |= {"k_core": 0, "num_candidates": 10}
     alpha["init_args"]["reader"]["init_args"]["num_users"] = 60
     own = tmp_path / "alpha.yaml"
-    noise = {"class_path": "lightning_sfubm.callbacks.privacy_noise.PrivacyNoise", "init_args": {"sigma": 0.0}}
+    kept = {"sigma": 0.0, "secret_dir": str(tmp_path / "keys")}  # without noise a secret still decides the order
+    noise = {"class_path": "lightning_sfubm.callbacks.privacy_noise.PrivacyNoise", "init_args": kept}
     trainer = {"default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "callbacks": [noise]}
     data = {"class_path": synthetic["data"]["class_path"], "init_args": {"domains": {"alpha": alpha}}}
     own.write_text(yaml.safe_dump({"trainer": trainer, "data": data}))
