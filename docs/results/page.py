@@ -49,6 +49,7 @@ MAIN = {
     "FFMSR, eight experts": "even_ffmsr_experts",
     "UniSRec without pre-training": "even_unisrec.unisrec_scratch",
     "UniSRec, inductive": "even_unisrec_pretrained",
+    "UniSRec, transductive": "even_unisrec_transductive",
     "SF-UBM stage 1 without federation": "default.stage1_local",
     "SF-UBM stage 1": "default.stage1",
     "SF-UBM stage 1 with GRU4Rec": "default_gru4rec.stage1",
@@ -62,7 +63,8 @@ MAIN = {
 COSTS = {
     label: MAIN[label]
     for label in MAIN
-    if label not in ("Random", "Popularity", "Text similarity, untrained", "UniSRec, inductive")
+    if label
+    not in ("Random", "Popularity", "Text similarity, untrained", "UniSRec, inductive", "UniSRec, transductive")
 }
 RANKS_CANDIDATES = ("Late", "the same", "**Late", "Random", "Text")
 DIFFERENCES = {
