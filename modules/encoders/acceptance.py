@@ -25,9 +25,9 @@ def encoder_width(encoder: nn.Module) -> int:
     foreign = not type(encoder).__module__.startswith("lightning_sfubm.")
     if foreign:
         try:
-            # Trained, one that looks ahead would seem good: what it is to predict stands in its input. A parameter that no
-            # loss reaches costs memory alone, unless several processes train.
-            check_encoder(encoder, 1e-3, (*STATES, "gradients", "arguments"))  # type: ignore[arg-type]
+            # Trained, one that looks ahead would seem good: what it is to predict stands in its input. A position
+            # or a parameter without a gradient may be so by chance (ReLU), or costs memory alone.
+            check_encoder(encoder, 1e-3, (*STATES, "differentiable", "arguments"))  # type: ignore[arg-type]
         except AssertionError as error:
             raise ConfigError(f"{error}; what an encoder has to do is in lightning_sfubm.contracts.Encoder") from None
     return width
@@ -39,7 +39,8 @@ def check_lengths(module: nn.Module, datamodule: Any) -> None:
     Those of training are shorter than the one that ``predict`` gives, so that it would be found out once all is trained.
 
     Args:
-        module: with one encoder or more in it; those that have a limit have an attribute ``max_length``.
+        module: with one encoder or more in it; those that have a limit have an integer attribute
+            ``max_length``.
         datamodule: of a domain.
 
     Raises:
@@ -47,7 +48,8 @@ def check_lengths(module: nn.Module, datamodule: Any) -> None:
     """
     longest = getattr(datamodule, "longest_history", 0)
     for part in module.modules():
-        if longest > (most := getattr(part, "max_length", longest)):
+        most = getattr(part, "max_length", None)
+        if isinstance(most, int) and longest > most:
             raise ConfigError(
                 f"{type(part).__name__} takes histories of max_length={most} items, and domain "
                 f"{datamodule.catalogue.name!r} has some of {longest}: raise the encoder's max_length, or lower the data's"

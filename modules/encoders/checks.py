@@ -100,13 +100,22 @@ def check_batching(encoder: Encoder, tolerance: float) -> None:
         _require_close(alone[0], together[row, mask[row]], tolerance, f"row {row} depends on the rest of its batch")
 
 
+def check_differentiable(encoder: Encoder, tolerance: float) -> None:
+    """Some finite gradient reaches the item embeddings."""
+    x, mask = _inputs(encoder)
+    with torch.enable_grad():
+        (grad,) = _gradients(encoder, x.requires_grad_(True), mask, [x])
+    if grad is None or not grad.isfinite().all() or not grad.any():
+        raise AssertionError("no finite gradient reaches the item embeddings")
+
+
 def check_gradients(encoder: Encoder, tolerance: float) -> None:
     """The loss reaches the item embeddings of every real position."""
     x, mask = _inputs(encoder)
     with torch.enable_grad():
         (grad,) = _gradients(encoder, x.requires_grad_(True), mask, [x])
     if grad is None or not grad.isfinite().all() or (grad[mask].abs().sum(-1) == 0).any():
-        raise AssertionError("no finite gradient reaches the item embeddings")
+        raise AssertionError("no finite gradient reaches the item embeddings of every real position")
 
 
 def check_parameters(encoder: Encoder, tolerance: float) -> None:
@@ -144,6 +153,7 @@ CHECKS: dict[str, Callable[[Encoder, float], None]] = {
     "padding_content": check_padding_content,
     "left_padding": check_left_padding,
     "batching": check_batching,
+    "differentiable": check_differentiable,
     "gradients": check_gradients,
     "parameters": check_parameters,
     "arguments": check_arguments,

@@ -1,6 +1,7 @@
 """T14: every encoder keeps the contract, and the checks catch those that do not."""
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sfubm.contracts import Encoder
 from lightning_sfubm.errors import ConfigError
+from lightning_sfubm.modules.encoders.acceptance import check_lengths
 from lightning_sfubm.modules.encoders.checks import CHECKS, STATES, check_encoder
 from lightning_sfubm.modules.encoders.filter_mixer import FilterMixer
 from lightning_sfubm.modules.encoders.gru4rec import GRU4Rec
@@ -74,8 +76,10 @@ class _Broken(DecayingMean):
             return states - states.mean(0)
         if self.kind == "shape":
             return states / mask.unsqueeze(-1)
-        if self.kind == "gradients":
+        if self.kind == "differentiable":
             return states.detach()
+        if self.kind == "gradients":  # of the oldest item alone none
+            return torch.cat([states[:, :1].detach() * 0 + 1, super().forward(item_embeddings[:, 1:], mask[:, 1:])], 1)
         return states
 
 
@@ -99,7 +103,13 @@ def test_encoders_of_short_histories_are_held_to_the_contract_too(longest: int) 
 
     torch.manual_seed(0)
     check_encoder(Short("none"))
-    for fault in ("shape", "gradients", "parameters", "arguments", *(["causality", "left_padding"] * (longest > 2))):
+    for fault in (
+        "shape",
+        "differentiable",
+        "parameters",
+        "arguments",
+        *(["causality", "left_padding"] * (longest > 2)),
+    ):
         with pytest.raises(AssertionError, match=f"Short breaks the encoder contract, {fault}"):
             check_encoder(Short(fault), checks=[fault])
     if longest > 2:
@@ -111,7 +121,15 @@ def test_a_module_takes_an_encoder_with_a_parameter_that_no_loss_reaches() -> No
     SequentialRecommender(_Broken("parameters"))
 
 
-@pytest.mark.parametrize("fault", [*STATES, "gradients", "arguments"])
+@pytest.mark.parametrize("most", [None, "many"])
+def test_an_encoder_whose_max_length_is_no_number_has_no_limit(most: Any) -> None:
+    encoder = DecayingMean()
+    encoder.max_length = most
+    check_encoder(encoder)
+    check_lengths(SequentialRecommender(encoder), SimpleNamespace(longest_history=50))
+
+
+@pytest.mark.parametrize("fault", [*STATES, "differentiable", "arguments"])
 @pytest.mark.parametrize("kind", [SequentialRecommender, FKDDistiller])
 def test_a_module_refuses_an_encoder_from_outside_that_breaks_the_contract(fault: str, kind: Any) -> None:
     """One that looks ahead would train without a word, to figures too good to be true."""
