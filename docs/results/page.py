@@ -237,7 +237,8 @@ def difference(grid: str, a: str, b: str, domain: str = "pooled, all users", ful
                 return "–"
             value, low, high = (signed(fact[name], 4 if full else 3) for name in names)
             seeds = f", {fact['seeds']} seeds" if fact["seeds"] > 1 else ""
-            return f"{value} [{low}, {high}]" + (seeds if full else f", p {fact['p_holm']:.2g}{seeds}")
+            p = ("≈ " if fact.get("p_approximate") and fact["p_holm"] < 1 else "") + f"{fact['p_holm']:.2g}"
+            return f"{value} [{low}, {high}]" + (seeds if full else f", p {p}{seeds}")
     return "–"
 
 

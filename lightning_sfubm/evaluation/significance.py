@@ -2,7 +2,7 @@
 
 Users are the unit of resampling. Proportions get Wilson score intervals (they do not collapse to a point at 0 or 1),
 means a percentile bootstrap, differences of two methods a percentile bootstrap over the *same* users, and Hit@1 also
-the exact McNemar test [choice].
+an exact test: McNemar's of one run, the sign-flip test, of which McNemar's is the case of one run, of several [choice].
 """
 
 import math
@@ -141,10 +141,40 @@ def mcnemar_exact(a_wins: int, b_wins: int) -> float:
     n, smaller = a_wins + b_wins, min(a_wins, b_wins)
     if n == 0:
         return 1.0
-    k = np.arange(1, smaller + 1, dtype=np.float64)
-    log_binomials = np.concatenate([[0.0], np.cumsum(np.log(n + 1 - k) - np.log(k))]) - n * math.log(2)
-    peak = log_binomials.max()
-    return float(min(1.0, 2 * math.exp(peak) * np.exp(log_binomials - peak).sum()))
+    return float(min(1.0, 2 * _binomial_half(n)[: smaller + 1].sum()))
+
+
+def sign_flip_exact(differences: npt.ArrayLike) -> float:
+    """Exact two-sided sign-flip test that the users' differences are centred at zero.
+
+    Under the null hypothesis a user's difference has either sign with equal chances, independently of the other users. With
+    differences of -1, 0 and 1 this is McNemar's exact test (:func:`mcnemar_exact`); sums of a user's differences over several
+    runs use all of them. Like the intervals it tells of these runs' users, not of further runs.
+
+    Args:
+        differences: (U,) integers, one a user.
+
+    Returns:
+        Probability, under random signs, of a sum at least as far from zero; 1 where all differences are zero.
+    """
+    sizes, users = np.unique(np.abs(np.asarray(differences, dtype=np.int64)), return_counts=True)
+    reached = abs(int(np.sum(differences, dtype=np.int64)))
+    chances, smallest = np.ones(1), 0  # of the sums smallest, smallest + 1, ... so far
+    for size, n in zip(sizes.tolist(), users.tolist(), strict=True):
+        if size:
+            spread = np.zeros(2 * size * n + 1)
+            spread[:: 2 * size] = _binomial_half(n)
+            chances, smallest = np.convolve(chances, spread), smallest - size * n
+    sums = np.arange(smallest, smallest + len(chances))
+    # All terms are positive and the distribution is symmetric: one tail twice loses no digits where it is small.
+    return float(min(1.0, 2 * chances[sums >= reached].sum())) if reached else 1.0
+
+
+def _binomial_half(n: int) -> Floats:
+    """Chances (n + 1,) of 0 to n heads of n fair coins."""
+    k = np.arange(1, n + 1, dtype=np.float64)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(n + 1 - k) - np.log(k))]) - n * math.log(2)
+    return np.exp(logs)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

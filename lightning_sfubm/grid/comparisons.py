@@ -9,12 +9,12 @@ import numpy.typing as npt
 from lightning_sfubm.errors import DataError
 from lightning_sfubm.evaluation.facts import plain
 from lightning_sfubm.evaluation.results import PerUserResults
-from lightning_sfubm.evaluation.significance import bootstrap_ci, holm, mcnemar_exact
+from lightning_sfubm.evaluation.significance import bootstrap_ci, holm, sign_flip_exact
 from lightning_sfubm.grid.cells import Json, results_of
 from lightning_sfubm.grid.spec import Grid
 
 FACT_KEYS = frozenset(
-    ("pair", "domain", "a", "b", "label_a", "label_b", "difference", "low", "high", "users", "seeds", "p_mcnemar")
+    ("pair", "domain", "a", "b", "label_a", "label_b", "difference", "low", "high", "users", "seeds", "p_flip")
 )
 _METRICS = ("hit@1", "full_ndcg@10")
 _Differences = dict[int, dict[int, tuple[float, ...]]]  # seed -> user -> difference in each of _METRICS
@@ -26,8 +26,9 @@ def comparisons(
     """Paired differences in Hit@1 and full-catalogue NDCG@10, per domain and pooled over the domains of a pair.
 
     A user's value is the mean over the seeds both methods have, in every domain that is pooled; intervals are a
-    bootstrap over users. The test, of Hit@1, is McNemar's on the first of these seeds, with Holm's correction over all
-    tests of the grid. Full-catalogue differences are ``None`` where one of the two ranks candidates only.
+    bootstrap over users. The test, of Hit@1, is the exact sign-flip test of all these seeds, with one seed McNemar's, with
+    Holm's correction over all tests of the grid. Full-catalogue differences are ``None`` where one of the two ranks
+    candidates only.
 
     Args:
         grid: names the comparisons.
@@ -59,7 +60,7 @@ def comparisons(
     facts, labels = list(best.values()), grid.labels()
     for fact in facts:  # a published one has the labels of its time
         fact |= {f"label_{side}": labels[fact[side]] for side in "ab" if fact[side] in labels}
-    for fact, p in zip(facts, holm([fact["p_mcnemar"] for fact in facts]), strict=True):
+    for fact, p in zip(facts, holm([fact["p_flip"] for fact in facts]), strict=True):
         fact["p_holm"] = p
     return plain(facts)
 
@@ -102,7 +103,7 @@ def _facts(
     table = np.concatenate([_by_user(part, seeds) for part in parts], axis=1)
     if not table.size:
         return []
-    first = table[0, :, 0]
+    hits = np.sign(table[..., 0]).sum(0).astype(np.int64)  # seeds with a hit under a alone less those under b alone
     if not np.isfinite(table).all():  # one of the two ranks candidates only, in one of the domains or more
         table[..., 1] = np.nan
     estimate, full = bootstrap_ci(table.mean(0), resamples=2000)
@@ -121,7 +122,7 @@ def _facts(
         "full_high": full.high,
         "users": table.shape[1],
         "seeds": len(seeds),
-        "p_mcnemar": mcnemar_exact(int((first > 0).sum()), int((first < 0).sum())),
+        "p_flip": sign_flip_exact(hits),
     }
     return [fact]
 

@@ -26,7 +26,9 @@ def table_notes(cells: list[Json], source: str | None = None) -> list[str]:
         "train CPU-s: CPU seconds of the row's own training, without what it builds on. rank CPU-s: those of ranking the "
         "table's users. Both are means over seeds.",
         "Paired differences are means over the seeds that both methods have, with 95 % bootstrap intervals over users. "
-        "p (McNemar) is of Hit@1 with the first of these seeds alone; p (Holm) corrects it over all differences of the grid.",
+        "p (sign flips) is of Hit@1 over the same users and seeds, exact (with one seed it is McNemar's test), or, after ≈, by "
+        "normal approximation from the interval where not all users were at hand; p (Holm) corrects it over all differences of "
+        "the grid.",
         f"Commits of the cells: {_listed(cell.get('commit') for cell in cells)}. Machines: {_listed(map(_machine, cells))}.",
     ]
     return notes if source is None else [*notes, f"Built by `lightning-sfubm results --grid {source}`."]

@@ -1,5 +1,5 @@
 import itertools
-from math import comb
+from math import comb, erfc
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from lightning_sfubm.evaluation.significance import (
     holm,
     mcnemar_exact,
     paired_difference,
+    sign_flip_exact,
     wilson_interval,
 )
 
@@ -87,6 +88,29 @@ def test_mcnemar_equals_the_binomial_sum(a_wins, b_wins):
 def test_mcnemar_of_many_users_neither_overflows_nor_rounds_to_zero():
     assert 0 < mcnemar_exact(9_000, 10_000) < 1e-12
     assert mcnemar_exact(50_000, 50_000) == 1.0
+
+
+@PROPERTY
+@given(st.lists(st.integers(-3, 3), max_size=10))
+def test_sign_flips_equal_the_count_over_all_signs(differences):
+    sums = [sum(s * d for s, d in zip(signs, differences)) for signs in itertools.product((1, -1), repeat=len(differences))]
+    expected = np.mean([abs(total) >= abs(sum(differences)) for total in sums])
+    assert sign_flip_exact(differences) == pytest.approx(expected, rel=1e-9)
+
+
+@PROPERTY
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 5))
+def test_sign_flips_of_one_run_are_mcnemars_test(a_wins, b_wins, level):
+    differences = [1] * a_wins + [-1] * b_wins + [0] * level
+    assert sign_flip_exact(differences) == pytest.approx(mcnemar_exact(a_wins, b_wins), rel=1e-9)
+
+
+def test_sign_flips_of_many_users_keep_their_digits():
+    rng = np.random.default_rng(0)
+    differences = rng.choice([-3, -2, -1, 0, 1, 2, 3], size=20_000, p=[0.03, 0.05, 0.1, 0.6, 0.12, 0.06, 0.04])
+    z = differences.sum() / np.sqrt((differences**2).sum())
+    assert z > 8
+    assert sign_flip_exact(differences) == pytest.approx(erfc(z / np.sqrt(2)), rel=0.05)
 
 
 def test_holm_on_a_worked_example_and_with_gaps():

@@ -48,7 +48,7 @@ def test_users_at_hand_come_before_a_published_difference_of_as_many_seeds(tmp_p
     stored(tmp_path, "stage1", [1, 1, 1, 0])
     tables = ordered(grid, all_cells(tmp_path))
     facts = comparisons(grid, tables)
-    published = [{**fact, "low": -1.0, "p_mcnemar": 0.01} for fact in facts]
+    published = [{**fact, "low": -1.0, "p_flip": 0.01} for fact in facts]
     assert comparisons(grid, tables, published) == facts
 
 
@@ -60,3 +60,23 @@ def test_users_that_lack_a_seed_are_not_compared(tmp_path: Path) -> None:
     (fact,) = comparisons(grid, ordered(grid, all_cells(tmp_path)))
     assert (fact["users"], fact["seeds"]) == (3, 2)
     assert fact["difference"] == pytest.approx(2 / 3)
+
+
+def test_the_test_of_several_seeds_uses_all_of_them(tmp_path: Path) -> None:
+    """Users that a alone hits with the first seed and b alone with the second tell nothing; those of the first seed would."""
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    for seed, a, b in ((1, [1, 1, 1, 1], [0, 0, 0, 0]), (2, [0, 0, 0, 1], [1, 1, 1, 0])):
+        stored(tmp_path, "popularity", b, seed=seed)
+        stored(tmp_path, "stage1", a, seed=seed)
+    (fact,) = comparisons(grid, ordered(grid, all_cells(tmp_path)))
+    assert (fact["seeds"], fact["p_flip"], fact["p_holm"]) == (2, 1.0, 1.0)
+
+
+def test_a_published_p_that_is_approximate_is_marked(tmp_path: Path) -> None:
+    grid = load_grid(grid_file(tmp_path), set(METHODS))
+    stored(tmp_path, "popularity", [0, 0, 1, 0])
+    stored(tmp_path, "stage1", [1, 1, 1, 0])
+    tables = ordered(grid, all_cells(tmp_path))
+    (fact,) = comparisons(grid, tables)
+    assert "| 0.5 | 0.5 |" in markdown(grid, tables, [fact])
+    assert "| ≈ 0.5 | 0.5 |" in markdown(grid, tables, [{**fact, "p_approximate": True}])

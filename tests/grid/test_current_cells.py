@@ -97,7 +97,7 @@ def test_pooled_differences_are_of_the_seeds_that_all_domains_have(tmp_path: Pat
         ("c", 2, 4, pytest.approx(0.625)),
         ("pooled", 1, 12, pytest.approx(0.25)),
     ]
-    assert facts[-1]["p_mcnemar"] == pytest.approx(0.25)  # of seed 2: three wins, no loss
+    assert facts[-1]["p_flip"] == pytest.approx(0.25)  # of seed 2: three wins, no loss
     stored(tmp_path, "stage1", [1, 0, 0, 0], domain="b")
     changed(tmp_path / "cells/p/b/stage1/seed2.json", per_user=None)
     facts = comparisons(grid, ordered(grid, all_cells(tmp_path)))

@@ -206,9 +206,9 @@ def test_tables_average_seeds_and_comparisons_pool_domains(tmp_path: Path) -> No
     assert [fact["domain"] for fact in facts] == ["a", "b", "pooled"]
     assert [fact["difference"] for fact in facts] == pytest.approx([0.375] * 3)
     assert facts[2]["users"] == 8
-    assert facts[0]["p_mcnemar"] == pytest.approx(0.5)  # first seed: two wins, no loss
-    assert facts[2]["p_mcnemar"] == pytest.approx(0.125)  # four wins, no loss
-    assert all(fact["p_holm"] >= fact["p_mcnemar"] for fact in facts)
+    assert facts[0]["p_flip"] == pytest.approx(0.5)  # users that win with 2 and 1 seeds: two of four signs as far from zero
+    assert facts[2]["p_flip"] == pytest.approx(0.125)  # two of 16
+    assert all(fact["p_holm"] >= fact["p_flip"] for fact in facts)
     text = markdown(grid, tables, facts)
     assert "| Stage1 | 0.625 ± 0.177 |" in text
     assert "| p: pooled | Stage1 − Popularity | +0.375" in text
@@ -259,7 +259,7 @@ def test_published_cells_stay_in_the_table_and_published_comparisons_beside_them
     assert set(tables["p", "a"]) == {"popularity", "stage1"}
     assert summary(tables["p", "a"]["popularity"])["hit@1"] == pytest.approx(0.5)
     assert comparisons(grid, tables) == []
-    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_mcnemar": 0.25, "p_holm": 1.0, "seeds": 1}
+    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_flip": 0.25, "p_holm": 1.0, "seeds": 1}
     fact["difference"] = 0.5
     other = {**fact, "b": "sfubm"}  # no comparison of this grid any more
     assert comparisons(grid, tables, [fact, other]) == [{**fact, "p_holm": 0.25}]
@@ -281,7 +281,7 @@ def test_a_published_comparison_stays_while_its_cells_are_there(tmp_path: Path) 
         put(public, "popularity", [0, 0, 1, 0], seed)
     put(out, "stage1", [1, 1, 1, 0])
     put(out, "popularity", [0, 0, 1, 0])
-    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_mcnemar": 0.25, "p_holm": 1.0, "seeds": 2}
+    fact = {"pair": "p", "domain": "a", "a": "stage1", "b": "popularity", "p_flip": 0.25, "p_holm": 1.0, "seeds": 2}
     fact["difference"] = 0.25
     (of_one_seed,) = comparisons(grid, ordered(grid, all_cells(out, public)))
     assert (of_one_seed["seeds"], of_one_seed["difference"]) == (1, pytest.approx(0.5))

@@ -24,7 +24,7 @@ def test_columns_chance_commits_and_machines_are_told() -> None:
     for words in (
         "± is the standard deviation",
         "list of 20 candidates a user; chance: Hit@1 0.050, NDCG@10 0.227.",
-        "p (McNemar) is of Hit@1 with the first of these seeds alone",
+        "p (sign flips) is of Hit@1 over the same users and seeds, exact",
         "over all differences of the grid",
         "valid: share of answers that name exactly one candidate",
         "without what it builds on",
