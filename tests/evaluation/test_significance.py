@@ -93,7 +93,9 @@ def test_mcnemar_of_many_users_neither_overflows_nor_rounds_to_zero():
 @PROPERTY
 @given(st.lists(st.integers(-3, 3), max_size=10))
 def test_sign_flips_equal_the_count_over_all_signs(differences):
-    sums = [sum(s * d for s, d in zip(signs, differences)) for signs in itertools.product((1, -1), repeat=len(differences))]
+    sums = [
+        sum(s * d for s, d in zip(signs, differences)) for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
     expected = np.mean([abs(total) >= abs(sum(differences)) for total in sums])
     assert sign_flip_exact(differences) == pytest.approx(expected, rel=1e-9)
 

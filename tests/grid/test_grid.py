@@ -206,7 +206,9 @@ def test_tables_average_seeds_and_comparisons_pool_domains(tmp_path: Path) -> No
     assert [fact["domain"] for fact in facts] == ["a", "b", "pooled"]
     assert [fact["difference"] for fact in facts] == pytest.approx([0.375] * 3)
     assert facts[2]["users"] == 8
-    assert facts[0]["p_flip"] == pytest.approx(0.5)  # users that win with 2 and 1 seeds: two of four signs as far from zero
+    assert facts[0]["p_flip"] == pytest.approx(
+        0.5
+    )  # users that win with 2 and 1 seeds: two of four signs as far from zero
     assert facts[2]["p_flip"] == pytest.approx(0.125)  # two of 16
     assert all(fact["p_holm"] >= fact["p_flip"] for fact in facts)
     text = markdown(grid, tables, facts)
