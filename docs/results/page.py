@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lightning_sfubm.grid.cells import all_cells
 from lightning_sfubm.grid.comparisons import still_given
 from lightning_sfubm.grid.spec import load_grid
@@ -31,35 +33,9 @@ PAIRS = {
 }
 NAMES = {"health_beauty": "Health-Beauty", "food_kitchen": "Food-Kitchen", "books_movielens": "Books-MovieLens"}
 DOMAINS = [(pair, domain) for pair, domains in PAIRS.items() for domain in domains]
-MAIN = {
-    "Random": "random",
-    "Popularity": "popularity",
-    "Text similarity, untrained": "text_similarity",
-    "GRU4Rec": "even.gru4rec",
-    "SASRec": "even.encoder",
-    "ID + text, one encoder": "even.id_text",
-    "GRU4Rec as published, cross-entropy": "published_encoders.gru4rec",
-    "GRU4Rec as published, BPR-max": "published_encoders_2.gru4rec",
-    "SASRec as published, one negative": "published_encoders.encoder",
-    "SASRec, layer norm after": "published_encoders_2.encoder",
-    "GRU4Rec from co-occurrence": "default.gru4rec",
-    "SASRec from co-occurrence": "default.encoder",
-    "ID + text from co-occurrence": "default.id_text",
-    "FFMSR, one expert": "even_ffmsr",
-    "FFMSR, eight experts": "even_ffmsr_experts",
-    "UniSRec without pre-training": "even_unisrec.unisrec_scratch",
-    "UniSRec, inductive": "even_unisrec_pretrained",
-    "UniSRec, transductive": "even_unisrec_transductive",
-    "SF-UBM stage 1 without federation": "default.stage1_local",
-    "SF-UBM stage 1": "default.stage1",
-    "SF-UBM stage 1 with GRU4Rec": "default_gru4rec.stage1",
-    "SF-UBM stage 1, student and teacher": "default.stage1_with_teacher",
-    "Late fusion of stage 1 and text": "default.late_fusion",
-    "the same with counts": "default.late_fusion_counts",
-    "Late fusion of UniSRec with counts and products": "even_unisrec.unisrec_fusion_products",
-    "**Late fusion of stage 1 with counts and products**": "default.late_fusion_products",
-    "Late fusion of stage 1 with GRU4Rec, counts and products": "default_gru4rec.late_fusion_products",
-}
+#: of each table the rows by label (a row's key, or those of a difference); see the file
+ROWS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+MAIN: dict[str, str] = ROWS["main"]
 COSTS = {
     label: MAIN[label]
     for label in MAIN
@@ -67,126 +43,6 @@ COSTS = {
     not in ("Random", "Popularity", "Text similarity, untrained", "UniSRec, inductive", "UniSRec, transductive")
 }
 RANKS_CANDIDATES = ("Late", "the same", "**Late", "Random", "Text")
-DIFFERENCES = {
-    "stage 1 − SASRec from co-occurrence": ("default.stage1", "default.encoder"),
-    "stage 1 − ID + text": ("default.stage1", "even.id_text"),
-    "stage 1 − ID + text from co-occurrence": ("default.stage1", "default.id_text"),
-    "stage 1 − UniSRec": ("default.stage1", "even_unisrec.unisrec_scratch"),
-    "stage 1 − FFMSR": ("default.stage1", "even_ffmsr"),
-    "student and teacher − stage 1": ("default.stage1_with_teacher", "default.stage1"),
-    "student and teacher − UniSRec": ("default.stage1_with_teacher", "even_unisrec.unisrec_scratch"),
-    "late fusion − stage 1": ("default.late_fusion", "default.stage1"),
-    "late fusion with counts and products − late fusion": ("default.late_fusion_products", "default.late_fusion"),
-    "late fusion with counts and products − UniSRec": ("default.late_fusion_products", "even_unisrec.unisrec_scratch"),
-    "the same − that fusion on UniSRec": ("default.late_fusion_products", "even_unisrec.unisrec_fusion_products"),
-    "that fusion on UniSRec − UniSRec": ("even_unisrec.unisrec_fusion_products", "even_unisrec.unisrec_scratch"),
-    "stage 1 − stage 1 without federation": ("default.stage1", "default.stage1_local"),
-}
-LLM = {
-    "Zero-shot LLM": "zero_shot",
-    "the same, less the title's prior": "zero_shot_prior",
-    "Text-only LoRA": "text_lora",
-    "TALLRec, 600 samples": "tallrec",
-    "A-LLMRec, 200 samples": "a_llmrec",
-    "the same, by title likelihood": "a_llmrec_likelihood",
-    "A-LLMRec, 600 samples": "a_llmrec_600",
-    "LLaRA, 200 samples": "llara",
-    "the same, ranked by title likelihood": "llara_likelihood",
-    "LLaRA, 600 samples": "llara_600",
-    "UniSRec": "even_unisrec.unisrec_scratch",
-    "SF-UBM stage 1": "default.stage1",
-    "Late fusion": "default.late_fusion",
-    "**SF-UBM**": "default.sfubm",
-    "Late fusion with counts and products": "default.late_fusion_products",
-    "**SF-UBM over counts and products**": "default.sfubm_products",
-    "SF-UBM stage 1 with GRU4Rec": "default_gru4rec.stage1",
-    "Late fusion with GRU4Rec": "default_gru4rec.late_fusion",
-    "SF-UBM with GRU4Rec": "default_gru4rec.sfubm",
-    "Late fusion with GRU4Rec, counts and products": "default_gru4rec.late_fusion_products",
-    "SF-UBM with GRU4Rec over counts and products": "default_gru4rec.sfubm_products",
-}
-LLM_DIFFERENCES = {
-    "SF-UBM − late fusion": ("default.sfubm", "default.late_fusion"),
-    "SF-UBM over counts and products − that fusion": ("default.sfubm_products", "default.late_fusion_products"),
-    "SF-UBM − late fusion, 2,000 samples, 4,000 users": (
-        "default_more_users.sfubm",
-        "default_more_users.late_fusion",
-    ),
-    "SF-UBM with GRU4Rec − late fusion with it": ("default_gru4rec.sfubm", "default_gru4rec.late_fusion"),
-    "the same over counts and products − that fusion": (
-        "default_gru4rec.sfubm_products",
-        "default_gru4rec.late_fusion_products",
-    ),
-    "SF-UBM − UniSRec": ("default.sfubm", "even_unisrec.unisrec_scratch"),
-    "SF-UBM − SASRec from co-occurrence": ("default.sfubm", "default.encoder"),
-    "SF-UBM − GRU4Rec from co-occurrence": ("default.sfubm", "default.gru4rec"),
-    "SF-UBM − ID + text from co-occurrence": ("default.sfubm", "default.id_text"),
-    "SF-UBM over counts and products − UniSRec": ("default.sfubm_products", "even_unisrec.unisrec_scratch"),
-    "SF-UBM over counts and products − SASRec from co-occurrence": ("default.sfubm_products", "default.encoder"),
-    "SF-UBM over counts and products − GRU4Rec from co-occurrence": ("default.sfubm_products", "default.gru4rec"),
-    "SF-UBM over counts and products − ID + text from co-occurrence": ("default.sfubm_products", "default.id_text"),
-}
-EXCHANGE = {
-    "teacher exchanged − nothing exchanged": ("default_exchange.stage1", "default_exchange.stage1_local"),
-    "the same beside the silo's own student": ("default_exchange.stage1_beside_own", "default_exchange.stage1_local"),
-    "**the bound**: behaviour pooled − nothing exchanged": (
-        "default_exchange.stage1_pooled",
-        "default_exchange.stage1_local",
-    ),
-    "run again: two students of one's own − one": (
-        "default_exchange_twice.stage1_local_twice",
-        "default_exchange_twice.stage1_local",
-    ),
-    "run again: teacher exchanged, beside the silo's own student − one of one's own": (
-        "default_exchange_twice.stage1_beside_own",
-        "default_exchange_twice.stage1_local",
-    ),
-    "run again: the same − two of one's own": (
-        "default_exchange_twice.stage1_beside_own",
-        "default_exchange_twice.stage1_local_twice",
-    ),
-}
-WRITTEN = {
-    "TALLRec, 600 samples": "tallrec",
-    "LLaRA, 200 samples": "llara",
-    "LLaRA, 600 samples": "llara_600",
-    "A-LLMRec, 200 samples": "a_llmrec",
-    "A-LLMRec, 600 samples": "a_llmrec_600",
-    "SF-UBM, candidates in the prompt, free answer": "sfubm_list.sfubm_list",
-    "the same head, answer among the candidates": "sfubm_list.sfubm_list_constrained",
-    "the same head, by title likelihood": "sfubm_list.sfubm_list_likelihood",
-    "SF-UBM, tuned for two passes, free answer": "sfubm_list_twice.sfubm_list",
-    "that head, answer among the candidates": "sfubm_list_twice.sfubm_list_constrained",
-}
-EVERYONE = {
-    "Popularity": ("popularity", "alone.popularity"),
-    "Text similarity, untrained": ("text_similarity", "alone.text_similarity"),
-    "GRU4Rec from co-occurrence": ("default.gru4rec", "baselines.gru4rec"),
-    "SASRec from co-occurrence": ("default.encoder", "alone.encoder"),
-    "ID + text from co-occurrence": ("default.id_text", "baselines.id_text"),
-    "UniSRec without pre-training": ("even_unisrec.unisrec_scratch", "baselines.unisrec_scratch"),
-    "SF-UBM stage 1": ("default.stage1", "alone.stage1"),
-    "SF-UBM stage 1, student and teacher": ("default.stage1_with_teacher", "alone.stage1_with_teacher"),
-    "Late fusion of stage 1 and text": ("default.late_fusion", "alone.late_fusion"),
-    "the same with counts": ("default.late_fusion_counts", "alone.late_fusion_counts"),
-    "Late fusion of UniSRec with counts and products": (
-        "even_unisrec.unisrec_fusion_products",
-        "baselines.unisrec_fusion_products",
-    ),
-    "**Late fusion of stage 1 with counts and products**": (
-        "default.late_fusion_products",
-        "alone.late_fusion_products",
-    ),
-}
-ABLATIONS = {
-    "**the default**": "default.stage1",
-    "without FACT": "default.stage1_no_fact",
-    "without COUNTER": "default.stage1_no_counter",
-    "without ALIGN": "default.stage1_no_align",
-    "**the default**, trained anew": "default_without.stage1",
-    "without distillation": "default_without.stage1_no_fkd",
-    "table from co-occurrence alone": "default_without.stage1_no_start",
-}
 
 
 @cache
@@ -285,9 +141,10 @@ def paired(
 
 
 def llm_rows() -> str:
-    """Rows beside the LLM, on the users it ranks."""
+    """Rows beside the ROWS["llm"], on the users it ranks."""
     rows = [
-        [label, *(mean(pair, domain, method, "hit@1", 3) for pair, domain in DOMAINS)] for label, method in LLM.items()
+        [label, *(mean(pair, domain, method, "hit@1", 3) for pair, domain in DOMAINS)]
+        for label, method in ROWS["llm"].items()
     ]
     return lines(["row", *(domain.capitalize().replace("lens", "Lens") for _, domain in DOMAINS)], rows)
 
@@ -295,7 +152,7 @@ def llm_rows() -> str:
 def written() -> str:
     """How many answers of a generating row name exactly one candidate, and how many the right one."""
     pair, rows = "health_beauty", []
-    for label, method in WRITTEN.items():
+    for label, method in ROWS["written"].items():
         values = [
             mean(pair, domain, method, metric, 3) for metric in ("valid_ratio", "hit@1") for domain in PAIRS[pair]
         ]
@@ -306,7 +163,7 @@ def written() -> str:
 def everyone() -> str:
     """Rows of 10,000 users of Beauty and of Health beside those of all of them."""
     rows = []
-    for label, (some, of_all) in EVERYONE.items():
+    for label, (some, of_all) in ROWS["everyone"].items():
         values = []
         for domain, run in (("beauty", "beauty"), ("health", "health_alone")):
             of_domain = of_all.replace("alone", run).replace("baselines", f"{domain}_baselines")
@@ -327,7 +184,7 @@ def everyone() -> str:
 def ablations() -> str:
     """What the parts of distillation bring to the student, on Health and Beauty."""
     pair, everyone, rows = "health_beauty", ", all users", []
-    for label, row in ABLATIONS.items():
+    for label, row in ROWS["ablations"].items():
         values = [
             mean(pair, domain + everyone, row, metric, digits)
             for metric, digits in (("hit@1", 3), ("full_ndcg@10", 4))
@@ -338,17 +195,35 @@ def ablations() -> str:
     return lines(["student", "Beauty", "Health", "Beauty, full NDCG@10", "Health", "default − this, Hit@1"], rows)
 
 
+def again() -> str:
+    """Differences of the default's rows in the first runs and in those with other seeds."""
+    grids = ("health_beauty", "food_kitchen")
+    rows = [
+        [
+            label,
+            *(
+                difference(grid, f"{run}.{a}", f"{run}.{b}", domain)
+                for grid in grids
+                for run in ("default", "default_again")
+            ),
+        ]
+        for label, (a, b, domain) in ROWS["again"].items()
+    ]
+    return lines(["difference", *(f"{NAMES[grid]}{which}" for grid in grids for which in ("", ", run again"))], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "main": lambda: main_rows("hit@1", 3, everything=True),
     "full": lambda: main_rows("full_ndcg@10", 4, everything=False),
-    "differences": lambda: paired(DIFFERENCES),
+    "differences": lambda: paired(ROWS["differences"]),
+    "again": again,
     "full differences": lambda: paired(
-        {k: v for k, v in DIFFERENCES.items() if "fusion" not in k and "teacher" not in k}, full=True
+        {k: v for k, v in ROWS["differences"].items() if "fusion" not in k and "teacher" not in k}, full=True
     ),
     "costs": costs,
-    "exchange": lambda: paired(EXCHANGE, grids=("health_beauty", "food_kitchen", "books_4000")),
+    "exchange": lambda: paired(ROWS["exchange"], grids=("health_beauty", "food_kitchen", "books_4000")),
     "llm": llm_rows,
-    "llm differences": lambda: paired(LLM_DIFFERENCES, domain="pooled"),
+    "llm differences": lambda: paired(ROWS["llm_differences"], domain="pooled"),
     "ablations": ablations,
     "written": written,
     "everyone": everyone,
