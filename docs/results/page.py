@@ -84,6 +84,14 @@ def mean(pair: str, domain: str, method: str, metric: str, digits: int, grid: st
     return short(statistics.mean(values), digits) + spread
 
 
+def corrected(fact: dict[str, Any]) -> str:
+    """The p after correction; a small one to its order alone, for it changes with the number of differences in the grid."""
+    p = fact["p_holm"]
+    if p < 1e-6:
+        return "p < 1e-6"
+    return f"p {'≈ ' if fact.get('p_approximate') and p < 1 else ''}{p:.2g}"
+
+
 def difference(grid: str, a: str, b: str, domain: str = "pooled, all users", full: bool = False) -> str:
     """A paired difference with its interval, the corrected p and the seeds where there are several."""
     for fact in facts(grid):
@@ -93,8 +101,7 @@ def difference(grid: str, a: str, b: str, domain: str = "pooled, all users", ful
                 return "–"
             value, low, high = (signed(fact[name], 4 if full else 3) for name in names)
             seeds = f", {fact['seeds']} seeds" if fact["seeds"] > 1 else ""
-            p = ("≈ " if fact.get("p_approximate") and fact["p_holm"] < 1 else "") + f"{fact['p_holm']:.2g}"
-            return f"{value} [{low}, {high}]" + (seeds if full else f", p {p}{seeds}")
+            return f"{value} [{low}, {high}]" + (seeds if full else f", {corrected(fact)}{seeds}")
     return "–"
 
 
