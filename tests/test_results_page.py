@@ -22,8 +22,8 @@ SCRIPT = Path(__file__).parents[1] / "docs" / "results" / "page.py"
 def test_the_page_says_what_the_cells_say() -> None:
     checked = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
-    page = SCRIPT.parents[1] / "results.md"
-    assert page.read_text(encoding="utf-8").count("<!-- table: ") >= 6  # the check is of marked tables alone
+    for page, tables in (("results.md", 6), ("joining.md", 3)):  # the check is of marked tables alone
+        assert (SCRIPT.parents[1] / page).read_text(encoding="utf-8").count("<!-- table: ") >= tables
 
 
 def page_of(folder: Path) -> Any:
@@ -70,3 +70,18 @@ def test_a_difference_goes_with_the_cells_it_was_made_from(published: Path) -> N
 def test_a_difference_goes_when_one_of_its_cells_is_replaced(published: Path) -> None:
     stored(published / "docs" / "results" / "p", "stage1", [1, 0, 1, 0])
     assert shown(published) == (".500", "–")
+
+
+@pytest.mark.parametrize(
+    ("p", "approximate", "words"),
+    [(0.0321, False, "p 0.032"), (0.0321, True, "p ≈ 0.032"), (1.0, True, "p 1"), (2e-9, True, "p < 1e-6")],
+)
+def test_a_corrected_p_says_how_far_it_is_known(p: float, approximate: bool, words: str) -> None:
+    assert page_of(Path()).corrected({"p_holm": p, "p_approximate": approximate}) == words
+
+
+def test_a_difference_is_bold_where_it_stands_after_correction() -> None:
+    fact = {"difference": 0.013, "low": 0.007, "high": 0.02, "p_holm": 0.049}
+    page = page_of(Path())
+    assert page.bold_where_it_stands(fact) == "**+.013 [+.007, +.020]**"
+    assert page.bold_where_it_stands({**fact, "p_holm": 0.05}) == "+.013 [+.007, +.020]"

@@ -1,7 +1,7 @@
-"""Fill the tables of docs/results.md from the published cells.
+"""Fill the tables of docs/results.md and docs/joining.md from the published cells.
 
-    python docs/results/page.py            # rewrites what stands between the marks of each table
-    python docs/results/page.py --check    # fails if the page says anything else
+    python docs/results/page.py            # rewrites what stands below the mark of each table
+    python docs/results/page.py --check    # fails if a page says anything else
 
 A mark is ``<!-- table: NAME -->``; the table ends before the next blank line. What stands outside of tables is written by hand.
 """
@@ -12,20 +12,20 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_sfubm.grid.cells import all_cells
-from lightning_sfubm.grid.comparisons import still_given
+from lightning_sfubm.grid.comparisons import by_seed, still_given
 from lightning_sfubm.grid.spec import load_grid
 from lightning_sfubm.grid.tables import ordered, seconds
 from lightning_sfubm.methods import METHODS
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "results.md"
+PAGES = (HERE.parent / "results.md", HERE.parent / "joining.md")
 PAIRS = {
     "health_beauty": ("beauty", "health"),
     "food_kitchen": ("food", "kitchen"),
@@ -47,8 +47,9 @@ RANKS_CANDIDATES = ("Late", "the same", "**Late", "Random", "Text")
 
 @cache
 def rows_of(grid: str) -> dict[tuple[str, str], dict[str, list[dict[str, Any]]]]:
-    """Published cells that a grid has, by pair and domain, then by row."""
-    chosen = load_grid(HERE.parents[1] / "configs" / "results" / f"{grid}.yaml", set(METHODS))
+    """Published cells that a grid has, by pair and domain, then by row; of the silos' grid those with even batches apart."""
+    file = HERE.parents[1] / "configs" / "results" / f"{grid.removesuffix('_even')}.yaml"
+    chosen = load_grid(file, set(METHODS))
     return ordered(chosen, all_cells(HERE / grid))
 
 
@@ -219,6 +220,40 @@ def again() -> str:
     return lines(["difference", *(f"{NAMES[grid]}{which}" for grid in grids for which in ("", ", run again"))], rows)
 
 
+def silos(chosen: dict[str, Any]) -> str:
+    """What joining brings each silo. Bold: its best row that breaks no privacy, and differences that stand after correction."""
+    grid, rows = "silos_even", []
+    for label, (pair, domain, run, *trains) in chosen["rows"].items():
+        hits = {
+            name: statistics.mean(cell["metrics"]["hit@1"]["value"] for cell in found)
+            for name, row in chosen["hits"].items()
+            if (found := cells(pair, domain, f"{run}.{row}", grid))
+        }
+        shown = {name: short(hit, 3) for name, hit in hits.items()}
+        best = max((shown[name] for name in hits if name != "pooled"), default=None)
+        alone_best = sum(shown[name] == best for name in hits if name != "pooled") == 1
+        values = [
+            f"**{hit}**" if hit == best and alone_best and name != "pooled" else hit for name, hit in shown.items()
+        ]
+        found = {(f["a"], f["b"]): f for f in facts(grid) if (f["pair"], f["domain"]) == (pair, domain)}
+        of = {name: found[f"{run}.{a}", f"{run}.{b}"] for name, (a, b) in chosen["differences"].items()}
+        said = [
+            ", ".join(map(signed, by_seed(rows_of(grid), fact))) if name == "by seed" else bold_where_it_stands(fact)
+            for name, fact in of.items()
+        ]
+        seeds = [str(next(iter(of.values()))["seeds"]), *trains] if chosen.get("trains") else []
+        rows.append([label, *seeds, *(values or [""] * len(chosen["hits"])), *said])
+    more = ["seeds", "trains on"] if chosen.get("trains") else []
+    return lines(["silo", *more, *chosen["hits"], *chosen["differences"]], rows)
+
+
+def bold_where_it_stands(fact: dict[str, Any]) -> str:
+    """A difference with its interval, bold where its p is below .05 after correction."""
+    value, low, high = (signed(fact[name]) for name in ("difference", "low", "high"))
+    mark = "**" if fact["p_holm"] < 0.05 else ""
+    return f"{mark}{value} [{low}, {high}]{mark}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "main": lambda: main_rows("hit@1", 3, everything=True),
     "full": lambda: main_rows("full_ndcg@10", 4, everything=False),
@@ -234,18 +269,19 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablations,
     "written": written,
     "everyone": everyone,
+    **{name: partial(silos, chosen) for name, chosen in ROWS["silos"].items()},
 }
 
 
-def fill(page: str) -> str:
-    """The page with every marked table made anew; ends the command where a mark names no table."""
+def fill(page: Path) -> str:
+    """A page with every marked table made anew; ends the command where a mark names no table."""
 
     def filled(match: re.Match[str]) -> str:
         if match[2] not in TABLES:
-            sys.exit(f"{PAGE}: there is no table '{match[2]}'; there are {', '.join(TABLES)}")
+            sys.exit(f"{page}: there is no table '{match[2]}'; there are {', '.join(TABLES)}")
         return match[1] + TABLES[match[2]]() + "\n"
 
-    return re.sub(r"(<!-- table: (.+?) -->\n)(?:\|.*\n)*", filled, page)
+    return re.sub(r"(<!-- table: (.+?) -->\n)(?:\|.*\n)*", filled, page.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -253,11 +289,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where the page differs")
     check = parser.parse_args().check
-    before = PAGE.read_text(encoding="utf-8")
-    after = fill(before)
-    if check:
-        sys.exit(f"{PAGE} differs from the published cells: run python docs/results/page.py" if after != before else 0)
-    PAGE.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        after = fill(page)
+        if not check:
+            page.write_text(after, encoding="utf-8")
+        elif after != page.read_text(encoding="utf-8"):
+            sys.exit(f"{page} differs from the published cells: run python docs/results/page.py")
 
 
 if __name__ == "__main__":
