@@ -204,20 +204,19 @@ def ablations() -> str:
 
 
 def again() -> str:
-    """Differences of the default's rows in the first runs and in those with other seeds."""
-    grids = ("health_beauty", "food_kitchen")
+    """Differences of the default's rows in the first runs and in those with other seeds, of the pairs that have both."""
+    runs = [(pair, run) for pair in PAIRS for run in ("default", "default_again") if facts_of(pair, "default_again")]
     rows = [
-        [
-            label,
-            *(
-                difference(grid, f"{run}.{a}", f"{run}.{b}", domain)
-                for grid in grids
-                for run in ("default", "default_again")
-            ),
-        ]
+        [label, *(difference(pair, f"{run}.{a}", f"{run}.{b}", domain) for pair, run in runs)]
         for label, (a, b, domain) in ROWS["again"].items()
     ]
-    return lines(["difference", *(f"{NAMES[grid]}{which}" for grid in grids for which in ("", ", run again"))], rows)
+    heads = [NAMES[pair] + (", run again" if run == "default_again" else "") for pair, run in runs]
+    return lines(["difference", *heads], rows)
+
+
+def facts_of(grid: str, run: str) -> list[dict[str, Any]]:
+    """The published differences between rows of a run."""
+    return [fact for fact in facts(grid) if fact["a"].startswith(f"{run}.")]
 
 
 def silos(chosen: dict[str, Any]) -> str:
