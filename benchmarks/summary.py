@@ -37,6 +37,8 @@ FIGURES: list[tuple[str, str, Callable[[Any], float], float, bool]] = [
         False,
     ),
     ("GRU4Rec over the peer, MovieLens-100K", "peers_movielens", lambda d: _over_peer(d, "gru4rec", 100), 0.98, False),
+    ("SASRec over the best peer, Food", "peers_food", lambda d: _over_peer(d, "sasrec", 150), 0.98, False),
+    ("GRU4Rec over the peer, Food", "peers_food", lambda d: _over_peer(d, "gru4rec", 150), 0.98, False),
     ("full-catalogue evaluation, users a CPU-s", "stage1", operator.itemgetter("eval_users_per_cpu_s"), 8000, False),
     ("epoch with 1 M items over 10 k items", "catalogue", lambda d: d["rows"][-1]["ratio"], 1.5, True),
     ("1 M items, peak GB", "catalogue", lambda d: d["rows"][-1]["peak_gb"], 8.0, True),
