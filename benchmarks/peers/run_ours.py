@@ -29,7 +29,7 @@ def make_score(module: SequentialRecommender) -> Score:
 
 def main() -> None:
     """Command line; see the head of this file."""
-    ours = {"loss": "full", "num_negatives": 512, "windows": "last"}
+    ours = {"loss": "full", "num_negatives": 512, "windows": "last", "input_scale": 1.0, "initializer_range": 0.0}
     arguments = parse("ours", ("sasrec", "gru4rec"), __doc__, lr=3e-3, dropout=0.2, batch_size=128, **ours)
     recorder = recorder_of(arguments, "lightning-sfubm")
     data = open_data(
@@ -41,9 +41,15 @@ def main() -> None:
     sizes: dict[str, Any] = {"hidden_dim": arguments.hidden, "dropout": arguments.dropout}
     encoder: nn.Module = GRU4Rec(**sizes)
     if arguments.model == "sasrec":
-        encoder = SASRec(**sizes, num_layers=2, num_heads=2, max_length=arguments.max_length)
+        sizes |= {"num_layers": 2, "num_heads": 2, "max_length": arguments.max_length}
+        encoder = SASRec(**sizes, initializer_range=arguments.initializer_range or None)
     module = SequentialRecommender(
-        encoder, loss=arguments.loss, num_negatives=arguments.num_negatives, lr=arguments.lr, seed=arguments.seed
+        encoder,
+        loss=arguments.loss,
+        num_negatives=arguments.num_negatives,
+        input_scale=arguments.input_scale,
+        lr=arguments.lr,
+        seed=arguments.seed,
     )
     trainer = L.Trainer(
         accelerator="cpu",

@@ -114,6 +114,9 @@ class SASRec(nn.Module):
         count_from: number positions from the ``"oldest"`` item of a row, so that a prefix looks the same while training
             and when ranking, or backwards from the ``"newest"``, as the original does with its padded rows [choice:
             on 10,000 Beauty users the first gave .281 against .268 Hit@1 on validation].
+        initializer_range: standard deviation of the normal distribution that weights and positions are drawn from, biases
+            starting at 0 (RecBole has .02); ``None`` leaves linear layers to PyTorch and draws positions as long as item
+            vectors [choice].
 
     Raises:
         ConfigError: if a setting is unknown or out of range, or ``num_heads`` does not divide ``hidden_dim``.
@@ -135,6 +138,7 @@ class SASRec(nn.Module):
         activation: str = "gelu",
         norm_first: bool = True,
         count_from: Literal["oldest", "newest"] = "oldest",
+        initializer_range: float | None = None,
     ) -> None:
         super().__init__()
         check_positive(
@@ -149,6 +153,8 @@ class SASRec(nn.Module):
             raise ConfigError(f"SASRec: num_heads={num_heads} does not divide hidden_dim={hidden_dim}.")
         if count_from not in ("oldest", "newest"):
             raise ConfigError(f"SASRec: count_from={count_from!r} is unknown; choose 'oldest' or 'newest'.")
+        if initializer_range is not None and not 0 < initializer_range < math.inf:
+            raise ConfigError(f"SASRec: initializer_range={initializer_range} must be finite and above 0.")
         if activation not in ACTIVATIONS:
             raise ConfigError(f"SASRec: activation={activation!r} is unknown; choose one of {sorted(ACTIVATIONS)}.")
         self.hidden_dim = hidden_dim
@@ -160,6 +166,7 @@ class SASRec(nn.Module):
         self.activation = activation
         self.norm_first = norm_first
         self.count_from = count_from
+        self.initializer_range = initializer_range
 
         self.positions = nn.Embedding(max_length, hidden_dim)
         self.input_norm = nn.Identity() if norm_first else nn.LayerNorm(hidden_dim)
@@ -170,6 +177,16 @@ class SASRec(nn.Module):
         )
         self.output_norm = nn.LayerNorm(hidden_dim) if norm_first else nn.Identity()
         nn.init.normal_(self.positions.weight, std=1.0 / math.sqrt(hidden_dim))
+        if initializer_range is not None:
+            self._start_weights(initializer_range)
+
+    def _start_weights(self, std: float) -> None:
+        """Draw the weights of linear layers and positions with this standard deviation; biases start at 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
 
     def forward(self, item_embeddings: Tensor, mask: Tensor) -> Tensor:
         """Encode histories.

@@ -40,6 +40,7 @@ ENCODERS = {
     "sasrec_from_newest": lambda: SASRec(8, num_layers=1, num_heads=2, count_from="newest"),
     "sasrec_post_norm": lambda: SASRec(8, num_layers=2, num_heads=1, norm_first=False, activation="relu"),
     "sasrec_wide": lambda: SASRec(8, num_layers=1, num_heads=4, feedforward_dim=32, activation="silu"),
+    "sasrec_normal_weights": lambda: SASRec(8, num_layers=1, num_heads=2, initializer_range=0.02),
     "gru4rec": lambda: GRU4Rec(8),
     "gru4rec_two_layers": lambda: GRU4Rec(8, num_layers=2),
     "gru4rec_official": lambda: GRU4Rec(8, num_layers=2, hidden_dropout=0.5, project=False),
@@ -177,8 +178,25 @@ def test_sasrec_refuses_bad_settings() -> None:
         SASRec(8, count_from="left")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="activation='swish'"):
         SASRec(8, activation="swish")
+    for std in (0.0, -0.02, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="initializer_range"):
+            SASRec(8, initializer_range=std)
     with pytest.raises(ConfigError, match="history of 6 items is longer than max_length=5"):
         SASRec(8, max_length=5)(torch.zeros(1, 6, 8), torch.ones(1, 6, dtype=torch.bool))
+
+
+def test_sasrec_first_weights() -> None:
+    """Weights and positions are drawn with the width asked for, biases are 0, norms stay as they are."""
+    torch.manual_seed(0)
+    drawn = dict(SASRec(64, num_layers=2, num_heads=2, initializer_range=0.02).named_parameters())
+    for name, value in drawn.items():
+        if value.ndim == 2:
+            assert value.std().item() == pytest.approx(0.02, rel=0.05), name
+        else:
+            assert torch.equal(value, torch.full_like(value, float(name.endswith("norm.weight")))), name
+    usual = dict(SASRec(64, num_layers=2, num_heads=2).named_parameters())
+    assert usual["positions.weight"].std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert usual["blocks.0.attention.qkv.weight"].abs().max().item() == pytest.approx(64**-0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("encoder", [SASRec, GRU4Rec, FilterMixer])
