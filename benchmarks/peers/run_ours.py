@@ -29,7 +29,8 @@ def make_score(module: SequentialRecommender) -> Score:
 
 def main() -> None:
     """Command line; see the head of this file."""
-    ours = {"loss": "full", "num_negatives": 512, "windows": "last", "input_scale": 1.0, "initializer_range": 0.0}
+    ours: dict[str, Any] = {"loss": "full", "num_negatives": 512, "windows": "last", "item_init": "random"}
+    ours |= {"input_scale": 1.0, "initializer_range": 0.0}  # 0 = as SASRec's default
     arguments = parse("ours", ("sasrec", "gru4rec"), __doc__, lr=3e-3, dropout=0.2, batch_size=128, **ours)
     recorder = recorder_of(arguments, "lightning-sfubm")
     data = open_data(
@@ -47,6 +48,7 @@ def main() -> None:
         encoder,
         loss=arguments.loss,
         num_negatives=arguments.num_negatives,
+        item_init=arguments.item_init,
         input_scale=arguments.input_scale,
         lr=arguments.lr,
         seed=arguments.seed,
