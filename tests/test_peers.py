@@ -276,14 +276,17 @@ def test_comparison_chooses_on_validation_within_the_budget(script: Any) -> None
     assert found[120]["a"]["epochs"] == pytest.approx(125 / 30)
     assert found[240]["b"]["val"][report.CHOICE] == 0.25  # the best within the budget, not the last
     compared = report.compare(found)
-    assert list(compared) == ["60", "120"]
+    assert list(compared) == ["60", "120", "240"]
     assert compared["60"] == {
         "best_peer": "a",
+        "ours_spent": 60,
         "test_ratio": pytest.approx(0.65),
         "budget_to_98_percent_of_best_peer": 60,
     }
     assert compared["120"]["test_ratio"] == pytest.approx(1.1)
     assert compared["120"]["budget_to_98_percent_of_best_peer"] == 60
+    assert compared["240"]["ours_spent"] == 120  # ours went no further
+    assert compared["240"]["test_ratio"] == pytest.approx(0.33 / 0.99)
 
 
 def test_recbole_files_and_scores(script: Any, export: Any, tmp_path: Path) -> None:

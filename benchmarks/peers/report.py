@@ -126,17 +126,23 @@ def at_budgets(runs: list[dict[str, Any]]) -> dict[str, dict[float, dict[str, di
 
 
 def compare(budgets: dict[float, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Ours against the peer with the best validation value, at each budget that both have spent."""
+    """Ours against the peer with the best validation value, at each budget that a peer has spent.
+
+    Where ours spent less, it counts with what it had by then: ``ours_spent``.
+    """
     result: dict[str, Any] = {}
     for budget, libraries in sorted(budgets.items()):
         peers = [name for name in libraries if name != "ours"]
-        if "ours" not in libraries or not peers:
+        stages = [spent for spent, all_of in budgets.items() if "ours" in all_of and spent <= budget]
+        if not stages or not peers:
             continue
         peer = max(peers, key=lambda name: libraries[name]["val"][CHOICE])
         goal = REACHED * libraries[peer]["val"][CHOICE]
-        ours, other = libraries["ours"]["test"][CHOICE], libraries[peer]["test"][CHOICE]
+        ours_spent = max(stages)
+        ours, other = budgets[ours_spent]["ours"]["test"][CHOICE], libraries[peer]["test"][CHOICE]
         result[f"{budget:g}"] = {
             "best_peer": peer,
+            "ours_spent": ours_spent,
             "test_ratio": ours / other if other else None,
             "budget_to_98_percent_of_best_peer": next(
                 (spent for spent, all_of in sorted(budgets.items()) if own(all_of, goal)), None
