@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_sfubm.contracts import Catalogue
-from lightning_sfubm.datamodules.prompts import PromptBatch
+from lightning_sfubm.datamodules.prompt_batch import PromptBatch
 from lightning_sfubm.evaluation.environment import environment
 from lightning_sfubm.modules.llm.tree import separate_states
 from lightning_sfubm.modules.llm_head import LLMHead

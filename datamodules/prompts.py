@@ -2,51 +2,22 @@
 
 A prompt is a sequence of *segments*: fixed texts, and for every item its history entry, its candidate entry and its
 answer. All segments lie in one flat array; assembling a batch gathers slices of it, without a Python loop over rows.
-Soft tokens are negative codes (:data:`USER`, :data:`ITEM`, :data:`CANDIDATE`) that the LLM head replaces by vectors.
+Soft tokens are negative codes (``prompt_batch``) that the LLM head replaces by vectors.
 """
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sfubm.datamodules.prompt_batch import CANDIDATE, ITEM, USER, PromptBatch
 from lightning_sfubm.datamodules.prompt_templates import FIELD, PromptTemplate
 from lightning_sfubm.errors import ConfigError
 
-USER, ITEM, CANDIDATE = -1, -2, -3
-
 #: what a chat template calls for today's date, in front of the template: any day will do, as long as it stays the same
 _SOME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-
-
-@dataclass
-class PromptBatch:
-    """B prompts, left-padded to S tokens: a prefix and, after it, the branches that share it.
-
-    Attributes:
-        tokens: (B, S) int64 token ids; negative codes are places of soft tokens; padding holds the pad id.
-        branch: (B, S) int64: -1 padding, 0 prefix, 1..C' the token's branch.
-        positions: (B, S) int64: position in the token's own sequence (prefix + its branch); 0 at padding.
-        items: (B, S) int64: the item a token speaks of, 0 for none.
-        slots: (B, S) int64: index of the candidate a token speaks of, -1 for none.
-        prefix_end: (B,) int64 column of the last prefix token.
-        branch_end: (B, C') int64 column of the last token of each branch.
-    """
-
-    tokens: Tensor
-    branch: Tensor
-    positions: Tensor
-    items: Tensor
-    slots: Tensor
-    prefix_end: Tensor
-    branch_end: Tensor
-
-    def to(self, device: torch.device) -> "PromptBatch":
-        """The same batch on another device."""
-        return PromptBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 class PromptBuilder:

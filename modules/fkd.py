@@ -20,7 +20,7 @@ from lightning_sfubm.modules.losses.distillation import DistilWeights
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.semantic import SemanticTeacher
 from lightning_sfubm.modules.settings import check_dropout
-from lightning_sfubm.modules.stage1 import check_state
+from lightning_sfubm.modules.state_check import check_state
 from lightning_sfubm.ranks import needs_every_gradient
 
 PHASES = ("teacher", "student", "joint")

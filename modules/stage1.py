@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_sfubm.contracts import Catalogue, PredictBatch, RankBatch, TrainBatch, TrainHistories
-from lightning_sfubm.errors import CheckpointError, ConfigError, SFUBMError
+from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.evaluation.metrics import candidate_ranks, catalogue_ranks, ranking_metrics, user_blocks
 from lightning_sfubm.memory import hand_back, keep_freed
 from lightning_sfubm.modules.encoders.acceptance import check_lengths
 from lightning_sfubm.modules.encoders.arguments import constructor_arguments
+from lightning_sfubm.modules.state_check import check_state
 
 SHAPES_KEY = "stage1_shapes"
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
@@ -343,30 +344,3 @@ class CatalogueModule(L.LightningModule):
                 )
         self.restore_shapes(shapes)
         check_state(self.state_dict(), checkpoint["state_dict"], name)
-
-
-def check_state(
-    expected: Mapping[str, Tensor],
-    given: Mapping[str, Tensor],
-    name: str,
-    error: type[SFUBMError] = CheckpointError,
-) -> None:
-    """Compare keys and shapes of two state dicts.
-
-    Args:
-        expected: state of the module at hand.
-        given: state to be loaded.
-        name: what the module is called in the message.
-        error: class of the error raised.
-
-    Raises:
-        SFUBMError: of the class given, naming the first key that is missing, superfluous or of another shape.
-    """
-    hint = f"it comes from a {name} with other settings"
-    for key in sorted(expected.keys() - given.keys()):
-        raise error(f"The state lacks {key!r}; {hint}.")
-    for key in sorted(given.keys() - expected.keys()):
-        raise error(f"The state holds {key!r}, which this {name} does not have; {hint}.")
-    for key, tensor in expected.items():
-        if tensor.shape != given[key].shape:
-            raise error(f"{key!r} has shape {tuple(given[key].shape)}, expected {tuple(tensor.shape)}; {hint}.")

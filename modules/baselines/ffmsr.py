@@ -19,7 +19,8 @@ from lightning_sfubm.modules.losses.cross_entropy import cosine_inputs, full_cro
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.losses.ranks import mean_over_ranks
 from lightning_sfubm.modules.settings import check_dropout
-from lightning_sfubm.modules.stage1 import CatalogueModule, check_state
+from lightning_sfubm.modules.stage1 import CatalogueModule
+from lightning_sfubm.modules.state_check import check_state
 from lightning_sfubm.ranks import needs_every_gradient
 
 PHASES = ("federated", "finetune")

@@ -10,7 +10,7 @@ from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.encoders.sasrec import SASRec
 from lightning_sfubm.modules.losses.precision import Precision
 from lightning_sfubm.modules.sequential import SequentialRecommender
-from lightning_sfubm.modules.stage1 import check_state
+from lightning_sfubm.modules.state_check import check_state
 
 MODES = {"inductive": "text", "transductive": "id+text"}
 

@@ -11,8 +11,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_sfubm.contracts import Catalogue, RankBatch, Stage1
+from lightning_sfubm.datamodules.prompt_batch import CANDIDATE, USER, PromptBatch
 from lightning_sfubm.datamodules.prompt_templates import PromptTemplate
-from lightning_sfubm.datamodules.prompts import CANDIDATE, USER, PromptBatch, PromptBuilder
+from lightning_sfubm.datamodules.prompts import PromptBuilder
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.layers.count_affinity import WithCounts

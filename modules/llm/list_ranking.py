@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_sfubm.datamodules.prompts import PromptBatch
+from lightning_sfubm.datamodules.prompt_batch import PromptBatch
 from lightning_sfubm.modules.llm.backbone import Backbone
 
 #: tokens whose logits are compared in fp32 where the backbone computes in bf16

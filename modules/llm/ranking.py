@@ -9,8 +9,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_sfubm.contracts import RankBatch
+from lightning_sfubm.datamodules.prompt_batch import PromptBatch
 from lightning_sfubm.datamodules.prompt_templates import PromptTemplate
-from lightning_sfubm.datamodules.prompts import PromptBatch, PromptBuilder
+from lightning_sfubm.datamodules.prompts import PromptBuilder
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.evaluation.parsing import TitleParser
 from lightning_sfubm.modules.layers.modes import evaluating

@@ -8,7 +8,7 @@ over prefix + branch, the prefix is encoded once, gradients pass through it, and
 import torch
 from torch import Tensor
 
-from lightning_sfubm.datamodules.prompts import PromptBatch
+from lightning_sfubm.datamodules.prompt_batch import PromptBatch
 from lightning_sfubm.modules.llm.backbone import Backbone
 
 

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_sfubm.datamodules.prompt_batch import CANDIDATE, ITEM, USER
 from lightning_sfubm.datamodules.prompt_templates import TEMPLATE_DIR, load_template
-from lightning_sfubm.datamodules.prompts import CANDIDATE, ITEM, USER, PromptBuilder
+from lightning_sfubm.datamodules.prompts import PromptBuilder
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.llm.tiny import _tokenizer
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_sfubm.contracts import Catalogue, CatalogueRanker
-from lightning_sfubm.datamodules.prompts import CANDIDATE, ITEM, USER
+from lightning_sfubm.datamodules.prompt_batch import CANDIDATE, ITEM, USER
 from lightning_sfubm.errors import CheckpointError, ConfigError
 from lightning_sfubm.modules.baselines.a_llmrec import ALLMRec
 from lightning_sfubm.modules.baselines.a_llmrec_alignment import ALLMRecAlignment

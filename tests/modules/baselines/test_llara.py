@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_sfubm.datamodules.prompts import CANDIDATE, ITEM, USER
+from lightning_sfubm.datamodules.prompt_batch import CANDIDATE, ITEM, USER
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.baselines.llara import LLaRA
 from lightning_sfubm.modules.llm_head import LLMHead

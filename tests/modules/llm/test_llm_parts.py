@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoTokenizer
 
+from lightning_sfubm.datamodules.prompt_batch import PromptBatch
 from lightning_sfubm.datamodules.prompt_templates import load_template
-from lightning_sfubm.datamodules.prompts import PromptBatch, PromptBuilder
+from lightning_sfubm.datamodules.prompts import PromptBuilder
 from lightning_sfubm.errors import ConfigError
 from lightning_sfubm.modules.layers.affinity import standardise
 from lightning_sfubm.modules.llm.backbone import Backbone
